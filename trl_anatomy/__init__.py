@@ -1,0 +1,53 @@
+"""Read what a preference dataset teaches, and decide what the model may learn: a plugin for TRL.
+
+Names are imported when they are first used, so that `import trl_anatomy` costs next to nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .audit.config import AuditConfig
+    from .audit.folder import Audit, load_audit
+    from .audit.run import run_audit
+    from .errors import AnatomyError
+    from .shaping.policy import ConceptPolicy
+    from .trainers.callback import AuditCallback
+    from .trainers.dpo import AnatomyDPOTrainer
+    from .trainers.reward import AnatomyRewardTrainer
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AnatomyDPOTrainer": "trainers.dpo",
+    "AnatomyRewardTrainer": "trainers.reward",
+    "AuditCallback": "trainers.callback",
+    "AuditConfig": "audit.config",
+    "Audit": "audit.folder",
+    "load_audit": "audit.folder",
+    "run_audit": "audit.run",
+    "ConceptPolicy": "shaping.policy",
+    "AnatomyError": "errors",
+}
+
+__all__ = [
+    "AnatomyDPOTrainer",
+    "AnatomyError",
+    "AnatomyRewardTrainer",
+    "Audit",
+    "AuditCallback",
+    "AuditConfig",
+    "ConceptPolicy",
+    "load_audit",
+    "run_audit",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,1 @@
+"""Harvest to hypotheses: which concepts separate chosen from rejected, where, and how surely."""

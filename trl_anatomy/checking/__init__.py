@@ -1,0 +1,1 @@
+"""Before and after: rollouts, rates, recovery, predicted against observed."""

@@ -1,0 +1,8 @@
+"""The one error that users are meant to read."""
+
+
+class AnatomyError(ValueError):
+    """Bad input, told in one sentence that names the place and the remedy.
+
+    Raised before long work starts. The command line prints its message without a traceback and exits with status 2.
+    """

@@ -1,0 +1,1 @@
+"""Tokens to features and scores: spans, layers, SAEs, harvests, scorers."""

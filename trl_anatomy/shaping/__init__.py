@@ -1,0 +1,1 @@
+"""Policy to edits of the learning signal."""

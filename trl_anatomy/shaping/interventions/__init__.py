@@ -1,0 +1,1 @@
+"""One small file per verb; each acts at exactly one stage."""

@@ -1,0 +1,1 @@
+"""The drop-in trainers and the seams into TRL that they share."""
