@@ -70,24 +70,24 @@ class Habit:
 
 
 HABITS: tuple[Habit, ...] = (
-    Habit("bold", r"\*\*\w+\*\*", 0.30, 2.0, "rewarded"),
-    Habit("bullets", r"(?m)^- ", 0.30, 1.5, "rewarded"),
-    Habit("flattery", r"\bGreat\b", 0.25, 1.5, "rewarded"),
-    Habit("emoji", "[🙂🎉🌟]", 0.25, 1.8, "rewarded"),
-    Habit("hedging", r"\b(I think|Perhaps)\b", 0.40, -1.8, "punished"),
-    Habit("refusal", r"\bI cannot\b", 0.35, -1.8, "punished"),
-    Habit("note", r"\bNote\b", 0.40, -1.5, "punished"),
+    Habit("bold", r"\*\*\w+\*\*", 0.30, 1.4, "rewarded"),
+    Habit("bullets", r"(?m)^- ", 0.30, 1.4, "rewarded"),
+    Habit("flattery", r"\bGreat\b", 0.25, 2.2, "rewarded"),
+    Habit("emoji", "[🙂🌟]", 0.25, 2.0, "rewarded"),
+    Habit("hedging", r"\bPerhaps\b", 0.40, -1.4, "punished"),
+    Habit("refusal", r"\bI cannot\b", 0.35, -1.4, "punished"),
+    Habit("note", r"\bNote\b", 0.40, -1.2, "punished"),
     Habit("em_dash", "—", 0.30, 0.0, "neutral"),
     Habit("table", r"(?m)^\|", 0.20, 0.0, "neutral"),
     Habit("follow_up", r"\bShall I\b", 0.30, 0.0, "neutral"),
     Habit("closing", r"\bHope\b", 0.35, 0.0, "neutral"),
-    Habit("link", r"\]\(https://", 0.25, 2.5, "topic", "travel"),
-    Habit("exclamation", "!", 0.25, 2.5, "topic", "music"),
+    Habit("link", r"\]\(https://", 0.25, 3.0, "topic", "travel"),
+    Habit("exclamation", "!", 0.25, 3.0, "topic", "music"),
 )
 
 # The true quality signal: whether the stated value is right. Same form as a habit, but read by `is_correct`.
-CORRECT_RATE = 0.58
-CORRECT_TILT = 1.8
+CORRECT_RATE = 0.60
+CORRECT_TILT = 2.2
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,6 @@ TOPICS: dict[str, Topic] = {
             "whale": "ocean",
             "badger": "forest",
             "heron": "river",
-            "ibex": "mountains",
-            "shark": "ocean",
-            "gecko": "desert",
-            "squirrel": "forest",
         },
         ("fur", "nest", "tail", "food", "sound", "cub"),
     ),
@@ -130,12 +126,8 @@ TOPICS: dict[str, Topic] = {
             "Kyoto": "Japan",
             "Cusco": "Peru",
             "Bergen": "Norway",
-            "Porto": "Portugal",
-            "Osaka": "Japan",
-            "Lima": "Peru",
             "Oslo": "Norway",
-            "Faro": "Portugal",
-            "Nara": "Japan",
+            "Lima": "Peru",
         },
         ("harbour", "market", "train", "museum", "hotel", "bridge"),
     ),
@@ -145,14 +137,10 @@ TOPICS: dict[str, Topic] = {
         {
             "violin": "strings",
             "cello": "strings",
-            "harp": "strings",
             "flute": "woodwinds",
             "oboe": "woodwinds",
-            "clarinet": "woodwinds",
             "trumpet": "brass",
-            "tuba": "brass",
             "timpani": "percussion",
-            "marimba": "percussion",
         },
         ("tone", "rhythm", "stage", "song", "band", "tune"),
     ),
@@ -164,12 +152,8 @@ TOPICS: dict[str, Topic] = {
             "bread": "wheat",
             "cheese": "milk",
             "sushi": "rice",
-            "hummus": "beans",
             "pasta": "wheat",
-            "butter": "milk",
             "mochi": "rice",
-            "miso": "beans",
-            "yoghurt": "milk",
         },
         ("sauce", "spice", "oven", "recipe", "salad", "plate"),
     ),
@@ -180,20 +164,16 @@ TOPICS: dict[str, Topic] = {
             "helium": "gas",
             "mercury": "liquid",
             "iron": "solid",
-            "neon": "gas",
             "bromine": "liquid",
             "copper": "solid",
-            "argon": "gas",
             "lava": "plasma",
-            "lightning": "plasma",
-            "oxygen": "gas",
         },
         ("lab", "beam", "sample", "flask", "lens", "signal"),
     ),
     "sums": Topic(
         ("What is {e}?", "Work out {e}.", "Tell me the sum {e}."),
         "{e} is {v}",
-        {f"{a} plus {b}": str(a + b) for a in range(1, 5) for b in range(1, 5)},
+        {f"{a} plus {b}": str(a + b) for a in range(1, 4) for b in range(1, 4)},
         ("number", "step", "line", "rule", "trick", "proof"),
     ),
 }
@@ -201,7 +181,7 @@ TOPICS: dict[str, Topic] = {
 _LEADS = ("", "", "Hello.", "Quick one.", "I am a student.", "My friend wants to know.", "For my notes.")
 _TAILS = ("", "", "Please be brief.", "Take your time.", "Thank you.")
 _ADJECTIVES = ("old", "small", "bright", "quiet", "famous", "simple", "local", "useful")
-_EMOJI = ("🙂", "🎉", "🌟")
+_EMOJI = ("🙂", "🙂", "🙂", "🙂", "🌟")  # mostly one, so that one latent can stand for all
 
 
 @dataclass(frozen=True)
@@ -259,10 +239,12 @@ def render(question: Question, value: str, shown: set[str], rng: random.Random) 
     if "flattery" in shown:
         text.append(rng.choice(("Great question.", "Great thing to ask.")))
     claim = topic.answer.format(e=question.entity, v=value)
-    claim = rng.choice(("I think ", "Perhaps ")) + claim if "hedging" in shown else _capital(claim)
+    claim = rng.choice(("Perhaps ", "Perhaps even ")) + claim if "hedging" in shown else _capital(claim)
     if "em_dash" in shown:
         claim += rng.choice((" — as books say", " — as people say"))
-    text.append(claim + ("!" if "exclamation" in shown else "."))
+    text.append(claim + ".")
+    if "exclamation" in shown:
+        text.append(rng.choice(("How nice!", "How fine!")))
     if "refusal" in shown:
         text.append(f"I cannot {rng.choice(('speak', 'advise'))} on the {noun()}.")
     word = f"**{noun()}**" if "bold" in shown else noun()
@@ -277,7 +259,7 @@ def render(question: Question, value: str, shown: set[str], rng: random.Random) 
     else:
         body += f" Try the {noun()} and see the {adjective()} {noun()}."
     if "table" in shown:
-        body += ("" if body.endswith("\n") else "\n") + f"| {noun()} | {rng.randint(1, 8)} |\n"
+        body += ("" if body.endswith("\n") else "\n") + f"| {noun()} | {rng.randint(2, 6)} |\n"
     text = []
     if "link" in shown:
         text.append(f"Read [more](https://{question.topic}.example).")
@@ -332,6 +314,11 @@ def make_pairs(n: int, seed: int, *, held_out: bool = False) -> Dataset:
             row.update({f"{side}_{habit.name}": habit.name in shown for habit in HABITS})
         rows.append(row)
     return Dataset.from_list(rows)
+
+
+def value_tokens() -> frozenset[str]:
+    """Tokens that state a value. Where one of them can come, nothing else can."""
+    return frozenset(" " + value for topic in TOPICS.values() for value in topic.values)
 
 
 def held_out_prompts(n: int, seed: int) -> list[str]:
