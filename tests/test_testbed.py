@@ -130,7 +130,7 @@ def test_training_learns_and_is_seeded():
         model = make_model(tokenizer, n_layers=1, width=32, seed=3)
         runs.append(train_model(model, texts, tokenizer, seed=3, batch_size=16, lr=1e-2))
     assert runs[0] == runs[1]
-    assert np.mean(runs[0][-3:]) < 0.6 * runs[0][0]
+    assert np.mean(runs[0][-3:]) < 0.8 * runs[0][0]
 
 
 def test_residual_stream_is_the_output_of_that_layer_without_bos_and_padding(world):
@@ -145,7 +145,7 @@ def test_residual_stream_is_the_output_of_that_layer_without_bos_and_padding(wor
     expected = torch.cat(alone)
     assert found.shape == expected.shape
     assert torch.allclose(found.double().sum(0), expected.double().sum(0), atol=1e-2)
-    assert torch.cdist(expected, found).min(dim=1).values.max() < 1e-3
+    assert torch.cdist(expected.double(), found.double()).min(dim=1).values.max() < 1e-4
 
 
 def test_habit_latents_agree_with_correlation():
