@@ -204,7 +204,7 @@ def labelled_texts(n: int = 40) -> tuple[list[str], list[bool]]:
     texts, labels = [], []
     for i in range(n):
         text = " ".join(rng.choice(words, 6))
-        texts.append(text + (" **bold** !!" if i % 2 else ""))
+        texts.append(text + (" **bold** !!" * 4 if i % 2 else ""))
         labels.append(bool(i % 2))
     return texts, labels
 
