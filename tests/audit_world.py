@@ -1,10 +1,17 @@
 """A small preference set with planted habits, as sparse matrices and as text. Shared by the tests of the audit."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from scipy import sparse
+
+from trl_anatomy.audit.config import AuditConfig
+from trl_anatomy.audit.folder import Audit, write_audit
+from trl_anatomy.audit.run import analyse
+from trl_anatomy.reading.harvest import Harvest, write_harvest
 
 SPANS = ("prompt", "chosen", "rejected")
 D_SAE = 128
@@ -38,6 +45,7 @@ class World:
     topic: np.ndarray
     shown: dict[str, dict[str, np.ndarray]]
     texts: list[dict[str, str]] = field(default_factory=list)
+    counts: dict[str, sparse.csr_array] = field(default_factory=dict)
     d_sae: int = D_SAE
     shard_pairs: int = 700
 
@@ -84,9 +92,10 @@ def make_world(n: int = 2000, seed: int = 0, null: bool = False) -> World:
             noise = rng.random((n, len(habit["features"]))) < 0.97
             fired[side][:, habit["features"]] |= shown[side][name][:, None] & noise
     lengths = {span: rng.integers(20, 60, n).astype(np.int32) for span in SPANS}
-    matrices = {}
+    matrices, counts = {}, {}
     for span in SPANS:
         tokens = np.maximum(1, rng.binomial(10, 0.3, (n, D_SAE)))
+        counts[span] = sparse.csr_array((fired[span] * tokens).astype(np.int32))
         matrices[span] = sparse.csr_array((fired[span] * tokens / lengths[span][:, None]).astype(np.float32))
     texts = []
     for i in range(n):
@@ -96,4 +105,49 @@ def make_world(n: int = 2000, seed: int = 0, null: bool = False) -> World:
             habits = [h["text"] for name, h in HABITS.items() if shown[side][name][i]]
             row[side] = " ".join([f"Here is {about}:", *habits, "and that is all."])
         texts.append(row)
-    return World(matrices, lengths, np.arange(n) * 2 + rng.integers(0, 2, n), topic, shown, texts)
+    return World(matrices, lengths, np.arange(n) * 2 + rng.integers(0, 2, n), topic, shown, texts, counts)
+
+
+def raw_dataset(world: World) -> Dataset:
+    """The dataset whose rows the world names; rows between them belong to no pair."""
+    rows = [{"prompt": "", "chosen": "", "rejected": ""}] * (2 * world.n_pairs)
+    for row, texts in zip(world.rows, world.texts, strict=True):
+        rows[row] = texts
+    return Dataset.from_list(rows)
+
+
+def save_harvest(world: World, out: Path) -> Harvest:
+    maximum = {span: world.maximum(span) for span in SPANS}
+    return write_harvest(out, maximum, world.counts, world.lengths, world.rows, {"pairs": "test"}, shard_pairs=600)
+
+
+def make_audit(path: Path, world: World, config: AuditConfig | None = None) -> Audit:
+    """An audit folder of the world, made by every step but the pass through a model."""
+    config = config or AuditConfig(model="model", dataset="planted pairs", sae="sae", out=str(path), n_contexts=4)
+    findings = analyse(
+        save_harvest(world, path / "harvest"),
+        config,
+        lambda i: (world.texts[i]["prompt"], world.texts[i]["chosen"], world.texts[i]["rejected"]),
+    )
+    info = {
+        "versions": {"trl_anatomy": "0"},
+        "model": {"name": "models/start", "fingerprint": "m"},
+        "sae": {
+            "source": {"path": "saes/small"},
+            "fingerprint": "s",
+            "layer": 2,
+            "d_sae": D_SAE,
+            "architecture": "topk",
+        },
+        "data": {
+            "name": config.dataset,
+            "fingerprint": "d",
+            "n_rows": 2 * world.n_pairs,
+            "n_pairs": world.n_pairs,
+            "left_out": {"empty response": world.n_pairs},
+        },
+        "settings": config.settings(),
+        **findings.info,
+        "timings": findings.timings,
+    }
+    return write_audit(path, info, findings.hypotheses, findings.concepts, findings.pairs)
