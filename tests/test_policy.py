@@ -1,5 +1,6 @@
 """The policy's language: what is read, what is refused, and in which words."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,10 @@ import numpy as np
 import pytest
 
 from trl_anatomy.errors import AnatomyError
-from trl_anatomy.shaping.interventions import FilterPairs, ShapeReward
+from trl_anatomy.shaping.interventions import LATER, VERBS, FilterPairs, ShapeReward
 from trl_anatomy.shaping.located import MAX_BYTES, PolicyError
-from trl_anatomy.shaping.policy import ConceptPolicy, ConceptSpec
+from trl_anatomy.shaping.policy import SCORERS, ConceptPolicy, ConceptSpec
+from trl_anatomy.shaping.where import FIELDS as WHERE_FIELDS
 from trl_anatomy.shaping.where import Where
 
 GOOD = """\
@@ -390,3 +392,21 @@ def test_a_string_is_a_path(source: str) -> None:
 def test_other_sources(source: Any) -> None:
     with pytest.raises(AnatomyError, match="give the path"):
         ConceptPolicy.load(source)
+
+
+DOCS = Path(__file__).parent.parent / "docs" / "policy.md"
+
+
+def test_every_example_of_the_documentation_is_a_policy(tmp_path: Path) -> None:
+    examples = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(examples) >= 3
+    for example in examples:
+        assert ConceptPolicy.load(write(tmp_path, example))
+
+
+def test_the_documentation_names_every_scorer_key_verb_and_gate() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    named = [*SCORERS, *(key for keys in SCORERS.values() for key in keys), *VERBS, *LATER]
+    named += [key for verb in VERBS.values() for key in verb.keys]
+    assert [name for name in named if f"`{name}`" not in text] == []
+    assert [gate for gate in WHERE_FIELDS if f"{gate}:" not in text] == []
