@@ -3,6 +3,7 @@
 Reading a policy looks at nothing but the policy; what needs model, SAE, audit or dataset is checked in `resolve`.
 """
 
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -116,7 +117,7 @@ class ConceptPolicy:
         if source is None:
             return cls()
         if isinstance(source, str | Path):
-            path = Path(source).expanduser()
+            path = Path(os.path.expanduser(source))
             problems = Problems(str(source))
             root, folder = read_file(path, problems), path.parent
         elif isinstance(source, Mapping):
@@ -142,7 +143,7 @@ class ConceptPolicy:
         return {name: spec for name, spec in self.concepts.items() if name in acted_on}
 
     def place(self, path: str) -> str:
-        """Where a key stands, or what holds it if it is not written, as errors begin: `policy.yaml:12: rules[0].where`."""
+        """Where a key stands (or what holds it, if it is not written), as errors begin: `policy.yaml:12: rules[0]`."""
         holder = path
         while holder not in self.places and "." in holder:
             holder = holder.rpartition(".")[0]
@@ -231,7 +232,7 @@ class _Reader:
 
     def resolved(self, path: str) -> str:
         """A path of the policy, relative ones seen from the policy file's folder."""
-        return str(self.folder / Path(path).expanduser())
+        return str(self.folder / os.path.expanduser(path))
 
     def concept(self, name: str, value: Located) -> ConceptSpec | None:
         path = f"concepts.{name[:100]}"
