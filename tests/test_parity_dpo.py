@@ -21,7 +21,9 @@ def lora() -> LoraConfig:
     return LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
 
 
-def make(cls: type, model_dir: Path, out: Path, rows: list[dict[str, Any]], extra: dict[str, Any], **config: Any) -> Any:
+def make(
+    cls: type, model_dir: Path, out: Path, rows: list[dict[str, Any]], extra: dict[str, Any], **config: Any
+) -> Any:
     extra = {name: value() if callable(value) else value for name, value in extra.items()}
     args = DPOConfig(output_dir=str(out), **{**EXACT, **config})
     return cls(model=str(model_dir), args=args, train_dataset=fresh(rows), **extra)
@@ -150,7 +152,10 @@ def test_evaluate_on_a_new_dataset(tiny_model_dir: Path, tmp_path: Path) -> None
     assert "eval_loss" in metrics[0]
 
 
-@pytest.mark.parametrize("policy", [{}, {"version": 1}, {"version": 1, "concepts": {"bold": {"scorer": "text", "pattern": "bold"}}}])
+ONLY_CONCEPTS = {"version": 1, "concepts": {"bold": {"scorer": "text", "pattern": "bold"}}}
+
+
+@pytest.mark.parametrize("policy", [{}, {"version": 1}, ONLY_CONCEPTS])
 def test_a_policy_without_rules_touches_nothing(policy: dict[str, Any], tiny_model_dir: Path, tmp_path: Path) -> None:
     ours = make(AnatomyDPOTrainer, tiny_model_dir, tmp_path / "ours", preference_rows(8), {"concept_policy": policy})
     theirs = make(DPOTrainer, tiny_model_dir, tmp_path / "theirs", preference_rows(8), {})
@@ -173,4 +178,3 @@ def test_the_comparison_can_fail(tiny_model_dir: Path, tmp_path: Path) -> None:
     assert history(ours) != history(theirs)
     with pytest.raises(AssertionError):
         assert_parity(ours, theirs)
-

@@ -48,6 +48,8 @@ class ShapedSeams:
     `anatomy_concept_gaps`; None means that nothing is shaped and the trainer is TRL's own.
     """
 
+    _tag_names: list[str]  # TRL's
+    _signature_columns: list[str]  # the Trainer's
     _shaped_concepts: tuple[str, ...] | None = None
     _collator: Any = None
 
@@ -64,8 +66,8 @@ class ShapedSeams:
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
         if self._shaped_concepts is not None:
-            columns: list[str] = self._signature_columns  # type: ignore[has-type]
-            self._signature_columns = columns + [name for name in COLUMNS if name not in columns]
+            missing = [name for name in COLUMNS if name not in self._signature_columns]
+            self._signature_columns = self._signature_columns + missing
 
     def _log_shaping(self, rewards: Tensor, offsets: Tensor, gaps: Tensor) -> None:
         """Add the live concept metrics of one training batch to TRL's `_metrics`.
