@@ -21,7 +21,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import AutoTokenizer, ProcessorMixin
+from transformers import AutoConfig, AutoTokenizer, ProcessorMixin
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ..errors import AnatomyError
@@ -78,8 +78,6 @@ def apply_plan(dataset: Dataset, plan: "PolicyPlan", gaps: Mapping[str, np.ndarr
         `dataset.select(rows)`, bit for bit, plus the three columns when `gaps` is given.
     """
     rows = np.flatnonzero(plan.keep)
-    if len(rows) == 0:
-        raise AnatomyError("The policy's filter_pairs rules leave no pair to train on; lower their fraction.")
     if len(rows) < len(dataset):
         dataset = dataset.select(rows)
     if gaps is None:
@@ -90,8 +88,6 @@ def apply_plan(dataset: Dataset, plan: "PolicyPlan", gaps: Mapping[str, np.ndarr
     stacked = np.stack(list(gaps.values()), axis=1)[rows] if gaps else np.zeros((len(rows), 0))
     columns = (np.asarray(plan.chosen_offset)[rows], np.asarray(plan.rejected_offset)[rows], stacked)
     for name, column in zip(COLUMNS, columns, strict=True):
-        if not np.isfinite(column).all():
-            raise AnatomyError(f"The policy's scores hold NaN or infinity (column {name!r}); look at the scorers.")
         dataset = dataset.add_column(name, column.astype(np.float64).tolist())
     return dataset
 
@@ -143,6 +139,16 @@ class Start:
             tokenizer.eos_token = config.eos_token
         tokenizer.pad_token = config.pad_token or tokenizer.pad_token or tokenizer.eos_token
         return tokenizer
+
+    @cached_property
+    def model_config(self) -> Any:
+        """The start model's configuration, without its weights."""
+        model, init = self._arguments["model"], self.config.model_init_kwargs or {}
+        if not isinstance(model, str):
+            return model.config
+        return AutoConfig.from_pretrained(
+            model, revision=init.get("revision"), trust_remote_code=self.config.trust_remote_code
+        )
 
     @cached_property
     def model(self) -> Any:
@@ -203,7 +209,9 @@ def prepare(
     if concept_policy is None and audit is None:
         return Prepared()
     from ..audit.config import AuditConfig
+    from ..audit.folder import load_audit
     from ..shaping.policy import ConceptPolicy
+    from ..shaping.resolve import check_policy
 
     policy = ConceptPolicy.load(concept_policy)
     if not policy and audit is None:
@@ -223,8 +231,12 @@ def prepare(
             )
     plan, shaped_concepts = None, None
     with Start(arguments, config) as start:
-        found = _find_audit(audit, start, dataset)
+        if isinstance(audit, AuditConfig):
+            found: Audit | None = _audit_now(audit, start, dataset)
+        else:
+            found = load_audit(audit) if isinstance(audit, str | Path) else audit
         if policy:
+            check_policy(policy, found, start.model_config, dataset.column_names)
             plan, gaps = _plan(policy, found, start, dataset)
             shaped_concepts = tuple(gaps) if shapes else None
             arguments["train_dataset"] = apply_plan(dataset, plan, gaps if shapes else None)
@@ -247,19 +259,16 @@ def _check_dataset(dataset: Any) -> None:
         )
 
 
-def _find_audit(audit: "str | Path | Audit | AuditConfig | None", start: Start, dataset: Dataset) -> "Audit | None":
-    from ..audit.config import AuditConfig
+def _audit_now(settings: "AuditConfig", start: Start, dataset: Dataset) -> "Audit":
+    """Audit what is trained on: the trainer's dataset, model, tokens, truncation. One rank works, the others wait."""
     from ..audit.folder import load_audit
     from ..audit.run import run_audit
 
-    if isinstance(audit, AuditConfig):
-        # What is audited must be what is trained on
-        settings = replace(audit, max_length=start.config.max_length, truncation=start.truncation)
-        with PartialState().main_process_first():
-            if PartialState().is_main_process:
-                return run_audit(settings, model=start.model, tokenizer=start.tokenizer, dataset=dataset)
-            return load_audit(settings.out)
-    return load_audit(audit) if isinstance(audit, str | Path) else audit
+    settings = replace(settings, max_length=start.config.max_length, truncation=start.truncation)
+    with PartialState().main_process_first():
+        if PartialState().is_main_process:
+            return run_audit(settings, model=start.model, tokenizer=start.tokenizer, dataset=dataset)
+        return load_audit(settings.out)
 
 
 def _plan(
@@ -292,9 +301,9 @@ def _plan(
             gaps[rule.concept][pairs.rows] = scores.gap(rule.concept)
     if PartialState().num_processes > 1:
         # Ranks compute alike up to rounding; rows that differ by one would deadlock the training
-        shared = [plan.keep, plan.chosen_offset, plan.rejected_offset, gaps]
+        shared: list[Any] = [plan, gaps]
         broadcast_object_list(shared, from_process=0)
-        plan, gaps = replace(plan, keep=shared[0], chosen_offset=shared[1], rejected_offset=shared[2]), shared[3]
+        plan, gaps = shared
     return plan, gaps
 
 
