@@ -1,0 +1,210 @@
+"""One frozen pass over pairs: forward stopped after the last layer read, prompt computed once where that is exact."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .locate import attention_window, decoder, layer_module, shares_prompt
+from .spans import Pairs
+
+# A shared row needs an explicit (tokens x tokens) mask: above this many bytes the two sequences are read apart.
+_MASK_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class SpanHidden:
+    """Hidden states of span tokens only, pair-major: prompt, chosen, rejected of the first pair, then of the second...
+
+    Attributes:
+        hidden: layer -> (n_tokens, d_model) float32, on the model's device.
+        bounds: 3 * n_pairs + 1 offsets; span j is ``hidden[layer][bounds[j]:bounds[j + 1]]`` and may be empty.
+    """
+
+    hidden: dict[int, Tensor]
+    bounds: list[int]
+
+
+class _Read(Exception):
+    """Ends a forward pass: everything asked for has been read."""
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def read_layers(model: nn.Module, layers: Sequence[int], **inputs: Tensor) -> dict[int, Tensor]:
+    """Outputs of `layers` for one padded batch; layers after the last one asked for are not run.
+
+    Args:
+        model: a supported model; adapters act as they are set.
+        layers: indices from 0.
+        inputs: ``input_ids`` (B, T), ``attention_mask``, ``position_ids`` for the text decoder.
+
+    Returns:
+        layer -> (B, T, d_model) in the model's dtype.
+    """
+    found: dict[int, Tensor] = {}
+    last = max(layers)
+
+    def keep(layer: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            found[layer] = output[0] if isinstance(output, tuple) else output
+            if layer == last:
+                raise _Read
+
+        return hook
+
+    handles = [layer_module(model, layer).register_forward_hook(keep(layer)) for layer in set(layers)]
+    try:
+        with frozen(model):
+            decoder(model)(**inputs, use_cache=False)
+    except _Read:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def read_spans(model: nn.Module, pairs: Pairs, indices: Sequence[int], layers: Sequence[int]) -> SpanHidden:
+    """Hidden states of the prompt, chosen and rejected tokens of some pairs.
+
+    Prompt and both responses go in one row, responses kept apart by a block attention mask, where attention follows
+    such a mask, no layer's window is shorter than a sequence and both sides have the same prompt; otherwise they are
+    two sequences. The tokenizer's leading BOS is read as context and left out of the prompt span: it carries no text,
+    and its activations are outliers.
+
+    Args:
+        model: a supported model.
+        pairs: tokenised pairs.
+        indices: pairs to read, as one batch.
+        layers: layers to read, from 0.
+    """
+    device = next(model.parameters()).device
+    batch = [pairs.arrays(i) for i in indices]
+    longest = max(max(len(p) + len(c), len(q) + len(r)) for p, c, q, r in batch)
+    widest = max(len(p) + len(c) + len(r) for p, c, _, r in batch)
+    window = attention_window(model)
+    packed = (
+        shares_prompt(model)
+        and (window is None or longest <= window)
+        and all(len(p) == len(q) for p, _, q, _ in batch)
+        and len(batch) * widest**2 * 4 <= _MASK_BYTES
+    )
+    starts: list[tuple[int, int]] = []  # of each span: (row, column)
+    lengths: list[int] = []
+    rows: list[np.ndarray] = []
+    blocks: list[tuple[int, int]] = []  # of each row: (end of the prompt, end of the first response)
+    for prompt, chosen, other, rejected in batch:
+        bos = int(len(prompt) > 0 and prompt[0] == pairs.bos_token_id)
+        row, n_prompt, n_chosen = len(rows), len(prompt), len(chosen)
+        if packed:
+            rows.append(np.concatenate([prompt, chosen, rejected]))
+            blocks.append((n_prompt, n_prompt + n_chosen))
+            starts += [(row, bos), (row, n_prompt), (row, n_prompt + n_chosen)]
+        else:
+            rows += [np.concatenate([prompt, chosen]), np.concatenate([other, rejected])]
+            starts += [(row, bos), (row, n_prompt), (row + 1, len(other))]
+        lengths += [n_prompt - bos, n_chosen, len(rejected)]
+
+    width = max(map(len, rows))
+    ids = np.full((len(rows), width), pairs.pad_token_id, dtype=np.int64)
+    real = np.zeros((len(rows), width), dtype=bool)
+    for i, row_ids in enumerate(rows):
+        ids[i, : len(row_ids)] = row_ids
+        real[i, : len(row_ids)] = True
+    inputs = {"input_ids": torch.from_numpy(ids).to(device)}
+    if packed:
+        dtype = next(p.dtype for p in decoder(model).parameters() if p.is_floating_point())
+        mask, positions = _block_mask(torch.tensor(blocks, device=device), torch.from_numpy(real).to(device), dtype)
+        inputs |= {"attention_mask": mask, "position_ids": positions}
+    else:
+        inputs["attention_mask"] = torch.from_numpy(real.astype(np.int64)).to(device)
+    hidden = read_layers(model, layers, **inputs)
+
+    flat = np.concatenate(
+        [np.arange(n) + row * width + column for (row, column), n in zip(starts, lengths, strict=True)]
+    )
+    where = torch.from_numpy(flat).to(device)
+    bounds = np.concatenate([[0], np.cumsum(lengths)]).tolist()
+    return SpanHidden(
+        hidden={layer: h.flatten(0, 1).index_select(0, where.to(h.device)).float() for layer, h in hidden.items()},
+        bounds=bounds,
+    )
+
+
+def _block_mask(blocks: Tensor, real: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mask and positions of rows [prompt | first response | second response | padding].
+
+    Args:
+        blocks: (B, 2) end of the prompt, end of the first response.
+        real: (B, T) bool, False on padding.
+        dtype: of the additive mask.
+
+    Returns:
+        (B, 1, T, T) additive mask (0 or the dtype's minimum); (B, T) int64 positions, both responses go on from the
+        prompt.
+    """
+    column = torch.arange(real.shape[1], device=real.device)
+    prompt_end, first_end = blocks[:, :1], blocks[:, 1:]
+    segment = (column >= prompt_end).long() + (column >= first_end).long()  # 0 prompt, 1 first, 2 second
+    same = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
+    allowed = same & (column[None, :] <= column[:, None]) & real[:, None, :]
+    allowed |= torch.eye(len(column), dtype=torch.bool, device=real.device)  # padding must attend to something
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=real.device).masked_fill_(~allowed, torch.finfo(dtype).min)
+    positions = torch.where(segment == 2, column - (first_end - prompt_end), column.expand_as(segment))
+    return mask[:, None], positions
+
+
+def read_texts(
+    model: nn.Module, sequences: Sequence[Sequence[int]], layer: int, *, pad_token_id: int, batch_tokens: int = 8192
+) -> Iterator[tuple[int, Tensor]]:
+    """Hidden states of plain token sequences at one layer, in length order.
+
+    Yields:
+        (index into `sequences`, (n_tokens, d_model) float32).
+    """
+    device = next(model.parameters()).device
+    lengths = np.array([len(sequence) for sequence in sequences])
+    for batch in _batches(lengths, range(len(sequences)), batch_tokens):
+        width = max(1, int(lengths[batch].max()))
+        ids = torch.full((len(batch), width), pad_token_id)
+        for row, i in enumerate(batch):
+            ids[row, : lengths[i]] = torch.tensor(sequences[i], dtype=torch.long)
+        mask = (torch.arange(width) < torch.from_numpy(lengths[batch])[:, None]).long()
+        hidden = read_layers(model, [layer], input_ids=ids.to(device), attention_mask=mask.to(device))[layer]
+        for row, i in enumerate(batch):
+            yield i, hidden[row, : lengths[i]].float()
+
+
+def length_sorted_batches(pairs: Pairs, indices: Iterable[int], max_tokens: int) -> Iterator[list[int]]:
+    """Split `indices` into batches of similar length, longest first, of at most `max_tokens` padded tokens each.
+
+    A pair longer than `max_tokens` makes a batch of its own. The order is the same in every run.
+    """
+    return _batches(pairs.packed_lengths, indices, max_tokens)
+
+
+def _batches(lengths: np.ndarray, indices: Iterable[int], max_tokens: int) -> Iterator[list[int]]:
+    batch: list[int] = []
+    for i in sorted(indices, key=lambda i: (-int(lengths[i]), i)):
+        if batch and (len(batch) + 1) * int(lengths[batch[0]]) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

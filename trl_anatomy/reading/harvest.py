@@ -1,0 +1,367 @@
+"""SAE activations of a whole dataset on disk: sparse, in shards, resumable, checked by their hashes."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .. import __version__
+from ..errors import AnatomyError
+from ..ops.span_harvest import span_harvest
+from .fingerprint import hash_json, model_fingerprint
+from .forward import length_sorted_batches, read_spans
+from .sae import SAE
+from .spans import SPANS, Pairs
+
+_MANIFEST = "manifest.json"
+_FORMAT = 1
+_CHUNK_BYTES = 64 << 20  # dense activations held at a time
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Some consecutive pairs of a harvest, in memory.
+
+    Attributes:
+        rows: (n,) int64 index of each pair into the raw dataset.
+        lengths: span -> (n,) int32 pooled tokens.
+    """
+
+    rows: np.ndarray
+    lengths: dict[str, np.ndarray]
+    d_sae: int
+    _tensors: Mapping[str, np.ndarray]
+
+    def _matrix(self, span: str, data: np.ndarray) -> sp.csr_array:
+        index = self._tensors[f"{span}.indices"].astype(np.int32)
+        shape = (len(self.rows), self.d_sae)
+        return sp.csr_array((data, index, self._tensors[f"{span}.indptr"]), shape=shape)
+
+    def maximum(self, span: str) -> sp.csr_array:
+        """(n, d_sae) float32: largest activation of each latent over the span's tokens."""
+        return self._matrix(span, self._tensors[f"{span}.maximum"])
+
+    def count(self, span: str) -> sp.csr_array:
+        """(n, d_sae) int32: tokens of the span on which each latent fires."""
+        return self._matrix(span, self._tensors[f"{span}.count"].astype(np.int32))
+
+    def frequency(self, span: str) -> sp.csr_array:
+        """(n, d_sae) float32: share of the span's tokens on which each latent fires."""
+        fired = np.diff(self._tensors[f"{span}.indptr"])
+        share = self._tensors[f"{span}.count"] / np.repeat(self.lengths[span], fired)
+        return self._matrix(span, share.astype(np.float32))
+
+
+class Harvest:
+    """A finished harvest on disk. Open one with `Harvest.open`.
+
+    Attributes:
+        path: its folder.
+        n_pairs: pairs harvested, in the order of `Pairs`.
+        d_sae: latents of the SAE.
+        key: what it was made from (data, model, SAE, layer).
+        fingerprint: hash of `key`.
+    """
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
+        self.path = path
+        self.key: dict[str, Any] = dict(manifest["key"])
+        self.fingerprint = hash_json(self.key)
+        self.n_pairs = int(manifest["n_pairs"])
+        self.d_sae = int(manifest["d_sae"])
+        self._files = [entry["file"] for entry in manifest["shards"]]
+        shards = [self._load(name, only=("rows", *(f"{span}.length" for span in SPANS))) for name in self._files]
+        self.rows = np.concatenate([shard["rows"] for shard in shards])
+        self.lengths = {span: np.concatenate([shard[f"{span}.length"] for shard in shards]) for span in SPANS}
+
+    def _load(self, name: str, only: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        if only is None:
+            return load_tensors((self.path / name).read_bytes())
+        from safetensors import safe_open
+
+        with safe_open(self.path / name, "numpy") as file:
+            return {key: file.get_tensor(key) for key in only}
+
+    def __len__(self) -> int:
+        return self.n_pairs
+
+    def shards(self) -> Iterator[Shard]:
+        """The shards in order, one in memory at a time."""
+        for name in self._files:
+            tensors = self._load(name)
+            yield Shard(tensors["rows"], {span: tensors[f"{span}.length"] for span in SPANS}, self.d_sae, tensors)
+
+    def _stack(self, blocks: Iterator[sp.csr_array]) -> sp.csr_array:
+        return sp.csr_array(sp.vstack(list(blocks), format="csr"))
+
+    def maximum(self, span: str) -> sp.csr_array:
+        """(n_pairs, d_sae) float32: largest activation over the span's tokens. Whole dataset in memory."""
+        return self._stack(shard.maximum(span) for shard in self.shards())
+
+    def count(self, span: str) -> sp.csr_array:
+        """(n_pairs, d_sae) int32: tokens of the span that fire. Whole dataset in memory."""
+        return self._stack(shard.count(span) for shard in self.shards())
+
+    def frequency(self, span: str) -> sp.csr_array:
+        """(n_pairs, d_sae) float32: share of the span's tokens that fire. Whole dataset in memory."""
+        return self._stack(shard.frequency(span) for shard in self.shards())
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Harvest":
+        """Open a finished harvest and check every shard against its hash.
+
+        Raises:
+            AnatomyError: no harvest there, an unfinished one, or a missing, truncated or changed shard.
+        """
+        path = Path(path)
+        manifest = _read_manifest(path)
+        if manifest is None:
+            raise AnatomyError(f"No harvest in {str(path)!r}: {_MANIFEST} not found. Run the audit first.")
+        done = sum(entry["pairs"] for entry in manifest["shards"])
+        if done < manifest["n_pairs"]:
+            raise AnatomyError(
+                f"The harvest in {str(path)!r} is unfinished: {done} of {manifest['n_pairs']} pairs. Run the audit "
+                "again; it goes on from there."
+            )
+        for entry in manifest["shards"]:
+            problem = _problem(path, entry)
+            if problem:
+                raise AnatomyError(
+                    f"{path / entry['file']}: {problem}. Run the audit again; it keeps the other shards."
+                )
+        return cls(path, manifest)
+
+
+def harvest(
+    model: nn.Module,
+    sae: SAE,
+    pairs: Pairs,
+    out: str | Path,
+    *,
+    layer: int,
+    batch_tokens: int = 8192,
+    shard_pairs: int = 2048,
+    progress: bool = True,
+) -> Harvest:
+    """Read every pair once and keep, per span and latent, the largest activation and the firing tokens.
+
+    Shards whose hash still matches are kept, so that an interrupted run goes on and ends in the same bytes.
+
+    Args:
+        model: the frozen start model.
+        sae: its SAE; moved to the model's device.
+        pairs: tokenised pairs.
+        out: folder of the harvest.
+        layer: layer to read, from 0 (`check_sae` gives it).
+        batch_tokens: padded tokens of one forward pass.
+        shard_pairs: pairs of one file.
+        progress: show a progress bar.
+
+    Raises:
+        AnatomyError: the folder holds a harvest of something else, or the model gives NaN or infinity.
+    """
+    out = Path(out)
+    key = {
+        "format": _FORMAT,
+        "version": __version__,
+        "pairs": pairs.fingerprint,
+        "model": model_fingerprint(model),
+        "sae": sae.fingerprint,
+        "layer": layer,
+    }
+    manifest = _read_manifest(out)
+    if manifest is not None and manifest["key"] != key:
+        changed = [name for name in key if manifest["key"].get(name) != key[name]]
+        raise AnatomyError(
+            f"{str(out)!r} holds a harvest of something else (different: {', '.join(changed)}): choose another "
+            "folder or delete that one."
+        )
+    entries: dict[str, dict[str, Any]] = {}
+    if manifest is not None and manifest["shard_pairs"] == shard_pairs:
+        entries = {entry["file"]: entry for entry in manifest["shards"] if not _problem(out, entry)}
+    out.mkdir(parents=True, exist_ok=True)
+    sae.to(next(model.parameters()).device)
+    manifest = {"key": key, "n_pairs": len(pairs), "d_sae": sae.d_sae, "shard_pairs": shard_pairs}
+    with tqdm(total=len(pairs), desc="Reading pairs", unit="pair", disable=not progress) as bar:
+        for number, start in enumerate(range(0, len(pairs), shard_pairs)):
+            indices = range(start, min(start + shard_pairs, len(pairs)))
+            name = _shard_name(number)
+            if name in entries:
+                bar.update(len(indices))
+                continue
+            entries[name] = _write_shard(out, name, _read_shard(model, sae, pairs, indices, layer, batch_tokens, bar))
+            manifest["shards"] = [entries[file] for file in sorted(entries)]
+            _write_atomically(out / _MANIFEST, _to_json(manifest))
+    manifest["shards"] = [entries[file] for file in sorted(entries)]
+    return Harvest(out, manifest)
+
+
+def write_harvest(
+    out: str | Path,
+    maximum: Mapping[str, sp.csr_array],
+    count: Mapping[str, sp.csr_array],
+    lengths: Mapping[str, np.ndarray],
+    rows: np.ndarray,
+    key: Mapping[str, Any],
+    *,
+    shard_pairs: int = 2048,
+) -> Harvest:
+    """Write a harvest from matrices in memory.
+
+    Args:
+        out: folder; a harvest there is overwritten.
+        maximum: span -> (n_pairs, d_sae) largest activations.
+        count: span -> (n_pairs, d_sae) firing tokens, stored at the same places as `maximum`.
+        lengths: span -> (n_pairs,) tokens.
+        rows: (n_pairs,) index into the raw dataset.
+        key: what it was made from.
+        shard_pairs: pairs of one file.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    n_pairs, d_sae = maximum["prompt"].shape
+    shards = []
+    for number, start in enumerate(range(0, n_pairs, shard_pairs)):
+        part = slice(start, min(start + shard_pairs, n_pairs))
+        blocks = {}
+        for span in SPANS:
+            fired, largest = sp.csr_array(count[span][part]), sp.csr_array(maximum[span][part])
+            fired.sort_indices()
+            largest.sort_indices()
+            if not np.array_equal(fired.indices, largest.indices) or not np.array_equal(fired.indptr, largest.indptr):
+                raise AnatomyError(f"write_harvest: maximum and count of {span!r} are stored at different places.")
+            blocks[span] = (fired.indptr, fired.indices, largest.data, fired.data, np.asarray(lengths[span])[part])
+        shards.append(_write_shard(out, _shard_name(number), _pack(blocks, np.asarray(rows)[part], d_sae)))
+    manifest = {"key": dict(key), "n_pairs": n_pairs, "d_sae": d_sae, "shard_pairs": shard_pairs, "shards": shards}
+    _write_atomically(out / _MANIFEST, _to_json(manifest))
+    return Harvest(out, manifest)
+
+
+def _read_shard(
+    model: nn.Module, sae: SAE, pairs: Pairs, indices: range, layer: int, batch_tokens: int, bar: Any
+) -> dict[str, np.ndarray]:
+    n_spans = len(SPANS)
+    lengths = np.zeros((len(indices), n_spans), np.int32)
+    found: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [[_NOTHING] * n_spans for _ in indices]
+    # The pooled result is dense until it is made sparse, so it is bounded like the activations: by groups of spans.
+    group = max(1, _CHUNK_BYTES // (8 * sae.d_sae))
+    for batch in length_sorted_batches(pairs, indices, batch_tokens):
+        read = read_spans(model, pairs, batch, [layer])
+        hidden, bounds = read.hidden[layer], read.bounds
+        _check_finite(hidden, bounds, pairs, batch, layer)
+        for first in range(0, len(bounds) - 1, group):
+            last = min(first + group, len(bounds) - 1)
+            offsets = [bound - bounds[first] for bound in bounds[first : last + 1]]
+            maximum, count = span_harvest(hidden[bounds[first] : bounds[last]], sae.encode, offsets, _CHUNK_BYTES)
+            for j, entries in enumerate(_sparse_rows(maximum, count), start=first):
+                pair, span = batch[j // n_spans] - indices.start, j % n_spans
+                lengths[pair, span] = bounds[j + 1] - bounds[j]
+                found[pair][span] = entries
+        bar.update(len(batch))
+    blocks = {}
+    for j, span_name in enumerate(SPANS):
+        columns, largest, fired = zip(*(row[j] for row in found), strict=True)
+        indptr = np.concatenate([[0], np.cumsum([len(column) for column in columns])])
+        parts = (np.concatenate(part) for part in (columns, largest, fired))
+        blocks[span_name] = (indptr, *parts, lengths[:, j])
+    return _pack(blocks, pairs.rows[indices.start : indices.stop], sae.d_sae)
+
+
+_NOTHING = (np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int32))
+
+
+def _sparse_rows(maximum: Tensor, count: Tensor) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Per span: latents that fired, their largest activation, their firing tokens."""
+    row, column = count.nonzero(as_tuple=True)
+    splits = torch.bincount(row, minlength=len(count)).cumsum(0)[:-1].cpu().numpy()
+    parts = (column.int(), maximum[row, column], count[row, column])
+    return list(zip(*(np.split(part.cpu().numpy(), splits) for part in parts), strict=True))
+
+
+def _check_finite(hidden: Tensor, bounds: Sequence[int], pairs: Pairs, batch: Sequence[int], layer: int) -> None:
+    bad = ~torch.isfinite(hidden).all(dim=1)
+    if bad.any():
+        token = int(bad.nonzero()[0])
+        span = int(np.searchsorted(bounds, token, side="right")) - 1
+        row = int(pairs.rows[batch[span // len(SPANS)]])
+        raise AnatomyError(
+            f"The model gives NaN or infinity at layer {layer} in the {SPANS[span % len(SPANS)]} of dataset row {row}: "
+            "check its weights, or load it in bfloat16 or float32."
+        )
+
+
+def _pack(blocks: Mapping[str, tuple[np.ndarray, ...]], rows: np.ndarray, d_sae: int) -> dict[str, np.ndarray]:
+    """Tensors of one shard in the smallest integer types that hold them."""
+    tensors = {"rows": rows.astype(np.int64)}
+    index_type = np.uint16 if d_sae <= 1 << 16 else np.int32
+    for span, (indptr, column, largest, fired, length) in blocks.items():
+        count_type = np.uint16 if fired.size == 0 or fired.max() < 1 << 16 else np.int32
+        tensors[f"{span}.indptr"] = indptr.astype(np.int64)
+        tensors[f"{span}.indices"] = column.astype(index_type)
+        tensors[f"{span}.maximum"] = largest.astype(np.float32)
+        tensors[f"{span}.count"] = fired.astype(count_type)
+        tensors[f"{span}.length"] = length.astype(np.int32)
+    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def _write_shard(out: Path, name: str, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+    data = save_tensors(tensors)
+    _write_atomically(out / name, data)
+    return {"file": name, "pairs": len(tensors["rows"]), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _to_json(manifest: Mapping[str, Any]) -> bytes:
+    return json.dumps(manifest, indent=1).encode()
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    file = path / _MANIFEST
+    if not file.is_file():
+        return None
+    try:
+        manifest = json.loads(file.read_text())
+    except json.JSONDecodeError:
+        manifest = {}
+    if not {"key", "n_pairs", "d_sae", "shard_pairs", "shards"} <= set(manifest):
+        raise AnatomyError(f"{file} is not a harvest's manifest: delete the folder and run the audit again.")
+    return manifest
+
+
+def _problem(path: Path, entry: Mapping[str, Any]) -> str | None:
+    """What is wrong with a shard on disk, or None."""
+    file = path / entry["file"]
+    if not file.is_file():
+        return "the file is missing"
+    size = file.stat().st_size
+    if size != entry["bytes"]:
+        found = "truncated" if size < entry["bytes"] else "too long"
+        return f"the file is {found}: {size} bytes instead of {entry['bytes']}"
+    digest = hashlib.sha256()
+    with open(file, "rb") as handle:
+        while block := handle.read(1 << 22):
+            digest.update(block)
+    return None if digest.hexdigest() == entry["sha256"] else "its SHA-256 differs from the manifest's"

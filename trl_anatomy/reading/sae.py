@@ -1,0 +1,242 @@
+"""Sparse autoencoders of sae-lens behind one small surface, checked against the model they are to read."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import AnatomyError
+from .fingerprint import hash_json, hash_tensors
+from .locate import decoder_layers, hidden_size, layer_of_hook
+
+# Activations of these depend on each latent alone, so single latents need not be encoded with all others.
+_SEPARATE = ("standard", "jumprelu")
+# These rescale each token before encoding and need no constant beside the weights.
+_PER_TOKEN_NORMS = ("none", "layer_norm", "constant_norm_rescale", "constant_scalar_rescale")
+
+
+class SAE:
+    """A frozen sparse autoencoder in float32.
+
+    Args:
+        inner: a sae-lens SAE.
+        source: where it was loaded from, for records.
+
+    Attributes:
+        d_in: width of the hidden states it reads.
+        d_sae: number of latents.
+        architecture: sae-lens' name, such as ``"topk"`` or ``"jumprelu"`` (BatchTopK is saved as JumpReLU).
+        hook_name: where it was trained, if its metadata says so.
+        layer: the model layer `hook_name` means, counted from 0; None if unknown.
+        fingerprint: hash of its weights and settings.
+
+    Raises:
+        AnatomyError: the SAE reads whole sequences, or expects activations scaled by a constant it does not carry.
+    """
+
+    def __init__(self, inner: Any, source: Mapping[str, str] | None = None) -> None:
+        self.source = dict(source or {"memory": type(inner).__name__})
+        self.architecture = str(inner.cfg.architecture())
+        normalization = str(inner.cfg.normalize_activations)
+        if self.architecture == "temporal":
+            raise AnatomyError(
+                f"The SAE at {self._place} is of the architecture 'temporal', which encodes a token from the tokens "
+                "before it; only SAEs that encode token by token can be used."
+            )
+        if normalization not in _PER_TOKEN_NORMS:
+            raise AnatomyError(
+                f"The SAE at {self._place} expects activations normalised by {normalization!r} with constants that it "
+                "does not carry: fold them into its weights (sae-lens: fold_activation_norm_scaling_factor or "
+                "fold_activation_whitening) and save it again."
+            )
+        self._inner = inner.to(dtype=torch.float32).eval().requires_grad_(False)
+        self.d_in = int(inner.cfg.d_in)
+        self.d_sae = int(inner.cfg.d_sae)
+        self.normalization = normalization
+        hook = inner.cfg.metadata.hook_name
+        self.hook_name: str | None = None if hook is None else str(hook)
+        settings = {
+            key: value for key, value in inner.cfg.to_dict().items() if key not in ("metadata", "device", "dtype")
+        }
+        self.fingerprint = hash_json([settings, hash_tensors(inner.named_parameters())])
+
+    @property
+    def _place(self) -> str:
+        return repr(":".join(self.source.values()))
+
+    @property
+    def layer(self) -> int | None:
+        """Layer of the model that `hook_name` means; raises AnatomyError where it is not the residual stream."""
+        return None if self.hook_name is None else layer_of_hook(self.hook_name)
+
+    @torch.no_grad()
+    def encode(self, h: Tensor) -> Tensor:
+        """Activations of all latents.
+
+        Args:
+            h: (n_tokens, d_in) hidden states.
+
+        Returns:
+            (n_tokens, d_sae) float32; zero where a latent does not fire, negative only for ``abstopk``.
+        """
+        return self._inner.encode(h.float())
+
+    @torch.no_grad()
+    def encode_features(self, h: Tensor, features: Sequence[int]) -> Tensor:
+        """Activations of some latents, (n_tokens, len(features)) float32: `encode` at those columns."""
+        index = torch.as_tensor(features, device=h.device)
+        inner = self._inner
+        if self.architecture not in _SEPARATE:
+            return self.encode(h).index_select(1, index)
+        pre = inner.process_sae_in(h.float()) @ inner.W_enc[:, index] + inner.b_enc[index]
+        threshold = inner.threshold[index] if self.architecture == "jumprelu" else 0.0
+        return pre.relu() * (pre > threshold)
+
+    @torch.no_grad()
+    def decoder_rows(self, features: Sequence[int]) -> Tensor:
+        """What one unit of each latent adds to the reconstruction, (len(features), d_out) float32.
+
+        Decoder-norm rescaling is folded in. With a normalisation per token (`layer_norm`, ...) the rows live in the
+        normalised space: their direction holds, their length is scaled token by token.
+        """
+        rows = self._inner.W_dec[torch.as_tensor(features, device=self._inner.W_dec.device)].clone()
+        if getattr(self._inner.cfg, "rescale_acts_by_decoder_norm", False):
+            rows /= rows.norm(dim=-1, keepdim=True)
+        return rows
+
+    def to(self, device: torch.device | str) -> "SAE":
+        """Move the weights; returns self."""
+        self._inner.to(device=str(device))
+        return self
+
+
+def load_sae(source: str | Path | Mapping[str, str], *, device: torch.device | str = "cpu") -> SAE:
+    """Load an SAE from a folder written by sae-lens, or from a release.
+
+    Args:
+        source: a folder, ``"RELEASE:ID"``, ``{"path": folder}`` or ``{"release": ..., "id": ...}``.
+        device: where its weights go.
+
+    Returns:
+        The SAE in float32. Weights are read as safetensors, or by torch as weights only: nothing in them is executed.
+
+    Raises:
+        AnatomyError: nothing there, unreadable, an architecture that cannot be used, or a release out of reach.
+    """
+    if isinstance(source, Mapping):
+        if set(source) == {"path"}:
+            return _from_folder(Path(source["path"]), str(device))
+        if set(source) == {"release", "id"}:
+            return _from_release(source["release"], source["id"], str(device))
+        raise AnatomyError(f"sae: found the keys {sorted(source)}; give 'path', or 'release' and 'id'.")
+    if Path(source).exists():
+        return _from_folder(Path(source), str(device))
+    release, colon, sae_id = str(source).partition(":")
+    if not colon or not sae_id:
+        raise AnatomyError(
+            f"No SAE at {str(source)!r}: there is no such folder, and a release is written 'RELEASE:ID' (for example "
+            "'gemma-scope-2b-pt-res-canonical:layer_12/width_16k/canonical')."
+        )
+    return _from_release(release, sae_id, str(device))
+
+
+def _from_folder(path: Path, device: str) -> SAE:
+    missing = [name for name in ("cfg.json", "sae_weights.safetensors") if not (path / name).is_file()]
+    if missing:
+        raise AnatomyError(
+            f"{str(path)!r} is not an SAE saved by sae-lens: {' and '.join(missing)} not found there. Save it with "
+            "sae.save_inference_model(folder)."
+        )
+    from sae_lens import SAE as LensSAE
+    from sae_lens import TrainingSAE
+    from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+
+    try:
+        config = json.loads((path / "cfg.json").read_text())
+        architecture = config.get("architecture", "standard")
+        if architecture in SAE_CLASS_REGISTRY:
+            inner: Any = LensSAE.load_from_disk(path, device=device)
+        elif architecture in SAE_TRAINING_CLASS_REGISTRY:
+            # A training-only architecture saved as it was trained: its inference form is what its own class says.
+            training = TrainingSAE.load_from_disk(path, device=device)
+            inner = _inference_form(training)
+        else:
+            raise AnatomyError(
+                f"The SAE at {str(path)!r} is of the architecture {architecture!r}; known to this version of sae-lens: "
+                f"{', '.join(sorted({*SAE_CLASS_REGISTRY, *SAE_TRAINING_CLASS_REGISTRY}))}."
+            )
+    except AnatomyError:
+        raise
+    except Exception as error:  # sae-lens reports bad files by whatever its parts raise
+        raise AnatomyError(f"The SAE at {str(path)!r} cannot be read: {error}") from error
+    scaler = path / "activation_scaler.json"
+    if inner.cfg.normalize_activations == "expected_average_only_in" and scaler.is_file():
+        inner.fold_activation_norm_scaling_factor(float(json.loads(scaler.read_text())["scaling_factor"]))
+    return SAE(inner, {"path": str(path)})
+
+
+def _inference_form(training: Any) -> Any:
+    from sae_lens import SAE as LensSAE
+
+    config = training.cfg.get_inference_sae_cfg_dict()
+    state = training.state_dict()
+    training.process_state_dict_for_saving_inference(state)
+    inner: Any = LensSAE.from_dict(config)
+    inner.process_state_dict_for_loading(state)
+    inner.load_state_dict(state)
+    return inner
+
+
+def _from_release(release: str, sae_id: str, device: str) -> SAE:
+    from sae_lens import SAE as LensSAE
+
+    try:
+        inner = LensSAE.from_pretrained(release, sae_id, device=device)
+    except (ValueError, KeyError) as error:
+        raise AnatomyError(f"sae-lens knows no SAE {release}:{sae_id}: {error}") from error
+    except Exception as error:  # whatever the hub client raises offline
+        raise AnatomyError(
+            f"The SAE {release}:{sae_id} could not be fetched ({type(error).__name__}): connect once so that it is "
+            "cached, or give the folder of an SAE on disk."
+        ) from error
+    return SAE(inner, {"release": release, "id": sae_id})
+
+
+def check_sae(sae: SAE, model: Any, layer: int | None = None) -> int:
+    """Check that an SAE fits a model, before any long work.
+
+    Args:
+        sae: the SAE.
+        model: a supported model.
+        layer: the layer to read, from 0; None takes it from the SAE's hook name.
+
+    Returns:
+        The layer whose output the SAE reads.
+
+    Raises:
+        AnatomyError: widths differ, the layer is out of range, unknown or not the one the SAE was trained on, or the
+            SAE reads something else than the residual stream.
+    """
+    width = hidden_size(model)
+    if sae.d_in != width:
+        raise AnatomyError(
+            f"The SAE at {sae._place} reads hidden states of width {sae.d_in}, the model's have width {width}: use an "
+            "SAE trained on this model."
+        )
+    trained = sae.layer
+    if layer is None and trained is None:
+        raise AnatomyError(f"The SAE at {sae._place} does not say which layer it was trained on: give layer.")
+    if layer is not None and trained is not None and layer != trained:
+        raise AnatomyError(
+            f"layer is {layer}, but the SAE at {sae._place} was trained on {sae.hook_name!r}, the output of layer "
+            f"{trained}: leave layer out or set it to {trained}."
+        )
+    chosen = trained if layer is None else layer
+    assert chosen is not None
+    n_layers = len(decoder_layers(model))
+    if not 0 <= chosen < n_layers:
+        raise AnatomyError(f"Layer {chosen} is out of range: the model has {n_layers} layers, 0 to {n_layers - 1}.")
+    return chosen

@@ -1,0 +1,296 @@
+"""Prompt, chosen and rejected tokens of preference pairs: TRL's own tokenisation, read once for every later step.
+
+The tokens are made by ``DPOTrainer._prepare_dataset`` itself, called on a light stand-in. Its ``prompt_ids`` followed by
+``chosen_ids`` are also what ``RewardTrainer`` makes of the same row, so one preparation serves both trainers; only what
+happens to rows longer than ``max_length`` differs, and ``truncation`` names it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from ..errors import AnatomyError
+
+SPANS = ("prompt", "chosen", "rejected")
+TRUNCATIONS = ("keep_start", "keep_end", "drop")
+
+_TEXT_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+_EMPTY = "empty response"
+_FILLED = "prompt fills max_length"
+_LONG = "longer than max_length"
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Tokenised preference pairs, as the trainer will see them.
+
+    Attributes:
+        dataset: columns ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (TRL's, before truncation) and ``row``, the
+            index into `raw`.
+        raw: the dataset as it was given, all rows.
+        max_length: tokens of prompt and response together, or None for no limit.
+        truncation: ``"keep_start"`` or ``"keep_end"`` (DPO), ``"drop"`` (reward trainer: longer rows are left out).
+        pad_token_id: the trainer's padding token.
+        bos_token_id: the tokenizer's first token, if it has one; it carries no text and stays out of pooling.
+        left_out: reason -> number of raw rows left out.
+    """
+
+    dataset: Dataset
+    raw: Dataset
+    max_length: int | None
+    truncation: str
+    pad_token_id: int
+    bos_token_id: int | None
+    left_out: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """(n_pairs,) int64: index of each pair into `raw`."""
+        return np.asarray(self.dataset.with_format("numpy")["row"][:], dtype=np.int64)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all tokens, of the rows they came from and of the truncation."""
+        digest = hashlib.sha256(json.dumps([self.max_length, self.truncation, self.bos_token_id]).encode())
+        for values, offsets in (self._flat[span] for span in SPANS):
+            digest.update(values.tobytes() + offsets.tobytes())
+        digest.update(self.rows.tobytes())
+        return digest.hexdigest()[:32]
+
+    @cached_property
+    def _flat(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """span -> (token ids of all pairs end to end (int32), offsets (n_pairs + 1,) int64)."""
+        columns = [f"{span}_ids" for span in SPANS]
+        values: dict[str, list[np.ndarray]] = {column: [] for column in columns}
+        lengths: dict[str, list[np.ndarray]] = {column: [] for column in columns}
+        for table in self.dataset.select_columns(columns).with_format("arrow").iter(batch_size=4096):
+            for column in columns:
+                array = table[column].combine_chunks()
+                values[column].append(array.flatten().to_numpy(zero_copy_only=False).astype(np.int32))
+                lengths[column].append(array.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64))
+        return {
+            span: (
+                np.concatenate(values[column]),
+                np.concatenate([np.zeros(1, np.int64), *lengths[column]]).cumsum(),
+            )
+            for span, column in zip(SPANS, columns, strict=True)
+        }
+
+    def _ids(self, i: int, span: str) -> np.ndarray:
+        values, offsets = self._flat[span]
+        return values[offsets[i] : offsets[i + 1]]
+
+    def arrays(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """As `tokens`, as int32 arrays."""
+        prompt, chosen, rejected = (self._ids(i, span) for span in SPANS)
+        return (*self._cut(prompt, chosen), *self._cut(prompt, rejected))
+
+    def _cut(self, prompt: np.ndarray, response: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        surplus = 0 if self.max_length is None else len(prompt) + len(response) - self.max_length
+        if surplus <= 0:
+            return prompt, response
+        if self.truncation == "keep_end":
+            return prompt[surplus:], response[max(0, surplus - len(prompt)) :]
+        return prompt[: self.max_length], response[: max(0, len(response) - surplus)]
+
+    def tokens(self, i: int) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Tokens of pair `i` after truncation: chosen-side prompt, chosen, rejected-side prompt, rejected.
+
+        The two prompts differ only under ``keep_end``, where each side loses as many tokens as its response needs.
+        """
+        prompt, chosen, other, rejected = self.arrays(i)
+        return prompt.tolist(), chosen.tolist(), other.tolist(), rejected.tolist()
+
+    @cached_property
+    def packed_lengths(self) -> np.ndarray:
+        """(n_pairs,) int64: tokens of prompt, chosen and rejected together, after truncation (prompt counted once)."""
+        prompt, chosen, rejected = (np.diff(self._flat[span][1]) for span in SPANS)
+        if self.max_length is None:
+            return prompt + chosen + rejected
+        cut = [np.minimum(prompt + side, self.max_length) for side in (chosen, rejected)]
+        return cut[0] + cut[1] - np.minimum(prompt, np.minimum(*cut))
+
+    def texts(self, i: int) -> tuple[str, str, str]:
+        """Prompt, chosen and rejected text of pair `i`; of conversations, the messages' contents line by line."""
+        row = split_row(self.raw[int(self.rows[i])])
+        return flatten_text(row["prompt"]), flatten_text(row["chosen"]), flatten_text(row["rejected"])
+
+    def prompt_text(self, i: int) -> str:
+        """Text of the prompt of pair `i`."""
+        return self.texts(i)[0]
+
+    def response_text(self, i: int, side: str) -> str:
+        """Text of one response of pair `i`; `side` is ``"chosen"`` or ``"rejected"``."""
+        return self.texts(i)[SPANS.index(side)]
+
+
+def split_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with its prompt taken out of the responses (TRL's rule) where it has no ``prompt`` of its own."""
+    if "prompt" in row:
+        return row
+    from trl import extract_prompt
+
+    if not row["chosen"] or not row["rejected"]:  # TRL's rule has no answer for an empty side
+        return {**row, "prompt": ""}
+    return extract_prompt({"chosen": row["chosen"], "rejected": row["rejected"]})
+
+
+def flatten_text(value: Any) -> str:
+    """Text of a string or of a list of messages: contents (text parts) and tool calls, one per line.
+
+    >>> flatten_text([{"role": "user", "content": "Hi."}, {"role": "assistant", "content": [{"text": "Hello."}]}])
+    'Hi.\\nHello.'
+    """
+    if value is None or isinstance(value, str):
+        return value or ""
+    lines = []
+    for message in value:
+        content = message.get("content")
+        if isinstance(content, Sequence) and not isinstance(content, str):
+            content = "".join(part.get("text") or "" for part in content)
+        lines.append(content or "")
+        if message.get("tool_calls"):
+            lines.append(json.dumps(message["tool_calls"], default=str))
+    return "\n".join(line for line in lines if line)
+
+
+def usable_rows(dataset: Dataset) -> tuple[np.ndarray, dict[str, int]]:
+    """Which raw rows have two responses that are not blank.
+
+    Args:
+        dataset: preference rows, explicit (with a prompt) or implicit, text or conversations.
+
+    Returns:
+        (n_rows,) bool mask, and reason -> number of rows left out (reasons that did not occur are absent).
+
+    Raises:
+        AnatomyError: a needed column is missing, or the dataset is of another kind.
+    """
+    _check_columns(dataset)
+    usable = np.fromiter(
+        (all(flatten_text(side).strip() for side in sides) for sides in _responses(dataset)), bool, count=len(dataset)
+    )
+    n_empty = int((~usable).sum())
+    return usable, {_EMPTY: n_empty} if n_empty else {}
+
+
+def _responses(dataset: Dataset) -> Iterator[tuple[Any, Any]]:
+    columns = [column for column in SPANS if column in dataset.column_names]
+    for batch in dataset.select_columns(columns).iter(batch_size=1000):
+        for values in zip(*(batch[column] for column in columns), strict=True):
+            row = split_row(dict(zip(columns, values, strict=True)))
+            yield row["chosen"], row["rejected"]
+
+
+def _check_columns(dataset: Dataset) -> None:
+    if not isinstance(dataset, Dataset):
+        raise AnatomyError(
+            f"The pairs are a {type(dataset).__name__}; reading them needs a datasets.Dataset in rows: choose a split, "
+            "and load it without streaming."
+        )
+    missing = [column for column in ("chosen", "rejected") if column not in dataset.column_names]
+    if missing:
+        raise AnatomyError(
+            f"The dataset has no column {' and no column '.join(map(repr, missing))} (found: "
+            f"{', '.join(dataset.column_names) or 'none'}); preference data needs 'chosen' and 'rejected', and "
+            "'prompt' unless both responses start with it."
+        )
+    images = [column for column in ("image", "images") if column in dataset.column_names]
+    if images:
+        raise AnatomyError(f"The dataset has the column {images[0]!r}; pairs with images cannot be read, only text.")
+
+
+def read_pairs(
+    dataset: Dataset,
+    tokenizer: Any,
+    *,
+    max_length: int | None = 1024,
+    truncation: str = "keep_start",
+    num_proc: int | None = None,
+) -> Pairs:
+    """Tokenise preference pairs exactly as TRL's trainers do.
+
+    Args:
+        dataset: preference rows: explicit or implicit prompt, text or conversations, with or without tools.
+        tokenizer: the trainer's tokenizer or processor. It is not changed.
+        max_length: the trainer's ``max_length``.
+        truncation: ``"keep_start"`` / ``"keep_end"`` as in ``DPOConfig``; ``"drop"`` for the reward trainer.
+        num_proc: processes that tokenise.
+
+    Returns:
+        The pairs; rows left out are counted in ``left_out``.
+
+    Raises:
+        AnatomyError: missing columns, no usable row, no chat template, an unknown truncation.
+    """
+    if truncation not in TRUNCATIONS:
+        raise AnatomyError(f"truncation is {truncation!r}; allowed: {', '.join(TRUNCATIONS)}.")
+    usable, left_out = usable_rows(dataset)
+    if not usable.any():
+        raise AnatomyError(
+            f"The dataset has no usable row: {len(dataset)} rows, {left_out.get(_EMPTY, 0)} with an empty response. "
+            "Every pair needs two responses that are not blank."
+        )
+    text_tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    columns = [column for column in _TEXT_COLUMNS if column in dataset.column_names]
+    kept = dataset.select_columns(columns).add_column("row", np.arange(len(dataset)))
+    if not usable.all():
+        kept = kept.select(np.flatnonzero(usable))
+    if isinstance(kept[0]["chosen"], str):
+        if text_tokenizer.eos_token is None:
+            raise AnatomyError(
+                "The tokenizer has no eos_token; TRL ends every response with it: set tokenizer.eos_token."
+            )
+    elif tokenizer.chat_template is None:
+        raise AnatomyError("The dataset holds conversations but the tokenizer has no chat_template: set one.")
+
+    from trl import DPOTrainer
+
+    n_kept = len(kept)
+    # _prepare_dataset reads nothing else of the trainer; a test compares the result with the trainers' own batches.
+    trainer: Any = SimpleNamespace(_tokenizer=text_tokenizer)
+    args: Any = SimpleNamespace(
+        dataset_num_proc=num_proc,
+        max_length=None if truncation == "drop" else max_length,
+        truncation_mode=truncation,
+    )
+    kept = DPOTrainer._prepare_dataset(trainer, kept, tokenizer, args, "audit")
+    if len(kept) < n_kept:
+        left_out[_FILLED] = n_kept - len(kept)
+    kept = kept.select_columns([*(f"{span}_ids" for span in SPANS), "row"])
+    if truncation == "drop" and max_length is not None and len(kept):
+        lengths = {span: _lengths(kept, f"{span}_ids") for span in SPANS}
+        fits = lengths["prompt"] + np.maximum(lengths["chosen"], lengths["rejected"]) <= max_length
+        if not fits.all():
+            left_out[_LONG] = int((~fits).sum())
+            kept = kept.select(np.flatnonzero(fits))
+    if not len(kept):
+        told = ", ".join(f"{count} x {reason}" for reason, count in left_out.items())
+        raise AnatomyError(
+            f"The dataset has no usable row: {len(dataset)} rows, left out: {told}. Raise max_length ({max_length})."
+        )
+    pad = text_tokenizer.pad_token_id
+    return Pairs(
+        dataset=kept,
+        raw=dataset,
+        max_length=max_length,
+        truncation=truncation,
+        pad_token_id=text_tokenizer.eos_token_id if pad is None else pad,
+        bos_token_id=text_tokenizer.bos_token_id,
+        left_out=left_out,
+    )
+
+
+def _lengths(dataset: Dataset, column: str) -> np.ndarray:
+    batches = dataset.select_columns([column]).with_format("arrow").iter(batch_size=4096)
+    return np.concatenate([table[column].combine_chunks().value_lengths().to_numpy() for table in batches])
