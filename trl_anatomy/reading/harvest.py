@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..errors import AnatomyError
 from ..ops.span_harvest import span_harvest
+from .files import write_atomically
 from .fingerprint import hash_json, model_fingerprint
 from .forward import length_sorted_batches, read_spans
 from .sae import SAE
@@ -202,7 +202,7 @@ def harvest(
                 continue
             entries[name] = _write_shard(out, name, _read_shard(model, sae, pairs, indices, layer, batch_tokens, bar))
             manifest["shards"] = [entries[file] for file in sorted(entries)]
-            _write_atomically(out / _MANIFEST, _to_json(manifest))
+            write_atomically(out / _MANIFEST, _to_json(manifest))
     manifest["shards"] = [entries[file] for file in sorted(entries)]
     return Harvest(out, manifest)
 
@@ -244,7 +244,7 @@ def write_harvest(
             blocks[span] = (fired.indptr, fired.indices, largest.data, fired.data, np.asarray(lengths[span])[part])
         shards.append(_write_shard(out, _shard_name(number), _pack(blocks, np.asarray(rows)[part], d_sae)))
     manifest = {"key": dict(key), "n_pairs": n_pairs, "d_sae": d_sae, "shard_pairs": shard_pairs, "shards": shards}
-    _write_atomically(out / _MANIFEST, _to_json(manifest))
+    write_atomically(out / _MANIFEST, _to_json(manifest))
     return Harvest(out, manifest)
 
 
@@ -321,17 +321,8 @@ def _shard_name(number: int) -> str:
 
 def _write_shard(out: Path, name: str, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     data = save_tensors(tensors)
-    _write_atomically(out / name, data)
+    write_atomically(out / name, data)
     return {"file": name, "pairs": len(tensors["rows"]), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _to_json(manifest: Mapping[str, Any]) -> bytes:

@@ -14,6 +14,7 @@ from .locate import decoder_layers, hidden_size, layer_of_hook
 
 # Activations of these depend on each latent alone, so single latents need not be encoded with all others.
 _SEPARATE = ("standard", "jumprelu")
+_CHUNK_BYTES = 64 << 20  # dense activations held at a time where all latents have to be encoded
 # These rescale each token before encoding and need no constant beside the weights.
 _PER_TOKEN_NORMS = ("none", "layer_norm", "constant_norm_rescale", "constant_scalar_rescale")
 
@@ -90,7 +91,9 @@ class SAE:
         index = torch.as_tensor(features, device=h.device)
         inner = self._inner
         if self.architecture not in _SEPARATE:
-            return self.encode(h).index_select(1, index)
+            step = max(1, _CHUNK_BYTES // (4 * self.d_sae))
+            parts = [self.encode(part).index_select(1, index) for part in h.split(step)]
+            return torch.cat(parts) if parts else h.new_zeros(0, len(index), dtype=torch.float32)
         pre = inner.process_sae_in(h.float()) @ inner.W_enc[:, index] + inner.b_enc[index]
         threshold = inner.threshold[index] if self.architecture == "jumprelu" else 0.0
         return pre.relu() * (pre > threshold)

@@ -1,8 +1,8 @@
 """Prompt, chosen and rejected tokens of preference pairs: TRL's own tokenisation, read once for every later step.
 
-The tokens are made by ``DPOTrainer._prepare_dataset`` itself, called on a light stand-in. Its ``prompt_ids`` followed by
-``chosen_ids`` are also what ``RewardTrainer`` makes of the same row, so one preparation serves both trainers; only what
-happens to rows longer than ``max_length`` differs, and ``truncation`` names it.
+The tokens are made by ``DPOTrainer._prepare_dataset`` itself, called on a light stand-in. Its ``prompt_ids`` followed
+by ``chosen_ids`` are also what ``RewardTrainer`` makes of the same row, so one preparation serves both trainers; only
+what happens to rows longer than ``max_length`` differs, and ``truncation`` names it.
 """
 
 import hashlib

@@ -1,0 +1,132 @@
+"""Communities and k-means against scikit-learn, scipy and planted answers."""
+
+import numpy as np
+import pytest
+from scipy import sparse
+from scipy.stats import contingency
+from sklearn.metrics import adjusted_rand_score, mutual_info_score
+
+from trl_anatomy.audit import clusters
+
+
+def planted(n=3000, groups=((0, 1, 2, 3, 4), (5, 6, 7, 8), (9, 10)), d=60, seed=0):
+    """Each group's features copy one hidden coin with 5 % noise; the other features fire on their own."""
+    rng = np.random.default_rng(seed)
+    fired = rng.random((n, d)) < rng.uniform(0.05, 0.6, d)
+    for group in groups:
+        coin = rng.random(n) < 0.3
+        for feature in group:
+            fired[:, feature] = coin ^ (rng.random(n) < 0.05)
+    return fired
+
+
+def test_nmi_equals_scikit_learn():
+    fired = planted(n=400, d=12)
+    for a in range(6):
+        for b in range(12):
+            x, y = fired[:, a], fired[:, b]
+            entropy = np.sqrt(mutual_info_score(x, x) * mutual_info_score(y, y))
+            value = clusters.binary_information((x & y).sum(), x.sum(), y.sum(), len(x))[1]
+            np.testing.assert_allclose(value, mutual_info_score(x, y) / entropy, rtol=1e-9, atol=1e-12)
+    _, constant = clusters.binary_information(np.array([0, 50]), np.array([0, 50]), np.array([30, 50]), 50)
+    assert constant.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05])
+def test_graph_keeps_the_top_share_of_positive_pairs(monkeypatch, share):
+    d = 40
+    fired = planted(n=500, d=d)
+    fired[:, 20] = ~fired[:, 0]  # excludes feature 0: as much information, but no co-firing
+    fired[:, 30] = fired[:, 31]
+    reference = np.zeros((d, d))
+    for a in range(d):
+        for b in range(a):
+            x, y = fired[:, a], fired[:, b]
+            table = np.histogram2d(x, y, bins=2)[0]
+            chance = contingency.chi2_contingency(table, correction=False, lambda_="log-likelihood").pvalue
+            if (x & y).mean() > x.mean() * y.mean() and chance < 0.01 / (d * (d - 1) / 2):
+                entropy = np.sqrt(mutual_info_score(x, x) * mutual_info_score(y, y))
+                reference[a, b] = reference[b, a] = np.round(mutual_info_score(x, y) / entropy, 12)
+    wanted = int(np.ceil(share * d * (d - 1) / 2))
+    cut = np.sort(reference[np.triu_indices(d, 1)])[-wanted]
+    assert cut > 0 if share == 0.01 else cut == 0  # the share binds; chance binds
+    for block in (clusters.BLOCK_CELLS, d + 1):  # one block, and one block per feature
+        monkeypatch.setattr(clusters, "BLOCK_CELLS", block)
+        graph = clusters.cofiring_graph(sparse.csr_array(fired), np.arange(d), edge_share=share).toarray()
+        np.testing.assert_allclose(graph, np.where(reference >= cut, reference, 0), atol=1e-9)
+    assert graph[0, 20] == 0
+    assert graph[30, 31] == pytest.approx(1.0)
+    assert (graph > 0).any(1).sum() < d
+
+
+def test_ties_at_the_cut_are_all_kept():
+    base = np.random.default_rng(0).random(200) < 0.4
+    fired = np.repeat(base[:, None], 6, axis=1)  # every pair of features has value 1
+    graph = clusters.cofiring_graph(sparse.csr_array(fired), np.arange(6), edge_share=0.01)
+    assert graph.nnz == 30
+
+
+def test_communities_find_what_was_planted():
+    fired = sparse.csr_array(planted())
+    found = clusters.cofiring_communities(fired, min_size=4, edge_share=0.01)
+    assert [c.tolist() for c in found] == [[0, 1, 2, 3, 4], [5, 6, 7, 8]]
+    small = clusters.cofiring_communities(fired, min_size=2, edge_share=0.01)  # and nothing made of chance
+    assert [c.tolist() for c in small] == [[0, 1, 2, 3, 4], [5, 6, 7, 8], [9, 10]]
+    again = clusters.cofiring_communities(fired, min_size=2, edge_share=0.01)
+    assert [c.tolist() for c in small] == [c.tolist() for c in again]
+
+
+def test_no_live_features_give_no_communities():
+    silent = sparse.csr_array(np.zeros((50, 8)))
+    always = sparse.csr_array(np.ones((50, 8)))
+    assert clusters.cofiring_communities(silent) == []
+    assert clusters.cofiring_communities(always) == []
+    assert clusters.live_features(always, 1).size == 0
+
+
+@pytest.fixture(scope="module")
+def sphere():
+    rng = np.random.default_rng(3)
+    centres = np.abs(rng.normal(size=(12, 30)))
+    truth = rng.integers(0, 12, 1500)
+    x = np.maximum(centres[truth] + rng.normal(0, 0.15, (1500, 30)), 0)
+    return x / np.linalg.norm(x, axis=1, keepdims=True), truth
+
+
+def test_spherical_kmeans_finds_the_groups_and_is_deterministic(sphere):
+    x, truth = sphere
+    labels, centroids = clusters.spherical_kmeans(x, 12, seed=1)
+    assert adjusted_rand_score(truth, labels) > 0.95
+    np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, atol=1e-12)
+    np.testing.assert_array_equal(labels, (x @ centroids.T).argmax(1))
+    assert (np.diff(np.bincount(labels)) <= 0).all()
+    sparse_labels, _ = clusters.spherical_kmeans(sparse.csr_array(x), 12, seed=1)
+    np.testing.assert_array_equal(labels, sparse_labels)
+    np.testing.assert_array_equal(labels, clusters.spherical_kmeans(x, 12, seed=1)[0])
+
+
+def test_spherical_kmeans_beats_random_starts(sphere):
+    """Objective (mean cosine to the centroid) against Lloyd from random rows, 20 starts."""
+    x, _ = sphere
+    labels, centroids = clusters.spherical_kmeans(x, 12, seed=0)
+    ours = (x * centroids[labels]).sum(1).mean()
+    others = []
+    for seed in range(20):
+        centres = x[np.random.default_rng(seed).choice(len(x), 12, replace=False)]
+        for _ in range(30):
+            assigned = (x @ centres.T).argmax(1)
+            sums = np.stack([x[assigned == c].sum(0) if (assigned == c).any() else centres[c] for c in range(12)])
+            centres = sums / np.linalg.norm(sums, axis=1, keepdims=True)
+        others.append((x @ centres.T).max(1).mean())
+    assert ours >= np.median(others)
+    assert ours >= max(others) - 0.005
+
+
+def test_spherical_kmeans_survives_duplicates_and_one_cluster():
+    x = np.tile(np.eye(3), (5, 1))
+    labels, centroids = clusters.spherical_kmeans(x, 5, seed=0)
+    assert np.isfinite(centroids).all()
+    assert len({tuple(row) for row in x[labels == labels[0]]}) == 1
+    assert clusters.spherical_kmeans(x, 1)[0].tolist() == [0] * 15
+    with pytest.raises(ValueError, match="k must be"):
+        clusters.spherical_kmeans(x, 16)

@@ -1,0 +1,108 @@
+"""Predicted and observed shifts, and their agreement, against scipy and closed forms."""
+
+import numpy as np
+import pytest
+from audit_world import HABITS, make_world
+from scipy import sparse
+from scipy import stats as reference
+
+from trl_anatomy.audit import predict, views
+from trl_anatomy.audit.config import AuditConfig
+
+COMMUNITIES = [np.array(h["features"]) for h in HABITS.values()]
+
+
+@pytest.fixture(scope="module")
+def world():
+    return make_world()
+
+
+def test_weights_scale_the_pull_of_pairs():
+    u = np.random.default_rng(0).normal(size=(50, 3))
+    np.testing.assert_allclose(predict.predicted_shift(u), u.mean(0), atol=1e-15)
+    weights = np.random.default_rng(1).random(50)
+    np.testing.assert_allclose(predict.predicted_shift(u, weights), (weights[:, None] * u).sum(0) / 50, atol=1e-15)
+    np.testing.assert_allclose(predict.predicted_shift(u, np.ones(50)), u.mean(0), atol=1e-15)
+    assert np.isnan(predict.predicted_shift(u[:0])).all()
+
+
+def test_concept_table_says_what_was_planted(world):
+    scores = views.activity(world, COMMUNITIES)
+    table = predict.concept_table(scores, COMMUNITIES, AuditConfig(bootstrap=500)).to_pylist()
+    assert [row["verdict"] for row in table] == ["rises", "falls", "no evidence", "rises"]
+    for m, row in enumerate(table):
+        u = scores.u[:, m]
+        assert row["predicted"] == pytest.approx(u.mean(), abs=1e-12)
+        assert row["p"] == pytest.approx(reference.ttest_1samp(u, 0).pvalue, rel=1e-9)
+        half = 1.96 * reference.sem(u)
+        assert [row["ci_low"], row["ci_high"]] == pytest.approx([u.mean() - half, u.mean() + half], abs=0.2 * half)
+        # lengths were drawn without regard to habits
+        assert row["length_adjusted"] == pytest.approx(u.mean(), abs=0.02)
+        assert row["detectable"] == pytest.approx(2.8016 * reference.sem(u), rel=1e-3)
+        assert row["differ"] == (u != 0).sum()
+        planted = world.shown["chosen"][list(HABITS)[m]].mean() - world.shown["rejected"][list(HABITS)[m]].mean()
+        assert row["predicted"] == pytest.approx(planted, abs=0.05)  # features also fire by chance
+        at = {int(r): i for i, r in enumerate(scores.rows)}
+        for telling in row["telling_rows"]:
+            assert u[at[telling]] == (1 if row["predicted"] > 0 else -1)
+    q = reference.false_discovery_control([row["p"] for row in table])
+    np.testing.assert_allclose([row["q"] for row in table], q, rtol=1e-12)
+
+
+def test_few_pairs_are_too_few_to_tell():
+    world = make_world(n=20)
+    rows = predict.concept_table(views.activity(world, COMMUNITIES), COMMUNITIES, AuditConfig()).to_pylist()
+    assert {row["verdict"] for row in rows} == {"too few pairs to tell"}
+
+
+def test_no_concepts_give_an_empty_table(world):
+    table = predict.concept_table(views.activity(world, []), [], AuditConfig())
+    assert table.num_rows == 0
+    assert table.schema == predict.CONCEPTS
+
+
+def test_observed_shift_is_in_the_unit_of_u(world):
+    """Taking the rejected responses for "before" and the chosen for "after", observed must equal predicted."""
+    scores = views.activity(world, COMMUNITIES)
+    observed = predict.observed_shift(world.frequency("rejected"), world.frequency("chosen"), COMMUNITIES)
+    np.testing.assert_allclose(observed, predict.predicted_shift(scores.u), atol=1e-12)
+    before = sparse.csr_array(np.array([[0.5, 0.005, 0.0]], np.float32))
+    after = sparse.csr_array(np.array([[0.5, 0.02, 0.0], [0.0, 0.0, 0.0]], np.float32))
+    shift = predict.observed_shift(before, after, [np.array([0, 1]), np.array([2])])
+    np.testing.assert_allclose(shift, [0.0, 0.0])  # (1 + 0)/2 of two responses after, 1/2 before
+    np.testing.assert_allclose(predict.observed_shift(before, after[:1], [np.array([0, 1])]), [0.5])
+
+
+def test_agreement_equals_scipy():
+    rng = np.random.default_rng(2)
+    x = rng.normal(0, 0.2, 40)
+    y = 0.6 * x + rng.normal(0, 0.08, 40)
+    result = predict.agreement(np.r_[x, np.nan], np.r_[y, 1.0], seed=1)
+    assert result.n == 40
+    assert result.r2 == pytest.approx(reference.pearsonr(x, y).statistic ** 2, rel=1e-9)
+    assert result.spearman == pytest.approx(reference.spearmanr(x, y).statistic, rel=1e-9)
+    assert result.r2_identity == pytest.approx(1 - ((y - x) ** 2).sum() / ((y - y.mean()) ** 2).sum(), rel=1e-9)
+    assert result.r2_low < result.r2 < result.r2_high
+    assert result.spearman_low < result.spearman < result.spearman_high
+    assert result.r2_identity_low < result.r2_identity < result.r2_identity_high
+    assert result.p == pytest.approx(1 / 10_001)
+    assert result == predict.agreement(np.r_[x, np.nan], np.r_[y, 1.0], seed=1)
+
+
+def test_agreement_by_chance_and_agreement_of_the_wrong_sign():
+    rng = np.random.default_rng(3)
+    p = [predict.agreement(*rng.normal(size=(2, 12)), n_bootstrap=50, n_permutations=400).p for _ in range(200)]
+    assert reference.kstest(p, "uniform").pvalue > 0.001
+    x = np.linspace(-1, 1, 12)
+    wrong = predict.agreement(x, -x, n_permutations=1000)
+    assert wrong.r2 == pytest.approx(1)
+    assert wrong.pearson == pytest.approx(-1)
+    assert wrong.p > 0.99
+
+
+def test_agreement_without_enough_concepts_is_missing_not_zero():
+    result = predict.agreement(np.array([0.1, 0.2]), np.array([0.1, 0.2]))
+    assert result.n == 2
+    assert np.isnan(result.r2)
+    assert result.to_dict()["r2"] is None
+    assert np.isnan(predict.agreement(np.ones(5), np.arange(5.0)).p)

@@ -1,0 +1,189 @@
+"""Statistics against scipy and closed forms, one cell at a time, in float64."""
+
+import numpy as np
+import pytest
+from scipy import stats as reference
+
+from trl_anatomy.audit import stats
+
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
+
+
+@pytest.fixture
+def sample():
+    """Columns with ties, groups of 0, 1, 2 and many members, a constant column, rows outside the pool."""
+    rng = np.random.default_rng(0)
+    n = 300
+    values = np.column_stack(
+        [
+            rng.integers(-3, 4, n) / 3,
+            rng.normal(5, 1e-3, n),
+            np.zeros(n),
+            rng.choice([-1.0, 0.0, 1.0], n, p=[0.02, 0.95, 0.03]),
+        ]
+    )
+    groups = rng.integers(4, 9, n)
+    groups[:30] = -1  # silent
+    groups[30] = 1  # one member; group 0 stays empty
+    groups[31:33] = 2
+    groups[33:40] = 3
+    values[33:40, 0] = 1 / 3  # no variance inside
+    return values, groups, 9, rng.integers(0, 2, n)
+
+
+def test_welch_equals_scipy_for_every_cell(sample):
+    values, groups, n_groups, parity = sample
+    welch, _ = stats.compare_groups(values, groups, n_groups, parity)
+    checked = 0
+    for g in range(n_groups):
+        for column in range(values.shape[1]):
+            inside = values[groups == g, column]
+            outside = values[(groups != g) & (groups >= 0), column]
+            assert welch.n_in[g] == len(inside)
+            assert welch.n_out[g] == len(outside)
+            if len(inside) < 2 or (np.ptp(inside) == 0 and np.ptp(outside) == 0):
+                assert np.isnan(welch.p[g, column])
+                assert np.isnan(welch.z[g, column])
+                continue
+            test = reference.ttest_ind(inside, outside, equal_var=False)
+            interval = test.confidence_interval(0.95)
+            np.testing.assert_allclose(welch.delta[g, column], inside.mean() - outside.mean(), **TOLERANCE)
+            np.testing.assert_allclose(welch.z[g, column], test.statistic, **TOLERANCE)
+            np.testing.assert_allclose(welch.df[g, column], test.df, rtol=1e-8)
+            np.testing.assert_allclose(welch.p[g, column], test.pvalue, **TOLERANCE)
+            np.testing.assert_allclose(welch.ci_low[g, column], interval.low, **TOLERANCE)
+            np.testing.assert_allclose(welch.ci_high[g, column], interval.high, **TOLERANCE)
+            a, b = len(inside), len(outside)
+            pooled = ((a - 1) * inside.var(ddof=1) + (b - 1) * outside.var(ddof=1)) / (a + b - 2)
+            np.testing.assert_allclose(
+                welch.d[g, column], (inside.mean() - outside.mean()) / np.sqrt(pooled), **TOLERANCE
+            )
+            checked += 1
+    assert checked >= 20
+
+
+def test_split_halves_equal_a_loop(sample):
+    values, groups, n_groups, parity = sample
+    _, split = stats.compare_groups(values, groups, n_groups, parity)
+    for g in range(n_groups):
+        for column in range(values.shape[1]):
+            deltas = []
+            for half in (0, 1):
+                inside = values[(groups == g) & (parity == half), column]
+                outside = values[(groups != g) & (groups >= 0) & (parity == half), column]
+                deltas.append(inside.mean() - outside.mean() if len(inside) and len(outside) else np.nan)
+            np.testing.assert_allclose(
+                [split.delta_a[g, column], split.delta_b[g, column]], deltas, rtol=1e-9, atol=1e-12
+            )
+            agree = min(abs(deltas[0]), abs(deltas[1])) > 1e-6 and deltas[0] * deltas[1] > 0
+            assert split.consistent[g, column] == agree
+            if not np.isnan(deltas).any():
+                assert split.delta_min[g, column] == pytest.approx(min(map(abs, deltas)), abs=1e-12)
+
+
+def test_a_single_context_has_no_outside():
+    welch, split = stats.compare_groups(np.eye(4), np.zeros(4, int), 1, np.arange(4) % 2)
+    assert np.isnan(welch.delta).all()
+    assert np.isnan(welch.p).all()
+    assert not split.consistent.any()
+
+
+def test_benjamini_hochberg_leaves_out_what_was_not_tested():
+    p = np.array([[0.01, np.nan], [0.02, 0.5]])
+    q = stats.benjamini_hochberg(p)
+    assert np.isnan(q[0, 1])
+    # by hand: sorted .01 .02 .5 times 3/rank -> .03 .03 .5
+    np.testing.assert_allclose(q[[0, 1, 1], [0, 0, 1]], [0.03, 0.03, 0.5])
+    assert np.isnan(stats.benjamini_hochberg(np.array([np.nan]))).all()
+
+
+def test_false_discoveries_are_controlled_on_null_data():
+    """Shuffled labels: the published split-half filter passes about half of all cells, q-values hardly any."""
+    rng = np.random.default_rng(1)
+    values = rng.choice([-1.0, 0.0, 1.0], (2000, 40), p=[0.1, 0.8, 0.1])
+    welch, split = stats.compare_groups(values, rng.integers(0, 20, 2000), 20, np.arange(2000) % 2)
+    assert 0.4 < split.consistent.mean() < 0.6
+    assert (stats.benjamini_hochberg(welch.p) < 0.05).mean() < 0.005
+
+
+def test_mean_test_equals_scipy(sample):
+    values = sample[0]
+    mean, error, p = stats.mean_test(values)
+    test = reference.ttest_1samp(values[:, [0, 1, 3]], 0)
+    np.testing.assert_allclose(p[[0, 1, 3]], test.pvalue, **TOLERANCE)
+    np.testing.assert_allclose(error, reference.sem(values), **TOLERANCE)
+    np.testing.assert_allclose(mean, values.mean(0), **TOLERANCE)
+    assert np.isnan(p[2])
+    assert np.isnan(stats.mean_test(values[:1])[2]).all()
+
+
+def test_bootstrap_is_seeded_chunk_free_and_agrees_with_the_normal_interval():
+    rng = np.random.default_rng(2)
+    values = rng.choice([-1.0, 0.0, 1.0], (2000, 3), p=[0.2, 0.5, 0.3])
+    low, high = stats.bootstrap_mean(values, 2000, seed=3)
+    again = stats.bootstrap_mean(values, 2000, seed=3, chunk_bytes=8 * 2000 * 7)
+    np.testing.assert_allclose([low, high], again, rtol=0, atol=1e-15)
+    half = 1.96 * reference.sem(values)
+    np.testing.assert_allclose(low, values.mean(0) - half, atol=0.15 * half.max())
+    np.testing.assert_allclose(high, values.mean(0) + half, atol=0.15 * half.max())
+    assert not np.array_equal(low, stats.bootstrap_mean(values, 2000, seed=4)[0])
+
+
+def test_bootstrap_of_many_rows_by_cells_keeps_the_width():
+    values = np.random.default_rng(5).normal(1, 2, (5003, 2))
+    low, high = stats.bootstrap_mean(values, 3000, seed=0, max_units=600)
+    half = 1.96 * reference.sem(values)
+    np.testing.assert_allclose((high - low) / 2, half, rtol=0.12)
+    np.testing.assert_allclose((high + low) / 2, values.mean(0), atol=0.2 * half.max())
+    assert np.isnan(stats.bootstrap_mean(np.zeros((0, 2)))[0]).all()
+
+
+def test_length_adjusted_mean_equals_least_squares_with_a_sandwich():
+    rng = np.random.default_rng(6)
+    x = rng.normal(0.3, 0.5, 400)
+    values = np.column_stack([0.2 + 0.5 * x + rng.normal(0, 0.1, 400), rng.choice([0.0, 1.0], 400) * (1 + x**2)])
+    intercept, low, high = stats.length_adjusted_mean(values, x)
+    design = np.column_stack([np.ones(400), x])
+    for column in range(2):
+        y = values[:, column]
+        solution = np.linalg.lstsq(design, y, rcond=None)[0]
+        residual = y - design @ solution
+        bread = np.linalg.inv(design.T @ design)
+        covariance = bread @ (design.T * residual**2 @ design) @ bread * 400 / 398
+        half = reference.t.ppf(0.975, 398) * np.sqrt(covariance[0, 0])
+        np.testing.assert_allclose(intercept[column], solution[0], **TOLERANCE)
+        np.testing.assert_allclose([low[column], high[column]], [solution[0] - half, solution[0] + half], **TOLERANCE)
+
+
+def test_length_adjustment_removes_an_effect_that_is_only_length():
+    rng = np.random.default_rng(7)
+    x = rng.normal(0.5, 0.4, 3000)
+    intercept, low, high = stats.length_adjusted_mean((x + rng.normal(0, 0.3, 3000))[:, None], x)
+    assert low[0] < 0 < high[0]
+    assert abs(intercept[0]) < 0.03
+
+
+def test_length_adjustment_without_any_length_difference():
+    values = np.random.default_rng(8).normal(size=(50, 2))
+    intercept, low, high = stats.length_adjusted_mean(values, np.zeros(50))
+    half = reference.t.ppf(0.975, 49) * values.std(0, ddof=1) / np.sqrt(50)
+    np.testing.assert_allclose(intercept, values.mean(0), **TOLERANCE)
+    np.testing.assert_allclose((high - low) / 2, half, **TOLERANCE)
+    assert np.isnan(stats.length_adjusted_mean(values, np.full(50, 0.7))[0]).all()
+    assert np.isnan(stats.length_adjusted_mean(values[:2], np.zeros(2))[0]).all()
+
+
+def test_adjusted_difference_equals_least_squares(sample):
+    values, groups, n_groups, _ = sample
+    x = np.random.default_rng(9).normal(size=len(values)) + 0.3 * groups
+    adjusted = stats.adjusted_difference(values, x, groups, n_groups)
+    pool = groups >= 0
+    for g in range(n_groups):
+        if not (groups == g).any():
+            assert np.isnan(adjusted[g]).all()
+            continue
+        design = np.column_stack([np.ones(pool.sum()), groups[pool] == g, x[pool]])
+        solution = np.linalg.lstsq(design, values[pool], rcond=None)[0]
+        np.testing.assert_allclose(adjusted[g], solution[1], **TOLERANCE)
+    plain = stats.compare_groups(values, groups, n_groups, np.zeros(len(values)))[0].delta
+    np.testing.assert_allclose(stats.adjusted_difference(values, np.zeros(len(values)), groups, n_groups), plain)

@@ -1,0 +1,225 @@
+"""Groups of features that fire together, and groups of pairs that look alike."""
+
+import numpy as np
+from scipy import sparse
+from scipy.stats import chi2
+
+# Edges that independence alone would show with this probability, over all pairs together, are not edges.
+CHANCE = 0.01
+# Cells of a block of the co-firing table held at once: 8 M float64 are 64 MB.
+BLOCK_CELLS = 8_000_000
+
+
+def _entropy(p: np.ndarray) -> np.ndarray:
+    """Entropy in nats of a coin with probability p."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return -(np.where(p > 0, p * np.log(p), 0.0) + np.where(p < 1, (1 - p) * np.log1p(-p), 0.0))
+
+
+def binary_information(both: np.ndarray, n_a: np.ndarray, n_b: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mutual information of two binary variables, plain and normalised, from counts of the 2x2 table.
+
+    Args:
+        both: samples in which both fire; n_a, n_b: in which each fires; n: all samples. Same (broadcast) shape.
+    Returns:
+        information in nats; the same over sqrt(H_a * H_b), in [0, 1], 0 where one of the two never varies.
+    Source: METHOD section 3a.
+    """
+    information = np.zeros(np.broadcast_shapes(np.shape(both), np.shape(n_a), np.shape(n_b)))
+    a, b = n_a / n, n_b / n
+    for cell, margin in (
+        (both, a * b),
+        (n_a - both, a * (1 - b)),
+        (n_b - both, (1 - a) * b),
+        (n - n_a - n_b + both, (1 - a) * (1 - b)),
+    ):
+        share = cell / n
+        with np.errstate(divide="ignore", invalid="ignore"):
+            information += np.where(share > 0, share * np.log(share / margin), 0.0)
+    scale = np.sqrt(_entropy(a) * _entropy(b))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return information, np.where(scale > 0, np.clip(information / scale, 0.0, 1.0), 0.0)
+
+
+def live_features(fired: sparse.csr_array, min_count: int) -> np.ndarray:
+    """Features that fire in at least `min_count` samples and stay silent in at least `min_count`; ascending ids."""
+    count = np.bincount(fired.indices, minlength=fired.shape[1])
+    return np.flatnonzero((count >= min_count) & (count <= fired.shape[0] - min_count))
+
+
+def cofiring_graph(fired: sparse.csr_array, live: np.ndarray, edge_share: float = 0.01) -> sparse.csr_matrix:
+    """The strongest co-firing pairs of live features, weighted by normalised mutual information.
+
+    Two features that exclude each other share information too. They are not joined: inside one cluster their
+    disparities would cancel, so only pairs that fire together more often than by chance can become edges: likelihood
+    ratio test of independence, G = 2 n MI against chi-squared with one degree of freedom, Bonferroni over all pairs.
+
+    Of the L(L-1)/2 pairs of live features the `edge_share` with the largest value are kept. Values are rounded to
+    12 decimals and every pair tied with the last one kept is kept too, so that the graph does not depend on the
+    order of the features.
+
+    Args:
+        fired: (n_samples, d_sae), a stored non-zero means that the feature fired in the sample.
+        live: (L,) feature ids.
+    Returns:
+        Symmetric (L, L), diagonal empty.
+    Source: METHOD section 3a.
+    """
+    n = fired.shape[0]
+    size = len(live)
+    table = sparse.csr_array((np.ones(fired.nnz, np.float32), fired.indices, fired.indptr), shape=fired.shape)[:, live]
+    table = table.tocsc()
+    count = np.diff(table.indptr).astype(np.float64)
+    wanted = int(np.ceil(edge_share * size * (size - 1) / 2))
+    least = chi2.isf(CHANCE / max(1, size * (size - 1) / 2), 1)
+    step = max(1, BLOCK_CELLS // max(1, size))
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    held, floor = 0, 0.0
+    for start in range(0, size, step):
+        block = (table[:, start : start + step].T @ table).tocoo()
+        i, j, both = block.row.astype(np.int64) + start, block.col.astype(np.int64), block.data.astype(np.float64)
+        keep = (i < j) & (both * n > count[i] * count[j])
+        i, j, both = i[keep], j[keep], both[keep]
+        information, value = binary_information(both, count[i], count[j], n)
+        value = np.round(value, 12)
+        keep = (2 * n * information > least) & (value >= floor)
+        parts.append((i[keep], j[keep], value[keep]))
+        held += int(keep.sum())
+        if held > 2 * wanted:
+            parts = [_strongest(parts, wanted)]
+            held, floor = len(parts[0][2]), float(parts[0][2].min())
+    i, j, value = _strongest(parts, wanted)
+    shape = (size, size)
+    return sparse.csr_matrix((np.r_[value, value], (np.r_[i, j], np.r_[j, i])), shape=shape)
+
+
+def _strongest(
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]], wanted: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The `wanted` largest of the collected edges and every edge tied with the last of them."""
+    i, j, value = (np.concatenate([part[k] for part in parts]) if parts else np.zeros(0) for k in range(3))
+    if len(value) > wanted:
+        keep = value >= np.partition(value, len(value) - wanted)[len(value) - wanted]
+        i, j, value = i[keep], j[keep], value[keep]
+    return i, j, value
+
+
+def cofiring_communities(
+    fired: sparse.csr_array,
+    *,
+    edge_share: float = 0.01,
+    min_size: int = 4,
+    min_count: int = 10,
+    resolution: float = 1.0,
+    seed: int = 0,
+) -> list[np.ndarray]:
+    """Leiden communities of the co-firing graph: the concepts T1, T2, ... of an audit.
+
+    Args:
+        fired: (n_samples, d_sae), a stored non-zero means that the feature fired in the sample.
+        edge_share: share of all pairs of live features that become edges.
+        min_size: smaller communities are dropped; their features belong to "cluster 0", which is never tested.
+        min_count: a live feature fires in at least so many samples, and stays silent in as many.
+        resolution: of modularity; larger gives smaller communities.
+        seed: order in which Leiden visits the features; the result is deterministic.
+    Returns:
+        Arrays of feature ids (ascending), largest community first, ties by smallest id.
+    Source: METHOD section 3a.
+    """
+    from sknetwork.clustering import Leiden
+
+    live = live_features(fired, min_count)
+    if len(live) < 2:
+        return []
+    graph = cofiring_graph(fired, live, edge_share)
+    linked = np.flatnonzero(np.diff(graph.indptr))
+    if len(linked) == 0:
+        return []
+    graph = graph[linked][:, linked]
+    leiden = Leiden(resolution, shuffle_nodes=True, random_state=seed, return_probs=False, return_aggregate=False)
+    labels = leiden.fit_predict(graph)
+    communities = [live[linked[labels == label]] for label in np.unique(labels)]
+    return sorted((c for c in communities if len(c) >= min_size), key=lambda c: (-len(c), c[0]))
+
+
+def spherical_kmeans(
+    x: np.ndarray | sparse.csr_array,
+    k: int,
+    *,
+    seed: int = 0,
+    max_iter: int = 50,
+    sample: int = 20_000,
+) -> tuple[np.ndarray, np.ndarray]:
+    """k-means on the unit sphere: k-means++ on a sample, then Lloyd on all rows, centroids renormalised.
+
+    Args:
+        x: (n, n_columns) rows of unit length. Rows of zeros would match nothing: leave them out before.
+        k: number of clusters, 1 <= k <= n.
+        sample: at most so many rows are used to choose the first centroids.
+    Returns:
+        labels (n,) int64, numbered from the largest cluster down; centroids (k, n_columns) of unit length.
+        A cluster that runs empty restarts at the row that fits its own centroid worst.
+    Source: METHOD section 4, step 2.
+    """
+    n = x.shape[0]
+    if not 1 <= k <= n:
+        raise ValueError(f"k must be between 1 and the number of rows, found k={k}, rows={n}")
+    rng = np.random.default_rng(seed)
+    chosen = np.sort(rng.choice(n, min(n, max(sample, 4 * k)), replace=False))
+    centroids = _seed_centroids(_dense(x[chosen]), k, rng)
+    labels = np.full(n, -1)
+    for _ in range(max_iter):
+        new, fit = _assign(x, centroids)
+        if np.array_equal(new, labels):
+            break
+        labels = new
+        one_hot = sparse.csr_array((np.ones(n), (labels, np.arange(n))), shape=(k, n))
+        total = _dense(one_hot @ x)
+        for empty in np.flatnonzero(np.bincount(labels, minlength=k) == 0):
+            worst = int(np.argmin(fit))
+            total[empty], fit[worst] = _dense(x[[worst]])[0], np.inf
+        centroids = _unit(total)
+    labels, _ = _assign(x, centroids)
+    order = np.argsort(-np.bincount(labels, minlength=k), kind="stable")
+    rank = np.empty(k, dtype=np.int64)
+    rank[order] = np.arange(k)
+    return rank[labels], centroids[order]
+
+
+def _dense(x: np.ndarray | sparse.csr_array) -> np.ndarray:
+    return np.asarray(x if isinstance(x, np.ndarray) else x.toarray(), dtype=np.float64)
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+def _assign(x: np.ndarray | sparse.csr_array, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Nearest centroid of every row (ties: the first) and the cosine to it, in bounded memory."""
+    n = x.shape[0]
+    labels, fit = np.empty(n, dtype=np.int64), np.empty(n)
+    step = max(1, BLOCK_CELLS // max(len(centroids), x.shape[1]))
+    for start in range(0, n, step):
+        cosine = x[start : start + step] @ centroids.T
+        labels[start : start + step] = cosine.argmax(axis=1)
+        fit[start : start + step] = cosine.max(axis=1)
+    return labels, fit
+
+
+def _seed_centroids(x: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
+    """Greedy k-means++: each next centroid is the best of a few rows drawn with probability ~ squared distance."""
+    trials = 2 + int(np.log(k))
+    chosen = [int(rng.integers(len(x)))]
+    distance = np.maximum(0.0, 1 - x @ x[chosen[0]])  # half the squared distance between unit vectors
+    while len(chosen) < k:
+        total = distance.sum()
+        if total > 0:
+            drawn = np.searchsorted(np.cumsum(distance), rng.random(trials) * total, side="right")
+            drawn = np.minimum(drawn, len(x) - 1)
+        else:  # fewer different rows than clusters
+            drawn = rng.integers(0, len(x), trials)
+        candidates = np.minimum(distance, np.maximum(0.0, 1 - x[drawn] @ x.T))
+        best = int(candidates.sum(axis=1).argmin())
+        chosen.append(int(drawn[best]))
+        distance = candidates[best]
+    return x[chosen].copy()

@@ -1,0 +1,96 @@
+"""Settings of an audit. The published value is the default (METHOD); every field is a flag of `trl-anatomy audit`."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..errors import AnatomyError
+
+RANKINGS = ("delta_min", "delta", "d", "z")
+TRUNCATIONS = ("keep_start", "keep_end", "drop")
+
+
+@dataclass
+class AuditConfig:
+    """What to audit and how. The help text of each field is its documentation.
+
+    Raises:
+        AnatomyError: a value out of range, found at construction.
+    """
+
+    model: str = field(
+        default="", metadata={"help": "Start model: folder or hub name, loaded with AutoModelForCausalLM."}
+    )
+    dataset: str | None = field(
+        default=None, metadata={"help": "Preference data: hub name, folder, or .json/.jsonl(.gz)/.parquet file."}
+    )
+    sae: str = field(default="", metadata={"help": "SAE: folder saved by sae-lens, or 'RELEASE:ID'."})
+    layer: int | None = field(
+        default=None, metadata={"help": "Decoder layer whose output the SAE reads. Default: the SAE's own."}
+    )
+    out: str = field(default="audits/run", metadata={"help": "Audit folder to write; an interrupted run resumes."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    dataset_subset: str | None = field(default=None, metadata={"help": "Configuration name of a hub dataset."})
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Tokens a response is truncated to together with its prompt, as in training."}
+    )
+    truncation: str = field(
+        default="keep_start",
+        metadata={"help": "keep_start or keep_end as in DPO; drop leaves longer pairs out, as in reward training."},
+    )
+    dtype: str = field(default="auto", metadata={"help": "auto (as stored), float32, bfloat16 or float16."})
+    device: str = field(default="auto", metadata={"help": "auto (cuda where there is one), cpu, cuda, cuda:1, ..."})
+    batch_tokens: int = field(default=8192, metadata={"help": "Tokens in one batch of the frozen pass."})
+    shard_pairs: int = field(default=2048, metadata={"help": "Pairs in one shard of the harvest."})
+    seed: int = field(default=0, metadata={"help": "Seed of communities, contexts and resampling."})
+    tau: float = field(default=0.01, metadata={"help": "A feature fires in a response above this share of tokens."})
+    edge_share: float = field(default=0.01, metadata={"help": "Share of pairs of live features that become edges."})
+    resolution: float = field(
+        default=1.0,
+        metadata={"help": "Resolution of Leiden's modularity; larger gives smaller communities. Doubled below 4096."},
+    )
+    min_community: int = field(
+        default=4, metadata={"help": "Smaller communities are dropped. Scaled down below 4096 live features."}
+    )
+    min_concept: int = field(
+        default=10,
+        metadata={"help": "Features a concept needs for a kept hypothesis. Scaled down below 4096 live features."},
+    )
+    community_pairs: int = field(default=20_000, metadata={"help": "Pairs from which communities are found, at most."})
+    n_contexts: int = field(
+        default=512, metadata={"help": "Data clusters. Scaled down so that a context averages 2 * min_context pairs."}
+    )
+    silent_percentile: float = field(
+        default=5.0, metadata={"help": "Pairs with less activity than this percentile are not grouped or tested."}
+    )
+    min_context: int = field(default=25, metadata={"help": "Pairs a context needs for a kept hypothesis."})
+    rank_by: str = field(default="delta_min", metadata={"help": "Ranking of kept hypotheses: delta_min, delta, d, z."})
+    bootstrap: int = field(default=1000, metadata={"help": "Resamples of pairs for intervals of the predicted shift."})
+    alpha: float = field(default=0.05, metadata={"help": "False discovery rate below which a shift is called found."})
+
+    def __post_init__(self) -> None:
+        checks = [
+            (self.truncation in TRUNCATIONS, "truncation", f"one of {', '.join(TRUNCATIONS)}"),
+            (self.rank_by in RANKINGS, "rank_by", f"one of {', '.join(RANKINGS)}"),
+            (self.dtype in ("auto", "float32", "bfloat16", "float16"), "dtype", "auto, float32, bfloat16 or float16"),
+            (self.max_length is None or self.max_length > 0, "max_length", "a positive number or none"),
+            (self.batch_tokens > 0, "batch_tokens", "positive"),
+            (self.shard_pairs > 0, "shard_pairs", "positive"),
+            (0 <= self.tau < 1, "tau", "at least 0 and below 1"),
+            (0 < self.edge_share <= 1, "edge_share", "above 0 and at most 1"),
+            (self.resolution > 0, "resolution", "positive"),
+            (self.min_community >= 1, "min_community", "at least 1"),
+            (self.min_concept >= 1, "min_concept", "at least 1"),
+            (self.community_pairs >= 2, "community_pairs", "at least 2"),
+            (self.n_contexts >= 1, "n_contexts", "at least 1"),
+            (0 <= self.silent_percentile < 100, "silent_percentile", "at least 0 and below 100"),
+            (self.min_context >= 2, "min_context", "at least 2"),
+            (self.bootstrap >= 100, "bootstrap", "at least 100"),
+            (0 < self.alpha < 1, "alpha", "above 0 and below 1"),
+        ]
+        for good, name, allowed in checks:
+            if not good:
+                raise AnatomyError(f"audit setting {name}: found {getattr(self, name)!r}, allowed: {allowed}.")
+
+    def settings(self) -> dict[str, Any]:
+        """JSON-able settings, as `audit.json` records them."""
+        return asdict(self)

@@ -1,0 +1,272 @@
+"""The audit folder: open formats, written so that a reader finds all of it or none of it."""
+
+import json
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ..errors import AnatomyError
+from .predict import CONCEPTS
+from .views import HYPOTHESES, Activity, activity
+
+if TYPE_CHECKING:
+    from ..reading.harvest import Harvest
+    from ..reading.spans import Pairs
+
+INFO = "audit.json"
+REPORT = "report.html"
+FORMAT = 1
+
+PAIRS = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("contexts", pa.list_(pa.string())),
+        ("activity", pa.float32()),
+        ("prompt_tokens", pa.int32()),
+        ("chosen_tokens", pa.int32()),
+        ("rejected_tokens", pa.int32()),
+        ("concepts", pa.list_(pa.string())),
+        ("scores", pa.list_(pa.float32())),
+    ]
+)
+TABLES = {"hypotheses": HYPOTHESES, "concepts": CONCEPTS, "pairs": PAIRS}
+INFO_KEYS = ("format", "versions", "model", "sae", "data", "settings", "counts", "timings")
+
+
+class Audit:
+    """One audit of one dataset. Get it from `load_audit` or `run_audit`.
+
+    Attributes:
+        path: the audit folder.
+        info: what was run (`audit.json`).
+        hypotheses: a row per tested (context, concept).
+        concepts: a row per concept T1, T2, ...
+        pairs: a row per pair; `row` is its index into the raw dataset, `contexts` the contexts it belongs to (B0 is the
+            silent bucket), `concepts` and `scores` its strongest concepts and their disparity u.
+    """
+
+    def __init__(
+        self, path: Path, info: dict[str, Any], hypotheses: pa.Table, concepts: pa.Table, pairs: pa.Table
+    ) -> None:
+        self.path = path
+        self.info = info
+        self.hypotheses = hypotheses
+        self.concepts = concepts
+        self.pairs = pairs
+
+    def __repr__(self) -> str:
+        return f"Audit({str(self.path)!r}, {self.pairs.num_rows} pairs, {self.concepts.num_rows} concepts)"
+
+    @cached_property
+    def harvest(self) -> "Harvest":
+        """The harvest behind the tables; opened and checked at first use.
+
+        Raises:
+            AnatomyError: it is missing, damaged, or of other pairs than the tables.
+        """
+        from ..reading.harvest import Harvest
+
+        harvest = Harvest.open(self.path / "harvest")
+        if not np.array_equal(harvest.rows, self.pairs["row"].to_numpy()):
+            raise AnatomyError(
+                f"{self.path}: the harvest holds other pairs than pairs.parquet. Run the audit again in a new folder."
+            )
+        return harvest
+
+    @cached_property
+    def concept_names(self) -> list[str]:
+        return self.concepts["concept"].to_pylist()
+
+    @cached_property
+    def communities(self) -> list[np.ndarray]:
+        """Feature ids of every concept, in the order of `concept_names`."""
+        return [np.asarray(features, dtype=np.int64) for features in self.concepts["features"].to_pylist()]
+
+    def features(self, concept: str) -> np.ndarray:
+        """Feature ids of a concept such as "T3".
+
+        Raises:
+            AnatomyError: the audit has no such concept.
+        """
+        if concept not in self.concept_names:
+            raise AnatomyError(f"{self.path}: found concept {concept!r}, allowed: {_listed(self.concept_names)}.")
+        return self.communities[self.concept_names.index(concept)]
+
+    def rows_in(self, context: str) -> np.ndarray:
+        """Rows of the raw dataset in a context such as "B12", ascending.
+
+        Raises:
+            AnatomyError: the audit has no such context.
+        """
+        flat = self.pairs["contexts"].combine_chunks()
+        inside = flat.value_parent_indices().to_numpy()[
+            pc.equal(flat.flatten(), context).to_numpy(zero_copy_only=False)
+        ]
+        if len(inside) == 0:
+            names = sorted(pc.unique(flat.flatten()).to_pylist(), key=lambda name: (name[0], int(name[1:])))
+            raise AnatomyError(f"{self.path}: found context {context!r}, allowed: {_listed(names)}.")
+        return np.sort(self.pairs["row"].to_numpy()[inside])
+
+    def check_pairs(self, pairs: "Pairs") -> None:
+        """Make sure that this audit was made from these pairs: same tokens, same rows, same truncation.
+
+        Raises:
+            AnatomyError: it was made from other data.
+        """
+        data = self.info["data"]
+        if data["fingerprint"] != pairs.fingerprint:
+            raise AnatomyError(
+                f"{self.path}: this audit was made with other data ({data['name']}, {data['n_pairs']} pairs of "
+                f"{data['n_rows']} rows, max_length {self.info['settings']['max_length']}, truncation "
+                f"{self.info['settings']['truncation']}); found {len(pairs)} pairs of {len(pairs.raw)} rows, "
+                f"max_length {pairs.max_length}, truncation {pairs.truncation}. Audit this dataset with the same tokenizer and "
+                "truncation as training."
+            )
+
+    @cached_property
+    def activity(self) -> Activity:
+        """Disparity, activity and intensity of every pair, computed again from the harvest."""
+        return activity(self.harvest, self.communities, self.info["settings"]["tau"])
+
+    def disparity(self) -> tuple[np.ndarray, list[str]]:
+        """u (n_pairs, K) of every pair and concept, and the names of the concepts."""
+        return self.activity.u, self.concept_names
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:10]) or "none"
+    return shown if len(names) <= 10 else f"{shown}, ... {names[-1]}"
+
+
+def pairs_table(scores: Activity, contexts: np.ndarray, n_strongest: int = 5) -> pa.Table:
+    """A row per pair: contexts, tokens, overall activity, and the concepts with the largest |u|.
+
+    Args:
+        contexts: (n,) 0 silent, 1.. data clusters.
+    Returns:
+        Table of schema PAIRS.
+    """
+    n_concepts = scores.u.shape[1]
+    k = min(n_strongest, n_concepts)
+    # |v| only breaks ties of |u|, which moves in steps of at least 1 / features of the concept.
+    size = np.abs(scores.u) + 1e-6 * np.tanh(np.abs(scores.v))
+    strongest = np.argsort(-size, axis=1, kind="stable")[:, :k]
+    value = np.take_along_axis(scores.u, strongest, axis=1)
+    keep = value != 0
+    offsets = pa.array(np.r_[0, keep.sum(axis=1).cumsum()].astype(np.int32))
+    names = np.array([f"T{m + 1}" for m in range(n_concepts)], dtype=object)
+    chosen_names = pa.array(names[strongest[keep]].tolist(), pa.string())
+    return pa.table(
+        {
+            "row": scores.rows,
+            "contexts": [[f"B{k}"] for k in contexts],
+            "activity": np.linalg.norm(scores.s.astype(np.float64), axis=1).astype(np.float32),
+            **{f"{span}_tokens": scores.lengths[span].astype(np.int32) for span in ("prompt", "chosen", "rejected")},
+            "concepts": pa.ListArray.from_arrays(offsets, chosen_names),
+            "scores": pa.ListArray.from_arrays(offsets, pa.array(value[keep].astype(np.float32))),
+        },
+        schema=PAIRS,
+    )
+
+
+def write_audit(
+    path: str | Path, info: Mapping[str, Any], hypotheses: pa.Table, concepts: pa.Table, pairs: pa.Table
+) -> Audit:
+    """Write the tables and `audit.json` of an audit.
+
+    Every file is written beside its place and moved there. `audit.json` goes away first and comes back last, so an
+    interrupted write leaves a folder that says that it is unfinished, never a mixture.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    tables = {"hypotheses": hypotheses, "concepts": concepts, "pairs": pairs}
+    info = {"format": FORMAT, **info}
+    info["counts"] = {**info.get("counts", {}), **{name: table.num_rows for name, table in tables.items()}}
+    (path / INFO).unlink(missing_ok=True)
+    for name, table in tables.items():
+        file = path / f"{name}.parquet"
+        pq.write_table(table, partial := _partial(file), compression="zstd")
+        os.replace(partial, file)
+    write_atomically(path / INFO, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+    return Audit(path, info, hypotheses, concepts, pairs)
+
+
+def _partial(file: Path) -> Path:
+    return file.with_name(f"{file.name}.partial")
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a text file beside its place, then move it there."""
+    partial = _partial(file)
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
+
+
+def load_audit(path: str | Path) -> Audit:
+    """Open an audit folder and check it. The harvest is opened at first use.
+
+    Raises:
+        AnatomyError: a file is missing, truncated, of another format, or the files do not belong together.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise AnatomyError(f"{path}: no such audit folder. Make one with `trl-anatomy audit --out {path}`.")
+    info = _read_info(path)
+    tables = {}
+    for name, schema in TABLES.items():
+        file = path / f"{name}.parquet"
+        if not file.is_file():
+            raise AnatomyError(f"{file}: missing. Run the audit again; it resumes from the harvest.")
+        try:
+            table = pq.read_table(file)
+        except (pa.ArrowException, OSError) as error:
+            raise AnatomyError(
+                f"{file}: truncated or damaged ({str(error).splitlines()[0]}). Run the audit again; it "
+                "resumes from the harvest."
+            ) from error
+        for column in schema:
+            if column.name not in table.column_names or not _same_type(
+                table.schema.field(column.name).type, column.type
+            ):
+                found = table.schema.field(column.name).type if column.name in table.column_names else "nothing"
+                raise AnatomyError(
+                    f"{file}: column {column.name!r} must be {column.type}, found {found}. The folder was written by "
+                    "another version; run the audit again."
+                )
+        if table.num_rows != info["counts"].get(name):
+            raise AnatomyError(
+                f"{file}: {table.num_rows} rows, but {INFO} counts {info['counts'].get(name)}: the files are of "
+                "different audits. Run the audit again."
+            )
+        tables[name] = table
+    return Audit(path, info, **tables)
+
+
+def _same_type(found: pa.DataType, wanted: pa.DataType) -> bool:
+    """Equal, whatever the name that parquet gives to the field of a list."""
+    if pa.types.is_list(found) and pa.types.is_list(wanted):
+        return found.value_type == wanted.value_type
+    return found == wanted
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    file = path / INFO
+    if not file.is_file():
+        raise AnatomyError(f"{file}: missing, so the audit is not finished. Run it again; it resumes.")
+    try:
+        info = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AnatomyError(f"{file}: not valid JSON ({error}). Run the audit again.") from error
+    missing = [key for key in INFO_KEYS if not isinstance(info, dict) or key not in info]
+    if missing:
+        raise AnatomyError(f"{file}: lacks {', '.join(missing)}. Run the audit again.")
+    if info["format"] != FORMAT:
+        raise AnatomyError(f"{file}: format {info['format']!r}, this version reads {FORMAT}. Run the audit again.")
+    return info

@@ -1,0 +1,81 @@
+"""Names for concepts, for finding one's way only: no test ever reads them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import sparse
+
+# Words, or runs of signs: habits such as bold, bullets or dashes are made of signs.
+TERM = r"(?u)[^\W_]+|[^\w\s]+"
+MAX_TERM = 30
+
+
+def distinctive_terms(
+    chosen: Sequence[str],
+    rejected: Sequence[str],
+    u: np.ndarray,
+    *,
+    n_terms: int = 8,
+    least: float = 3.0,
+) -> list[list[str]]:
+    """Terms that set the response in which a concept fires more apart from the other response of the same pair.
+
+    Each pair with u not zero gives one difference of length-normalised tf-idf vectors (scikit-learn), side with more of
+    the concept minus side with less. A term's weight is the sum of its differences over the root of their summed
+    squares, so that a term needs many agreeing pairs; comparing within pairs leaves the topic out.
+
+    Args:
+        chosen, rejected: texts of n responses each.
+        u: (n, K) signed disparity.
+        n_terms: terms per concept at most.
+        least: terms of a smaller weight are left out, so a concept may have none.
+    Returns:
+        K lists of terms, the strongest first. Terms with unprintable characters never appear.
+    """
+    n_concepts = u.shape[1]
+    matrix, names = _weighted([*chosen, *rejected])
+    difference = sparse.csr_array(matrix[: len(chosen)] - matrix[len(chosen) :])
+    squares = difference.power(2)
+    terms: list[list[str]] = []
+    for start in range(0, n_concepts, 64):
+        sign = np.sign(u[:, start : start + 64])
+        with np.errstate(invalid="ignore", divide="ignore"):
+            weight = (difference.T @ sign) / np.sqrt(squares.T @ np.abs(sign))
+        weight = np.where(np.isfinite(weight), weight, -np.inf)
+        terms += [_best(column, names, n_terms, least) for column in weight.T]
+    return terms
+
+
+def group_terms(texts: Sequence[str], groups: np.ndarray, n_groups: int, *, n_terms: int = 5) -> list[list[str]]:
+    """Terms whose mean tf-idf inside a group exceeds the mean over all texts most.
+
+    Args:
+        texts: n texts; groups: (n,) group of each, 0..n_groups-1.
+    Returns:
+        n_groups lists of terms, the strongest first; a group of no text has none.
+    """
+    matrix, names = _weighted(texts)
+    one_hot = sparse.csr_array((np.ones(len(texts)), (groups, np.arange(len(texts)))), shape=(n_groups, len(texts)))
+    size = np.maximum(1, np.bincount(groups, minlength=n_groups))
+    overall = np.asarray(matrix.mean(axis=0)).ravel()
+    inside = one_hot @ matrix
+    return [_best(inside[[k]].toarray().ravel() / size[k] - overall, names, n_terms, 1e-9) for k in range(n_groups)]
+
+
+def _weighted(texts: Sequence[str]) -> tuple[sparse.csr_array, list[str]]:
+    """tf-idf of texts, rows of unit length, over printable terms that occur in two texts at least."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(token_pattern=TERM, sublinear_tf=True, min_df=2, max_features=20_000)
+    try:
+        matrix = sparse.csr_array(vectorizer.fit_transform(texts))
+    except ValueError:  # scikit-learn's answer where no term occurs twice
+        return sparse.csr_array((len(texts), 0)), []
+    names = [str(name) for name in vectorizer.get_feature_names_out()]
+    fit = np.flatnonzero([name.isprintable() and len(name) <= MAX_TERM for name in names])
+    return matrix[:, fit], [names[t] for t in fit]
+
+
+def _best(weight: np.ndarray, names: list[str], n_terms: int, least: float) -> list[str]:
+    order = np.argsort(-weight, kind="stable")[:n_terms]
+    return [names[t] for t in order if weight[t] >= least]

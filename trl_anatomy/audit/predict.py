@@ -1,0 +1,251 @@
+"""What training will shift, what it did shift, and how well the two agree (METHOD sections 4 and 7)."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+from scipy import sparse
+from scipy import stats as distributions
+
+from . import stats
+from .config import AuditConfig
+from .views import Activity, concept_activity
+
+# Verdicts on a concept, in the words of the page.
+RISES, FALLS, NO_EVIDENCE, TOO_FEW = "rises", "falls", "no evidence", "too few pairs to tell"
+
+CONCEPTS = pa.schema(
+    [
+        ("concept", pa.string()),
+        ("kind", pa.string()),
+        ("label", pa.string()),
+        ("features", pa.list_(pa.int32())),
+        ("n_features", pa.int32()),
+        ("predicted", pa.float64()),
+        ("ci_low", pa.float64()),
+        ("ci_high", pa.float64()),
+        ("p", pa.float64()),
+        ("q", pa.float64()),
+        ("length_adjusted", pa.float64()),
+        ("length_adjusted_low", pa.float64()),
+        ("length_adjusted_high", pa.float64()),
+        ("detectable", pa.float64()),
+        ("support", pa.int64()),
+        ("differ", pa.int64()),
+        ("verdict", pa.string()),
+        ("terms", pa.list_(pa.string())),
+        ("telling_rows", pa.list_(pa.int64())),
+    ]
+)
+
+
+def predicted_shift(u: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Mean disparity of every concept: the shift that training on these pairs is predicted to cause.
+
+    The mean is over all pairs, the silent ones included, so that it is the same quantity with and without weights.
+
+    Args:
+        u: (n, K) signed disparity.
+        weights: (n,) pull of each pair on the policy relative to plain training; the sum is still divided by n, so a
+            pair of weight 0 teaches nothing and takes no part of its pull to the others.
+    Returns:
+        (K,); NaN without pairs.
+    Source: METHOD section 4 (mean of u), section 12 (weights under a policy).
+    """
+    u = np.asarray(u, dtype=np.float64)
+    if len(u) == 0:
+        return np.full(u.shape[1], np.nan)
+    return u.mean(axis=0) if weights is None else np.asarray(weights, dtype=np.float64) @ u / len(u)
+
+
+def concept_table(
+    scores: Activity,
+    communities: Sequence[np.ndarray],
+    config: AuditConfig,
+    *,
+    terms: Sequence[Sequence[str]] | None = None,
+    n_telling: int = 3,
+) -> pa.Table:
+    """A row per concept: predicted shift with interval, test, length-adjusted shift, support, verdict.
+
+    - predicted: mean of u over all pairs; ci: percentile bootstrap over pairs; p: t-test of a zero mean; q: over all
+      concepts.
+    - length_adjusted: mean of u left when chosen and rejected are equally long, with interval.
+    - detectable: smallest shift that these pairs would show at 5 % with 80 % power: 2.8 standard errors.
+    - support: pairs in which the concept fires at all; differ: pairs in which u is not zero.
+    - verdict: "too few pairs to tell" below `min_context` differing pairs; else rises / falls where q <= alpha and the
+      bootstrap interval leaves out zero; else "no evidence".
+    - telling_rows: rows of the raw dataset that show the shift best (largest u on the side of the shift, then largest
+      intensity, then shortest).
+
+    Args:
+        terms: distinctive terms of each concept, for its label.
+    Returns:
+        Table of schema CONCEPTS, in the order T1, T2, ...
+    """
+    u = scores.u
+    predicted = predicted_shift(u)
+    _, error, p = stats.mean_test(u)
+    q = stats.benjamini_hochberg(p)
+    low, high = stats.bootstrap_mean(u, config.bootstrap, config.seed)
+    adjusted, adjusted_low, adjusted_high = stats.length_adjusted_mean(u, scores.log_ratio)
+    differ = (u != 0).sum(axis=0)
+    verdicts = []
+    for m in range(len(communities)):
+        if differ[m] < config.min_context:
+            verdicts.append(TOO_FEW)
+        elif q[m] <= config.alpha and low[m] * high[m] > 0:
+            verdicts.append(RISES if predicted[m] > 0 else FALLS)
+        else:
+            verdicts.append(NO_EVIDENCE)
+    labels = [" · ".join(list(t)[:4]) for t in terms] if terms is not None else [""] * len(communities)
+    return pa.table(
+        {
+            "concept": [f"T{m + 1}" for m in range(len(communities))],
+            "kind": ["co-firing"] * len(communities),
+            "label": labels,
+            "features": [np.asarray(c, dtype=np.int32) for c in communities],
+            "n_features": [len(c) for c in communities],
+            "predicted": predicted,
+            "ci_low": low,
+            "ci_high": high,
+            "p": p,
+            "q": q,
+            "length_adjusted": adjusted,
+            "length_adjusted_low": adjusted_low,
+            "length_adjusted_high": adjusted_high,
+            "detectable": (distributions.norm.ppf(0.975) + distributions.norm.ppf(0.8)) * error,
+            "support": scores.support,
+            "differ": differ,
+            "verdict": verdicts,
+            "terms": [list(t) for t in terms] if terms is not None else [[] for _ in communities],
+            "telling_rows": [_telling(scores, m, predicted[m], n_telling) for m in range(len(communities))],
+        },
+        schema=CONCEPTS,
+    )
+
+
+def _telling(scores: Activity, concept: int, predicted: float, n: int) -> list[int]:
+    side = -1.0 if predicted < 0 else 1.0
+    u, v = side * scores.u[:, concept], side * scores.v[:, concept]
+    candidates = np.flatnonzero(u > 0)
+    length = (scores.lengths["chosen"] + scores.lengths["rejected"])[candidates]
+    # Intensity is rounded so that the shorter of two pairs that tell the same comes first.
+    order = np.lexsort((scores.rows[candidates], length, -np.round(v[candidates], 1), -u[candidates]))
+    return scores.rows[candidates[order[:n]]].tolist()
+
+
+def observed_shift(
+    before: sparse.csr_array, after: sparse.csr_array, communities: Sequence[np.ndarray], tau: float = 0.01
+) -> np.ndarray:
+    """Change of every concept between responses of the start model and of the trained model, in the unit of u.
+
+    Args:
+        before, after: (n_responses, d_sae) firing frequencies; the number of responses may differ.
+    Returns:
+        (K,): mean share of the concept's features that fire, after minus before.
+    Source: METHOD section 7.
+    """
+    means = [concept_activity(frequency, communities, tau).mean(axis=0) for frequency in (before, after)]
+    return means[1] - means[0]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well predicted shifts match observed ones, over concepts.
+
+    Attributes:
+        n: concepts compared (those finite in both).
+        r2: squared Pearson correlation: how well a straight line fits. This is the "R²" that METHOD section 7 reports.
+        r2_identity: 1 - sum (observed - predicted)² / sum (observed - mean)²: how well the prediction fits as it is,
+            without a line; may be negative.
+        pearson, spearman: correlation and rank correlation.
+        p: one-sided permutation p-value of the Pearson correlation being this large by chance.
+        *_low, *_high: 95 % percentile bootstrap intervals over concepts.
+    """
+
+    n: int
+    r2: float
+    r2_low: float
+    r2_high: float
+    r2_identity: float
+    r2_identity_low: float
+    r2_identity_high: float
+    pearson: float
+    spearman: float
+    spearman_low: float
+    spearman_high: float
+    p: float
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """JSON-able; NaN becomes None."""
+        return {name: None if np.isnan(value) else value for name, value in asdict(self).items()}
+
+
+def agreement(
+    predicted: np.ndarray,
+    observed: np.ndarray,
+    *,
+    n_bootstrap: int = 2000,
+    n_permutations: int = 10_000,
+    seed: int = 0,
+) -> Agreement:
+    """Compare predicted with observed shifts (METHOD section 7).
+
+    Args:
+        predicted, observed: (K,). Concepts that are NaN in either are left out.
+    Returns:
+        Agreement; its numbers are NaN below three concepts or where one side never varies.
+    """
+    x, y = np.asarray(predicted, dtype=np.float64), np.asarray(observed, dtype=np.float64)
+    finite = np.isfinite(x) & np.isfinite(y)
+    x, y = x[finite], y[finite]
+    n = len(x)
+    if n < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return Agreement(n, *[float("nan")] * 11)
+    rng = np.random.default_rng(seed)
+    pearson = float(_pearson(x, y))
+    permuted = np.stack([rng.permutation(n) for _ in range(n_permutations)])
+    by_chance = _pearson(np.broadcast_to(x, permuted.shape), y[permuted])
+    p = float((1 + np.sum(by_chance >= pearson - 1e-12)) / (1 + n_permutations))
+
+    drawn = rng.integers(0, n, (n_bootstrap, n))
+    xs, ys = x[drawn], y[drawn]
+    resampled = {
+        "r2": _pearson(xs, ys) ** 2,
+        "r2_identity": _identity(xs, ys),
+        "spearman": _pearson(distributions.rankdata(xs, axis=1), distributions.rankdata(ys, axis=1)),
+    }
+    intervals = {
+        name: np.nanquantile(values, [0.025, 0.975]) if np.isfinite(values).any() else np.full(2, np.nan)
+        for name, values in resampled.items()
+    }
+    return Agreement(
+        n=n,
+        r2=pearson**2,
+        r2_low=float(intervals["r2"][0]),
+        r2_high=float(intervals["r2"][1]),
+        r2_identity=float(_identity(x, y)),
+        r2_identity_low=float(intervals["r2_identity"][0]),
+        r2_identity_high=float(intervals["r2_identity"][1]),
+        pearson=pearson,
+        spearman=float(_pearson(distributions.rankdata(x), distributions.rankdata(y))),
+        spearman_low=float(intervals["spearman"][0]),
+        spearman_high=float(intervals["spearman"][1]),
+        p=p,
+    )
+
+
+def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Correlation along the last axis; NaN where a side does not vary."""
+    x, y = x - x.mean(axis=-1, keepdims=True), y - y.mean(axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (x * y).sum(axis=-1) / np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1))
+
+
+def _identity(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """1 - residual over total sum of squares of y about the line y = x, along the last axis."""
+    total = np.square(y - y.mean(axis=-1, keepdims=True)).sum(axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(total > 0, 1 - np.square(y - x).sum(axis=-1) / np.where(total > 0, total, 1.0), np.nan)

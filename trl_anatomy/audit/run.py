@@ -1,0 +1,323 @@
+"""Run an audit: pairs, frozen pass, communities, tests, folder, page."""
+
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from ..errors import AnatomyError
+from .clusters import cofiring_communities, live_features
+from .config import AuditConfig
+from .folder import Audit, pairs_table, write_audit
+from .labels import distinctive_terms, group_terms
+from .predict import concept_table
+from .views import FeatureView, feature_view, fired_responses, sizes_for
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ..reading.harvest import Harvest
+
+# A live feature fires in at least so many responses, and stays silent in as many.
+MIN_COUNT = 10
+# Pairs whose text is read for labels.
+LABEL_PAIRS = 20_000
+
+_FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_PACKAGES = ("trl", "transformers", "torch", "sae-lens", "datasets", "numpy", "scipy", "scikit-learn", "scikit-network")
+
+
+def load_dataset(config: AuditConfig) -> "Dataset":
+    """The raw preference data: a file, a folder, or a name on the hub.
+
+    Raises:
+        AnatomyError: nothing there, an unknown kind of file, a split that does not exist.
+    """
+    import datasets
+
+    if not config.dataset:
+        raise AnatomyError("audit setting dataset: none given; name a dataset, a folder, or a file.")
+    path = Path(config.dataset)
+    kind = next((kind for end, kind in _FILES.items() if path.name.removesuffix(".gz").endswith(end)), None)
+    try:
+        if path.is_file():
+            if kind is None:
+                raise AnatomyError(f"{path}: unknown kind of file, allowed: .json, .jsonl (also .gz), .parquet.")
+            return datasets.load_dataset(kind, data_files=str(path), split="train")
+        if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+            found = datasets.load_from_disk(str(path))
+            if isinstance(found, datasets.Dataset):
+                return found
+            if config.dataset_split not in found:
+                raise AnatomyError(f"{path}: found splits {', '.join(found)}, not {config.dataset_split!r}.")
+            return found[config.dataset_split]
+        if kind is not None and not path.exists():
+            raise AnatomyError(f"{path}: no such file.")
+        return datasets.load_dataset(config.dataset, config.dataset_subset, split=config.dataset_split)
+    except AnatomyError:
+        raise
+    except Exception as error:
+        raise AnatomyError(f"dataset {config.dataset}: cannot be loaded ({_first_line(error)}).") from error
+
+
+def load_tokenizer(name: str) -> Any:
+    """Tokenizer of the start model, without remote code."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise AnatomyError(f"model {name}: its tokenizer cannot be loaded ({_first_line(error)}).") from error
+
+
+def load_model(config: AuditConfig) -> Any:
+    """The start model in evaluation mode on its device, without remote code."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype)
+    except Exception as error:
+        raise AnatomyError(f"model {config.model}: cannot be loaded ({_first_line(error)}).") from error
+    return model.to(device).eval()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _require(config: AuditConfig, model: Any, dataset: Any) -> None:
+    missing = [name for name, given in (("model", model), ("dataset", dataset), ("sae", None)) if given is None]
+    missing = [name for name in missing if not getattr(config, name)]
+    if missing:
+        raise AnatomyError(f"audit: no {' and no '.join(missing)} given.")
+
+
+def _tokenizer(config: AuditConfig, model: Any, tokenizer: Any) -> Any:
+    if tokenizer is not None:
+        return tokenizer
+    name = config.model or getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not name:
+        raise AnatomyError("audit: a model in memory needs its tokenizer beside it.")
+    return load_tokenizer(name)
+
+
+def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, dataset: Any = None) -> dict[str, Any]:
+    """What `run_audit` would do, without weights and without the pass: everything is checked that can be.
+
+    Returns:
+        JSON-able: pairs, left_out, tokens (a span each, after truncation), longest (tokens of the longest pair), shards
+        and shards_done, batch_tokens, layer, d_sae, contexts, out.
+    Raises:
+        AnatomyError: as `run_audit` would.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ..reading.sae import check_sae, load_sae
+    from ..reading.spans import read_pairs
+
+    _require(config, model, dataset)
+    raw = load_dataset(config) if dataset is None else dataset
+    pairs = read_pairs(
+        raw, _tokenizer(config, model, tokenizer), max_length=config.max_length, truncation=config.truncation
+    )
+    if model is None:
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model))
+        except Exception as error:
+            raise AnatomyError(f"model {config.model}: cannot be loaded ({_first_line(error)}).") from error
+    sae = load_sae(config.sae)
+    layer = check_sae(sae, model, config.layer)
+    tokens = np.array([[len(part) for part in pairs.tokens(i)] for i in range(len(pairs))])
+    shards = -(-len(pairs) // config.shard_pairs)
+    active = int(len(pairs) * (1 - config.silent_percentile / 100))
+    return {
+        "pairs": len(pairs),
+        "left_out": dict(pairs.left_out),
+        "tokens": {
+            "prompt": int(tokens[:, 0].sum()),
+            "chosen": int(tokens[:, 1].sum()),
+            "rejected": int(tokens[:, 3].sum()),
+        },
+        "longest": int(tokens[:, [0, 1, 3]].sum(axis=1).max()),
+        "shards": shards,
+        "shards_done": len(list((Path(config.out) / "harvest").glob("shard-*.safetensors"))),
+        "batch_tokens": config.batch_tokens,
+        "layer": layer,
+        "d_sae": sae.d_sae,
+        "contexts": max(1, min(config.n_contexts, active // (2 * config.min_context))),
+        "out": str(config.out),
+    }
+
+
+def run_audit(
+    config: AuditConfig, *, model: Any = None, tokenizer: Any = None, dataset: Any = None, progress: bool = True
+) -> Audit:
+    """Audit a preference dataset with the frozen start model and an SAE, and write the audit folder.
+
+    Global random state is left alone. An interrupted run resumes with the shards it has; a finished one is computed
+    again from its harvest.
+
+    Args:
+        config: what to audit and how.
+        model, tokenizer, dataset: in memory, instead of being loaded as `config` says.
+    Raises:
+        AnatomyError: bad input, told before the pass; a harvest of something else in the folder.
+    """
+    from ..reading.fingerprint import model_fingerprint
+    from ..reading.harvest import harvest
+    from ..reading.sae import check_sae, load_sae
+    from ..reading.spans import read_pairs
+    from .report import write_report
+
+    timings: dict[str, float] = {}
+    _require(config, model, dataset)
+    with _timed(timings, "load"):
+        raw = load_dataset(config) if dataset is None else dataset
+        tokenizer = _tokenizer(config, model, tokenizer)
+        pairs = read_pairs(raw, tokenizer, max_length=config.max_length, truncation=config.truncation)
+        sae = load_sae(config.sae)
+        model = load_model(config) if model is None else model
+        layer = check_sae(sae, model, config.layer)
+    with _timed(timings, "harvest"):
+        read = harvest(
+            model,
+            sae,
+            pairs,
+            Path(config.out) / "harvest",
+            layer=layer,
+            batch_tokens=config.batch_tokens,
+            shard_pairs=config.shard_pairs,
+            progress=progress,
+        )
+    findings = analyse(read, config, pairs.texts)
+    tokens = {span: int(length.sum()) for span, length in read.lengths.items()}
+    info = {
+        "versions": _versions(),
+        "model": {"name": config.model or _name(model), "fingerprint": model_fingerprint(model)},
+        "sae": {
+            "source": dict(sae.source),
+            "fingerprint": sae.fingerprint,
+            "layer": layer,
+            "d_sae": sae.d_sae,
+            "architecture": sae.architecture,
+        },
+        "data": {
+            "name": config.dataset or "dataset in memory",
+            "fingerprint": pairs.fingerprint,
+            "n_rows": len(raw),
+            "n_pairs": len(pairs),
+            "left_out": dict(pairs.left_out),
+            "tokens": tokens,
+        },
+        "settings": config.settings(),
+        **findings.info,
+        "timings": {**timings, **findings.timings},
+    }
+    audit = write_audit(config.out, info, findings.hypotheses, findings.concepts, findings.pairs)
+    write_report(audit, raw)
+    return audit
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What an audit says about a harvest: the three tables, and for `audit.json` settings_used, notes, contexts, counts."""
+
+    hypotheses: pa.Table
+    concepts: pa.Table
+    pairs: pa.Table
+    info: dict[str, Any]
+    timings: dict[str, float]
+
+
+def analyse(read: "Harvest", config: AuditConfig, texts: Callable[[int], tuple[str, str, str]]) -> Findings:
+    """Communities, contexts, tests and predicted shifts of a harvest. Needs no model.
+
+    Args:
+        texts: index of a pair -> its prompt, chosen and rejected text, for labels.
+    """
+    timings: dict[str, float] = {}
+    with _timed(timings, "communities"):
+        fired = fired_responses(read, config.tau, config.community_pairs, config.seed)
+        n_live = len(live_features(fired, MIN_COUNT))
+        sizes = sizes_for(n_live, config)
+        communities = cofiring_communities(
+            fired,
+            edge_share=config.edge_share,
+            min_size=sizes.min_community,
+            min_count=MIN_COUNT,
+            resolution=sizes.resolution,
+            seed=config.seed,
+        )
+    with _timed(timings, "view"):
+        view = feature_view(read, communities, config, min_concept=sizes.min_concept)
+    with _timed(timings, "labels"):
+        terms, contexts = _describe(texts, view, config.seed)
+    with _timed(timings, "predict"):
+        concepts = concept_table(view.activity, communities, config, terms=terms)
+    notes = [*sizes.notes, *view.notes]
+    if not communities:
+        notes.append("No features fire together often enough to form a concept: this audit can not tell anything.")
+    return Findings(
+        hypotheses=view.hypotheses,
+        concepts=concepts,
+        pairs=pairs_table(view.activity, view.contexts),
+        info={
+            "settings_used": {
+                "min_community": sizes.min_community,
+                "resolution": sizes.resolution,
+                **view.settings_used,
+            },
+            "notes": notes,
+            "contexts": contexts,
+            "counts": {"n_live": n_live, "n_features_in_concepts": sum(map(len, communities))},
+        },
+        timings=timings,
+    )
+
+
+@contextmanager
+def _timed(timings: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    timings[name] = round(time.perf_counter() - start, 3)
+
+
+def _describe(
+    texts: Callable[[int], tuple[str, str, str]], view: FeatureView, seed: int
+) -> tuple[list[list[str]], dict[str, dict[str, Any]]]:
+    """Distinctive terms of every concept; size and prompt terms of every context."""
+    drawn = np.arange(len(view.contexts))
+    if len(drawn) > LABEL_PAIRS:
+        drawn = np.sort(np.random.default_rng(seed).choice(len(drawn), LABEL_PAIRS, replace=False))
+    prompts, chosen, rejected = zip(*(texts(int(i)) for i in drawn), strict=True)
+    size = np.bincount(view.contexts)
+    about = group_terms(prompts, view.contexts[drawn], len(size))
+    contexts = {f"B{k}": {"pairs": int(n), "terms": about[k]} for k, n in enumerate(size)}
+    return distinctive_terms(chosen, rejected, view.activity.u[drawn]), contexts
+
+
+def _versions() -> dict[str, str]:
+    from .. import __version__
+
+    found = {"trl_anatomy": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _name(model: Any) -> str:
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__

@@ -1,0 +1,306 @@
+"""Where in the data is a concept rewarded or punished? The feature-conditioned view (METHOD section 4)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from scipy import sparse
+
+from . import stats
+from .clusters import spherical_kmeans
+from .config import AuditConfig
+
+if TYPE_CHECKING:
+    from ..reading.harvest import Harvest
+
+# The published sizes belong to an SAE of 65k latents; below so many live features they are scaled down.
+LARGE_SAE = 4096
+
+HYPOTHESES = pa.schema(
+    [
+        ("view", pa.string()),
+        ("context", pa.string()),
+        ("concept", pa.string()),
+        ("delta", pa.float64()),
+        ("z", pa.float64()),
+        ("d", pa.float64()),
+        ("delta_a", pa.float64()),
+        ("delta_b", pa.float64()),
+        ("delta_min", pa.float64()),
+        ("delta_length_adjusted", pa.float64()),
+        ("p", pa.float64()),
+        ("q", pa.float64()),
+        ("ci_low", pa.float64()),
+        ("ci_high", pa.float64()),
+        ("n_in", pa.int64()),
+        ("n_out", pa.int64()),
+        ("kept", pa.bool_()),
+        ("lean", pa.string()),
+        ("rank", pa.int32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes that an audit really used, and why they differ from its settings."""
+
+    min_community: int
+    min_concept: int
+    resolution: float
+    notes: tuple[str, ...]
+
+
+def sizes_for(n_live: int, config: AuditConfig) -> Sizes:
+    """Smallest community and concept, and resolution, for an SAE with `n_live` live features.
+
+    From 4096 live features on, the settings. Below, both sizes are scaled by n_live / 4096, to 2 features at least:
+    with few features a habit lights only a handful of them, and the published sizes would drop every concept. The
+    resolution is doubled: in a graph of few edges plain modularity joins groups that are only loosely linked, such as
+    a habit and the one topic that it belongs to.
+    """
+    if n_live >= LARGE_SAE:
+        return Sizes(config.min_community, config.min_concept, config.resolution, ())
+    share = n_live / LARGE_SAE
+    community = min(config.min_community, max(2, round(config.min_community * share)))
+    concept = min(config.min_concept, max(2, round(config.min_concept * share)))
+    note = (
+        f"Only {n_live} features are live, so communities of {community} features or more were kept (setting "
+        f"{config.min_community}), hypotheses need concepts of {concept} or more (setting {config.min_concept}) and "
+        f"the resolution was doubled."
+    )
+    return Sizes(community, concept, 2 * config.resolution, (note,))
+
+
+def fired_responses(harvest: "Harvest", tau: float, max_pairs: int, seed: int = 0) -> sparse.csr_array:
+    """Which feature fired in which response, as communities see it.
+
+    A response counts as one sample and a feature as fired above the same share `tau` of tokens as in the disparity.
+
+    Returns:
+        (2 * pairs used, d_sae): chosen and rejected responses, at most `max_pairs` pairs drawn by `seed`.
+    """
+    drawn = np.ones(harvest.n_pairs, dtype=bool)
+    if harvest.n_pairs > max_pairs:
+        drawn[:] = False
+        drawn[np.random.default_rng(seed).choice(harvest.n_pairs, max_pairs, replace=False)] = True
+    parts, start = [], 0
+    for shard in harvest.shards():
+        here = np.flatnonzero(drawn[start : start + len(shard.rows)])
+        start += len(shard.rows)
+        parts += [_fired(sparse.csr_array(shard.frequency(span))[here], tau) for span in ("chosen", "rejected")]
+    return sparse.csr_array(sparse.vstack(parts, format="csr"))
+
+
+def _fired(frequency: sparse.csr_array, tau: float) -> sparse.csr_array:
+    """1 where the frequency is above tau; nothing stored elsewhere.
+
+    Compared in float32, as frequencies are stored: a share of exactly tau does not count, whatever its rounding.
+    """
+    above = (frequency.data.astype(np.float32) > np.float32(tau)).astype(np.float64)
+    fired = sparse.csr_array((above, frequency.indices.copy(), frequency.indptr.copy()), shape=frequency.shape)
+    fired.eliminate_zeros()
+    return fired
+
+
+def membership(communities: Sequence[np.ndarray], d_sae: int) -> sparse.csr_array:
+    """(d_sae, K) matrix of ones: feature belongs to concept."""
+    features = np.concatenate([*communities, np.zeros(0, dtype=np.int64)]).astype(np.int64)
+    concept = np.repeat(np.arange(len(communities)), [len(c) for c in communities])
+    return sparse.csr_array((np.ones(len(features)), (features, concept)), shape=(d_sae, len(communities)))
+
+
+def concept_activity(frequency: sparse.csr_array, communities: Sequence[np.ndarray], tau: float = 0.01) -> np.ndarray:
+    """Share of each concept's features that fire in each response: the unit of u, for single responses.
+
+    Args:
+        frequency: (n_responses, d_sae) share of tokens in which a feature fires.
+    Returns:
+        (n_responses, K) float64 in [0, 1].
+    """
+    size = np.maximum(1.0, np.array([len(c) for c in communities], dtype=np.float64))
+    return (_fired(frequency, tau) @ membership(communities, frequency.shape[1])).toarray() / size
+
+
+@dataclass(frozen=True)
+class Activity:
+    """Per pair and concept, METHOD section 4; K concepts.
+
+    Attributes:
+        rows: (n,) int64 row of the raw dataset.
+        u: (n, K) float64 in [-1, 1], signed disparity: share of the concept's features that fire in chosen, minus
+            the same for rejected. What is tested.
+        s: (n, K) float32 symmetric activity: summed firing frequencies of both responses. Used to group pairs only.
+        v: (n, K) float32 signed intensity: summed frequencies, chosen minus rejected. Drill-down only.
+        log_ratio: (n,) float64, log of chosen over rejected length in tokens.
+        lengths: span -> (n,) int64 tokens.
+        support: (K,) int64 pairs in which a feature of the concept fires in either response.
+    """
+
+    rows: np.ndarray
+    u: np.ndarray
+    s: np.ndarray
+    v: np.ndarray
+    log_ratio: np.ndarray
+    lengths: dict[str, np.ndarray]
+    support: np.ndarray
+
+
+def activity(harvest: "Harvest", communities: Sequence[np.ndarray], tau: float = 0.01) -> Activity:
+    """Disparity, symmetric activity and intensity of every concept in every pair, shard by shard.
+
+    Source: METHOD section 4.
+    """
+    members = membership(communities, harvest.d_sae)
+    rows, u, s, v = [], [], [], []
+    lengths: dict[str, list[np.ndarray]] = {"prompt": [], "chosen": [], "rejected": []}
+    support = np.zeros(len(communities), dtype=np.int64)
+    for shard in harvest.shards():
+        chosen, rejected = (sparse.csr_array(shard.frequency(side)) for side in ("chosen", "rejected"))
+        in_chosen, in_rejected = (concept_activity(side, communities, tau) for side in (chosen, rejected))
+        support += ((in_chosen > 0) | (in_rejected > 0)).sum(axis=0)
+        rows.append(np.asarray(shard.rows, dtype=np.int64))
+        u.append(in_chosen - in_rejected)
+        frequency = [(side.astype(np.float64) @ members).toarray() for side in (chosen, rejected)]
+        s.append((frequency[0] + frequency[1]).astype(np.float32))
+        v.append((frequency[0] - frequency[1]).astype(np.float32))
+        for span in lengths:
+            lengths[span].append(np.asarray(shard.lengths[span], dtype=np.int64))
+    tokens = {span: np.concatenate(parts) for span, parts in lengths.items()}
+    ratio = np.log(np.maximum(tokens["chosen"], 1)) - np.log(np.maximum(tokens["rejected"], 1))
+    return Activity(
+        rows=np.concatenate(rows),
+        u=np.concatenate(u),
+        s=np.concatenate(s),
+        v=np.concatenate(v),
+        log_ratio=ratio,
+        lengths=tokens,
+        support=support,
+    )
+
+
+@dataclass(frozen=True)
+class FeatureView:
+    """Result of the feature-conditioned view.
+
+    Attributes:
+        activity: the scores of every pair.
+        contexts: (n,) int64; 0 is the silent bucket B0, k is the data cluster Bk.
+        hypotheses: a row per tested (context, concept); schema HYPOTHESES.
+        settings_used: what differs from the settings or is only known after the run.
+        notes: the same in sentences, for the reader.
+    """
+
+    activity: Activity
+    contexts: np.ndarray
+    hypotheses: pa.Table
+    settings_used: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def find_contexts(s: np.ndarray, config: AuditConfig) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Silent bucket and data clusters (METHOD section 4, steps 1 and 2).
+
+    Args:
+        s: (n, K) symmetric activity.
+    Returns:
+        contexts (n,): 0 silent (norm below the percentile, or no activity at all), 1.. data clusters, largest first;
+        notes on what was scaled down.
+    """
+    norm = np.linalg.norm(s.astype(np.float64), axis=1)
+    contexts = np.zeros(len(s), dtype=np.int64)
+    active = norm > 0
+    if len(norm):
+        active &= norm >= np.percentile(norm, config.silent_percentile)
+    n_active = int(active.sum())
+    if n_active == 0:
+        return contexts, ("No pair shows any concept, so there are no contexts.",)
+    k = max(1, min(config.n_contexts, n_active // (2 * config.min_context)))
+    notes: tuple[str, ...] = ()
+    if k < config.n_contexts:
+        notes = (
+            f"{n_active} active pairs are too few for {config.n_contexts} contexts; {k} were made, so that a context "
+            f"averages about {n_active // k} pairs.",
+        )
+    if k == 1:
+        notes = (*notes, "With one context there is nothing to compare it with: too few pairs to tell contexts apart.")
+    unit = s[active].astype(np.float64) / norm[active, None]
+    labels, _ = spherical_kmeans(unit, k, seed=config.seed)
+    contexts[active] = labels + 1
+    return contexts, notes
+
+
+def feature_view(
+    harvest: "Harvest",
+    communities: Sequence[np.ndarray],
+    config: AuditConfig,
+    *,
+    min_concept: int | None = None,
+) -> FeatureView:
+    """Group pairs by what is active in them, then test where each concept leans to chosen or to rejected.
+
+    Halves are split by parity of the row in the raw dataset.
+
+    Args:
+        communities: feature ids of T1, T2, ...
+        min_concept: features a concept needs for a kept hypothesis; default the setting.
+    Source: METHOD section 4.
+    """
+    least = config.min_concept if min_concept is None else min_concept
+    scores = activity(harvest, communities, config.tau)
+    contexts, notes = find_contexts(scores.s, config)
+    sizes = np.array([len(c) for c in communities], dtype=np.int64)
+    table = compare_contexts(scores, contexts, sizes, least, config)
+    used = {
+        "n_contexts": int(contexts.max(initial=0)),
+        "min_concept": least,
+        "n_silent": int((contexts == 0).sum()),
+        "n_tested": table.num_rows,
+        "n_kept": int(np.sum(table["kept"].to_numpy())),
+    }
+    return FeatureView(scores, contexts, table, used, notes)
+
+
+def compare_contexts(
+    scores: Activity, contexts: np.ndarray, sizes: np.ndarray, min_concept: int, config: AuditConfig
+) -> pa.Table:
+    """Every (context, concept) against the other active pairs (METHOD section 4, steps 3 to 5).
+
+    q is over all testable cells, before the keep rules. `lean` is the side that the concept favours inside the context
+    compared with outside; `rank` counts kept hypotheses of that side from 1.
+
+    Returns:
+        Table of schema HYPOTHESES; cells without a test (a context of one pair, no variance anywhere) are left out.
+    """
+    n_contexts = int(contexts.max(initial=0))
+    if n_contexts == 0 or len(sizes) == 0:
+        return HYPOTHESES.empty_table()
+    welch, split = stats.compare_groups(scores.u, contexts - 1, n_contexts, scores.rows % 2)
+    adjusted = stats.adjusted_difference(scores.u, scores.log_ratio, contexts - 1, n_contexts)
+    k, m = np.nonzero(~np.isnan(welch.p))
+    if len(k) == 0:
+        return HYPOTHESES.empty_table()
+    cell: dict[str, np.ndarray] = {
+        name: getattr(welch, name)[k, m] for name in ("delta", "z", "d", "p", "ci_low", "ci_high")
+    }
+    cell |= {name: getattr(split, name)[k, m] for name in ("delta_a", "delta_b", "delta_min")}
+    cell["delta_length_adjusted"] = adjusted[k, m]
+    cell["q"] = stats.benjamini_hochberg(cell["p"])
+    cell["n_in"], cell["n_out"] = welch.n_in[k].astype(np.int64), welch.n_out[k].astype(np.int64)
+    kept = split.consistent[k, m] & (cell["n_in"] >= config.min_context) & (sizes[m] >= min_concept)
+    key = np.abs(cell[config.rank_by])
+    order = np.lexsort((m, k, -key, ~kept))
+    rank = np.zeros(len(k), dtype=np.int32)
+    for side in (cell["delta"] > 0, cell["delta"] <= 0):
+        mine = order[(kept & side)[order]]
+        rank[mine] = np.arange(1, len(mine) + 1)
+    columns: dict[str, Any] = {name: values[order] for name, values in cell.items()}
+    columns["view"] = ["feature"] * len(k)
+    columns["context"] = [f"B{i + 1}" for i in k[order]]
+    columns["concept"] = [f"T{i + 1}" for i in m[order]]
+    columns["kept"] = kept[order]
+    columns["lean"] = np.where(cell["delta"][order] > 0, "chosen", "rejected").tolist()
+    columns["rank"] = pa.array(rank[order], mask=~kept[order])
+    return pa.table({name: columns[name] for name in HYPOTHESES.names}, schema=HYPOTHESES)

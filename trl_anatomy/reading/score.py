@@ -1,0 +1,143 @@
+"""Scores of all concepts over all pairs: one frozen pass for the hidden-state scorers together, cached."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+from torch import nn
+from tqdm.auto import tqdm
+
+from .. import __version__
+from ..errors import AnatomyError
+from .files import write_atomically
+from .fingerprint import hash_json, model_fingerprint
+from .forward import length_sorted_batches, read_spans
+from .scorers import HiddenScorer, Scorer, reduce_tokens
+from .scorers.text import TextScorer
+from .spans import SPANS, Pairs
+
+_SIDES = SPANS[1:]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Concept scores of both responses of every pair.
+
+    Attributes:
+        names: the concepts, in the order they were given.
+        chosen: concept -> (n_pairs,) float64.
+        rejected: concept -> (n_pairs,) float64.
+    """
+
+    names: tuple[str, ...]
+    chosen: dict[str, np.ndarray]
+    rejected: dict[str, np.ndarray]
+
+    def gap(self, name: str) -> np.ndarray:
+        """(n_pairs,) float64: score of the chosen response minus that of the rejected one."""
+        return self.chosen[name] - self.rejected[name]
+
+
+def score_pairs(
+    pairs: Pairs,
+    scorers: Mapping[str, Scorer],
+    model: nn.Module | None = None,
+    *,
+    cache_dir: str | Path | None = None,
+    batch_tokens: int = 8192,
+    progress: bool = True,
+) -> Scores:
+    """Score both responses of every pair for every concept.
+
+    Args:
+        pairs: tokenised pairs.
+        scorers: concept -> scorer.
+        model: the frozen start model; needed by scorers on hidden states, not by text rules.
+        cache_dir: folder that keeps scores under a key of tokens, model, scorer (SAE included) and version. Text rules
+            are not kept: matching is faster than tokenising was.
+        batch_tokens: padded tokens of one forward pass.
+        progress: show a progress bar.
+
+    Raises:
+        AnatomyError: a scorer does not fit the model, no model where one is needed, or scores that are not finite.
+    """
+    text_rules = {name: scorer for name, scorer in scorers.items() if isinstance(scorer, TextScorer)}
+    hidden = {name: scorer for name, scorer in scorers.items() if not isinstance(scorer, TextScorer)}
+    values = {name: np.zeros((2, len(pairs))) for name in scorers}
+    if hidden:
+        if model is None:
+            raise AnatomyError(f"The concept {next(iter(hidden))!r} is scored on hidden states: give the model.")
+        for name, scorer in hidden.items():
+            try:
+                scorer.check(model)
+            except AnatomyError as error:
+                raise AnatomyError(f"concept {name!r}: {error}") from error
+        _score_hidden(pairs, hidden, model, values, cache_dir, batch_tokens, progress)
+    if text_rules:
+        for i in range(len(pairs)):
+            texts = pairs.texts(i)[1:]
+            for name, rule in text_rules.items():
+                values[name][:, i] = [rule.score_text(text) for text in texts]
+    return Scores(
+        names=tuple(scorers),
+        chosen={name: value[0] for name, value in values.items()},
+        rejected={name: value[1] for name, value in values.items()},
+    )
+
+
+def _score_hidden(
+    pairs: Pairs,
+    scorers: Mapping[str, HiddenScorer],
+    model: nn.Module,
+    values: Mapping[str, np.ndarray],
+    cache_dir: str | Path | None,
+    batch_tokens: int,
+    progress: bool,
+) -> None:
+    files: dict[str, Path] = {}
+    missing = dict(scorers)
+    if cache_dir is not None:
+        made_from = {"version": __version__, "pairs": pairs.fingerprint, "model": model_fingerprint(model)}
+        for name, scorer in scorers.items():
+            files[name] = Path(cache_dir) / f"scores-{hash_json({**made_from, 'scorer': scorer.key()})}.safetensors"
+            stored = _load_scores(files[name], len(pairs))
+            if stored is not None:
+                values[name][:] = stored
+                del missing[name]
+    if not missing:
+        return
+    layers = sorted({scorer.layer for scorer in missing.values()})
+    with tqdm(total=len(pairs), desc="Scoring pairs", unit="pair", disable=not progress) as bar:
+        for batch in length_sorted_batches(pairs, range(len(pairs)), batch_tokens):
+            read = read_spans(model, pairs, batch, layers)
+            for name, scorer in missing.items():
+                tokens = scorer.score_tokens(read.hidden[scorer.layer]).float().cpu()
+                for j, pair in enumerate(batch):
+                    for side in range(2):
+                        span = len(SPANS) * j + 1 + side
+                        part = tokens[read.bounds[span] : read.bounds[span + 1]]
+                        values[name][side, pair] = reduce_tokens(part, scorer.reduce)
+            bar.update(len(batch))
+    for name, scorer in missing.items():
+        bad = ~np.isfinite(values[name])
+        if bad.any():
+            side, pair = (int(index[0]) for index in np.nonzero(bad))
+            raise AnatomyError(
+                f"concept {name!r}: its score of the {_SIDES[side]} response of dataset row {pairs.rows[pair]} is not "
+                f"finite at layer {scorer.layer}: check the model's weights, or load it in bfloat16 or float32."
+            )
+        if name in files:
+            files[name].parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(files[name], save_tensors({"scores": values[name]}))
+
+
+def _load_scores(file: Path, n_pairs: int) -> np.ndarray | None:
+    """Stored scores (2, n_pairs), or None where there are none or they cannot be read: they are then made anew."""
+    try:
+        scores = load_tensors(file.read_bytes())["scores"]
+    except Exception:  # a broken cache costs a pass, nothing else
+        return None
+    return scores if scores.shape == (2, n_pairs) else None

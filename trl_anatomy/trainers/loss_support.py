@@ -1,0 +1,108 @@
+"""What shifting the reference does to each of TRL's DPO losses: one table for the refusals and for the documentation.
+
+The shift replaces the reference log-probability of a response y by itself minus o(y)/beta (METHOD.md section 8). Every
+verdict below is tested against an explicit float64 formula in tests/test_shaping_seam.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import AnatomyError
+
+Verdict = Literal["exact", "pointwise", "per token", "untouched", "refused"]
+
+
+@dataclass(frozen=True)
+class LossSupport:
+    """How one loss takes an offset.
+
+    exact: the loss sees beta*D + (o(chosen) - o(rejected)); a shift common to both sides cancels.
+    pointwise: each response's reward r(y) becomes r(y) + o(y); a common shift does not cancel, so scores are centred.
+    per token: the loss divides by completion length, so the shift is o(y)/beta times the completion token count.
+    untouched: the loss has no reference in it; it may stand in a mixture, where it trains as without a policy.
+    refused: the shift would not mean what the rule says.
+    """
+
+    verdict: Verdict
+    note: str
+
+
+LOSSES: dict[str, LossSupport] = {
+    "sigmoid": LossSupport("exact", "-log σ(β·D + o⁺ - o⁻)"),
+    "hinge": LossSupport("exact", "max(0, 1 - β·D - o⁺ + o⁻)"),
+    "robust": LossSupport("exact", "label-smoothed -log σ of β·D + o⁺ - o⁻"),
+    "exo_pair": LossSupport("exact", "reverse KL of the pair's softmax at β·D + o⁺ - o⁻"),
+    "discopop": LossSupport("exact", "blend of logistic and exponential at β·D + o⁺ - o⁻"),
+    "ipo": LossSupport("per token", "squared error of D per token + (o⁺ - o⁻)/β"),
+    "sigmoid_norm": LossSupport("per token", "-log σ(β·D per token + o⁺ - o⁻)"),
+    "nca_pair": LossSupport("pointwise", "each reward r(y) becomes r(y) + o(y)"),
+    "bco_pair": LossSupport("pointwise", "each reward r(y) becomes r(y) + o(y)"),
+    "sppo_hard": LossSupport("pointwise", "each reward r(y) becomes r(y) + o(y)"),
+    "apo_zero": LossSupport("pointwise", "each reward r(y) becomes r(y) + o(y)"),
+    "apo_down": LossSupport("pointwise", "each reward r(y) becomes r(y) + o(y)"),
+    "sft": LossSupport("untouched", "has no reference: allowed beside another loss, refused alone"),
+    "aot": LossSupport("refused", "sorts policy and reference apart, which detaches an offset from its pair"),
+    "aot_unpaired": LossSupport("refused", "sorts chosen and rejected apart, so an offset acts on no pair"),
+}
+
+
+def check_losses(loss_types: Sequence[str], f_divergence_type: str = "reverse_kl", beta: float = 0.1) -> bool:
+    """Refuse what an offset cannot shape exactly, before anything long runs.
+
+    Args:
+        loss_types: `DPOConfig.loss_type`, a list.
+        f_divergence_type: `DPOConfig.f_divergence_type`, a string or enum.
+        beta: `DPOConfig.beta`.
+
+    Returns:
+        Whether the offset has to be multiplied by the completion's token count ("per token" losses).
+
+    Raises:
+        AnatomyError: naming the option, what was found and what works.
+    """
+    unknown = [name for name in loss_types if name not in LOSSES]
+    if unknown:
+        raise AnatomyError(f"loss_type {unknown[0]!r} is not known to shape_reward; it shapes {_names_that_work()}.")
+    for name in loss_types:
+        if LOSSES[name].verdict == "refused":
+            raise AnatomyError(
+                f"loss_type {name!r} cannot be shaped: it {LOSSES[name].note}; use one of {_names_that_work()}, "
+                "or act on the rows with filter_pairs."
+            )
+    verdicts = {LOSSES[name].verdict for name in loss_types} - {"untouched"}
+    if not verdicts:
+        raise AnatomyError(
+            "loss_type 'sft' alone cannot be shaped: it has no reference, so shape_reward would silently do nothing; "
+            f"add one of {_names_that_work()}, or act on the rows with filter_pairs."
+        )
+    per_token = "per token" in verdicts
+    if per_token and verdicts != {"per token"}:
+        raise AnatomyError(
+            f"loss_type {list(loss_types)} mixes losses that divide by completion length with losses that do not, so "
+            "one offset cannot suit both; use loss types of one kind with shape_reward."
+        )
+    f_divergence = str(getattr(f_divergence_type, "value", f_divergence_type))
+    if f_divergence != "reverse_kl":
+        raise AnatomyError(
+            f"f_divergence_type {f_divergence!r} cannot be shaped: the offset would land inside a non-linear function "
+            "and not add to the margin; use 'reverse_kl' with shape_reward."
+        )
+    if not beta > 0:
+        raise AnatomyError(f"beta is {beta}, but shape_reward divides its offset by beta; use a positive beta.")
+    return per_token
+
+
+def _names_that_work() -> str:
+    return ", ".join(name for name, support in LOSSES.items() if support.verdict not in ("refused", "untouched"))
+
+
+def support_table() -> str:
+    """The table as Markdown, one row per `loss_type`, for the documentation.
+
+    Example:
+        >>> print(support_table().splitlines()[2])
+        | `sigmoid` | exact | -log σ(β·D + o⁺ - o⁻) |
+    """
+    rows = [f"| `{name}` | {support.verdict} | {support.note} |" for name, support in LOSSES.items()]
+    return "\n".join(["| loss_type | shape_reward | what the offset does |", "|---|---|---|", *rows])
