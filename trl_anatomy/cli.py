@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         if argv[0] not in COMMANDS:
-            raise AnatomyError(f"Unknown command '{argv[0]}'{_did_you_mean(argv[0], COMMANDS)}; see trl-anatomy --help.")
+            raise AnatomyError(
+                f"Unknown command '{argv[0]}'{_did_you_mean(argv[0], COMMANDS)}; see trl-anatomy --help."
+            )
         return COMMANDS[argv[0]][0](argv[1:])
     except AnatomyError as error:
         print(f"trl-anatomy {argv[0]}: {error}", file=sys.stderr)
@@ -57,7 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _overview() -> str:
-    lines = ["usage: trl-anatomy COMMAND [options]", "", "Read what a preference dataset teaches, and decide what the model may learn."]
+    lines = [
+        "usage: trl-anatomy COMMAND [options]",
+        "",
+        "Read what a preference dataset teaches, and decide what the model may learn.",
+    ]
     lines += ["", *(f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items())]
     return "\n".join([*lines, "", "trl-anatomy COMMAND --help shows the options and an example."])
 
@@ -133,13 +139,13 @@ def _refuse_unknown(from_config: list[str], from_line: list[str], parser: Any, e
 
 def _print_audit(audit: Audit) -> None:
     concepts = audit.concepts.to_pandas()
-    concepts = concepts.reindex(concepts["predicted_shift"].abs().sort_values(ascending=False).index).head(10)
+    concepts = concepts.reindex(concepts["predicted"].abs().sort_values(ascending=False).index).head(10)
     print("\nWhat the data will teach (largest predicted shifts):")
     print(f"  {'concept':<8} {'shift':>7}  {'95 % interval':<18} {'equal length':>12} {'q':>9}  label")
     for row in concepts.itertuples():
         interval = f"[{row.ci_low:+.3f}, {row.ci_high:+.3f}]"
         print(
-            f"  {row.concept:<8} {row.predicted_shift:+7.3f}  {interval:<18} {row.length_adjusted_shift:+12.3f}"
+            f"  {row.concept:<8} {row.predicted:+7.3f}  {interval:<18} {row.length_adjusted:+12.3f}"
             f" {row.q:9.2g}  {row.label or ''}"
         )
     print(f"\nReport: {audit.path / 'report.html'}")
@@ -160,7 +166,7 @@ def _plan(argv: list[str]) -> int:
     args = parser.parse_args(argv)
 
     from .audit.folder import load_audit
-    from .audit.run import reopen
+    from .audit.reopen import reopen
     from .reading.score import score_pairs
     from .shaping.plan import plan_json, plan_policy, plan_report
     from .shaping.policy import ConceptPolicy, check_policy
@@ -189,12 +195,13 @@ class PolicyArguments:
         default=None, metadata={"help": "Concept policy (YAML): what the model may learn. None trains as TRL does."}
     )
     audit: str | None = dataclasses.field(
-        default=None, metadata={"help": "Audit folder of the training set: for clusters in the policy, and for logging."}
+        default=None,
+        metadata={"help": "Audit folder of the training set: for clusters in the policy, and for logging."},
     )
 
 
 def _train(kind: str, argv: list[str]) -> int:
-    """Run TRL's own script with our trainer in the place of TRL's, so that its flags and YAML mean what they mean there."""
+    """Run TRL's own script with our trainer in the place of TRL's: its flags and YAML mean what they mean there."""
     from trl import TrlParser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
@@ -284,9 +291,12 @@ def _compare(argv: list[str]) -> int:
     parser.add_argument("--audit", required=True, help="audit folder of the dataset that was trained on")
     parser.add_argument("--before", required=True, help="the start model (the one that was audited)")
     parser.add_argument(
-        "--after", required=True, nargs="+", help="trained model(s); recovery of the others is counted against the first"
+        "--after",
+        required=True,
+        nargs="+",
+        help="trained model(s); recovery is counted against the first",
     )
-    parser.add_argument("--prompts", help="file of prompts (json lines with a 'prompt' column); default: the audited ones")
+    parser.add_argument("--prompts", help="file with a 'prompt' column; default: the audited prompts")
     parser.add_argument("--n_prompts", type=int, default=1000, help="at most so many prompts (default 1000)")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="length of a rollout (default 256)")
     parser.add_argument("--batch_size", type=int, default=64, help="rollouts at a time (default 64)")
@@ -321,11 +331,11 @@ def _report(argv: list[str]) -> int:
     args = parser.parse_args(argv)
 
     from .audit.folder import load_audit
-    from .audit.report.page import write_report
-    from .audit.run import reopen
+    from .audit.reopen import reopen
+    from .audit.report import write_report
 
     audit = load_audit(args.audit)
-    page = write_report(audit, reopen(audit, need_model=False).pairs)
+    page = write_report(audit, reopen(audit).pairs.raw)
     print(page)
     if args.open:
         import webbrowser

@@ -1,4 +1,4 @@
-"""Predicted against observed: what the audit said training would change, and what it changed (METHOD sections 7, 10)."""
+"""Predicted against observed: what the audit said training would change, and what it did change (METHOD section 7)."""
 
 from __future__ import annotations
 
@@ -20,6 +20,38 @@ if TYPE_CHECKING:
     from ..reading.harvest import Harvest
 
 Prompt = str | list[dict[str, Any]]
+
+
+def prompts_for(audit: Audit, path: str | None, n_prompts: int, seed: int) -> list[Prompt]:
+    """Prompts to sample responses to: those of a file, or of the audited dataset, without repetition.
+
+    Args:
+        audit: the audit of the training set.
+        path: a file (json lines, json, parquet) with a `prompt` column, or None for the audited dataset.
+        n_prompts: at most so many, drawn with `seed`.
+        seed: of the draw.
+
+    Raises:
+        AnatomyError: the file has no `prompt` column, or there is no prompt.
+    """
+    from ..audit.config import AuditConfig
+    from ..audit.reopen import reopen
+    from ..audit.run import load_dataset
+    from ..reading.spans import split_row
+
+    if path is None:
+        pairs = reopen(audit).pairs
+        prompts = [split_row(pairs.raw[int(row)])["prompt"] for row in pairs.rows]
+    else:
+        rows = load_dataset(AuditConfig(dataset=path))
+        if "prompt" not in rows.column_names:
+            raise AnatomyError(f"{path} has no 'prompt' column (found: {', '.join(rows.column_names)}).")
+        prompts = list(rows["prompt"])
+    unique = list({json.dumps(prompt, sort_keys=True): prompt for prompt in prompts if prompt}.values())
+    if not unique:
+        raise AnatomyError(f"{path or audit.path} holds no prompt to sample responses to.")
+    drawn = np.random.default_rng(seed).permutation(len(unique))[:n_prompts]
+    return [unique[i] for i in sorted(drawn)]
 
 
 def compare(
@@ -154,8 +186,8 @@ def comparison_report(result: Mapping[str, Any]) -> str:
             continue
         lines.append(
             f"\n{name}: R² {figures['r2']:.2f} [{figures['r2_low']:.2f}, {figures['r2_high']:.2f}],"
-            f" rank correlation {figures['spearman']:.2f}, permutation p {figures['p']:.2g}, over {figures['n']} concepts;"
-            f" at most {_shown(figures['noise_ceiling_r2'])} could be seen above the noise of {figures['n_prompts']} prompts;"
+            f" rank correlation {figures['spearman']:.2f}, permutation p {figures['p']:.2g}, {figures['n']} concepts;"
+            f" at most {_shown(figures['noise_ceiling_r2'])} can be seen with {figures['n_prompts']} prompts;"
             f" random clusters of the same sizes: {_shown(figures['random_clusters_r2'])}."
         )
     lines.append("\nShare of responses in which a text rule holds:")
@@ -166,8 +198,12 @@ def comparison_report(result: Mapping[str, Any]) -> str:
         shown = [f"{row['rates'][names[0]][0]:14.3f}"]
         for name in names[1:]:
             back = row["recovery"][name]
-            shown.append(f"{row['rates'][name][0]:.3f} ({back:4.0%})" if back is not None else f"{row['rates'][name][0]:.3f}")
-        lines.append(f"  {row['rule']:<16} {row['rates']['before'][0]:7.3f} " + " ".join(f"{cell:>14}" for cell in shown))
+            shown.append(
+                f"{row['rates'][name][0]:.3f} ({back:4.0%})" if back is not None else f"{row['rates'][name][0]:.3f}"
+            )
+        lines.append(
+            f"  {row['rule']:<16} {row['rates']['before'][0]:7.3f} " + " ".join(f"{cell:>14}" for cell in shown)
+        )
     if len(names) > 1:
         lines.append(f"  (in brackets: share of the way back from {names[0]} to before)")
     return "\n".join(lines)
@@ -198,7 +234,9 @@ def _load(model: Any) -> Any:
     return loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def _sampled(model: Any, tokenizer: Any, prompts: Sequence[Prompt], file: Path, sampling: Mapping[str, int]) -> list[str]:
+def _sampled(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], file: Path, sampling: Mapping[str, int]
+) -> list[str]:
     """One response to each prompt, kept on disk under a key of everything it depends on."""
     from ..reading.fingerprint import hash_json, model_fingerprint
     from .rollouts import rollouts
@@ -241,7 +279,7 @@ def _mean_disparity(read: Harvest, features: Sequence[np.ndarray], tau: float) -
 
 
 def _random_features(read: Harvest, features: Sequence[np.ndarray], tau: float, seed: int) -> list[np.ndarray]:
-    """Clusters of the same sizes, drawn from the latents that fire in some response: the control of METHOD section 7."""
+    """Clusters of the same sizes, drawn from the latents that fire in some response: a control."""
     fires = np.zeros(read.d_sae, dtype=bool)
     for shard in read.shards():
         for span in ("chosen", "rejected"):

@@ -23,7 +23,8 @@ TEXT_RULES: Mapping[str, str] = {
     "emoji": "[\U0001f300-\U0001faff\u2600-\u27bf]",
     "em_dash": "\u2014",
     "exclamation": r"!",
-    "refusal": r"(?i)^\W*(i'?m sorry|i am sorry|sorry,|i can(?:no|')t (?:help|assist|provide|do)|i(?: a|')m (?:unable|not able))",
+    "refusal": r"(?i)^\W*(i'?m sorry|i am sorry|sorry,|i can(?:no|')t (?:help|assist|provide|do)|"
+    r"i(?: a|')m (?:unable|not able))",
     "flattery": r"(?i)^\W*(great|excellent|wonderful|fantastic|what an? (?:great|excellent|wonderful))\b",
     "hedging": r"(?i)\b(perhaps|maybe|might be|it depends|i think|possibly)\b",
 }
@@ -99,6 +100,7 @@ def rate_interval(hits: np.ndarray, confidence: float = 0.95) -> tuple[float, fl
 def recovery(start: float, trained: float, shaped: float) -> float:
     """Share of the way back to the start model that a policy achieves (METHOD section 10).
 
-    0 is the rate of plain training, 1 the rate of the start model; above 1 is too far. NaN where training moved nothing.
+    0 is the rate of plain training, 1 the rate of the start model; above 1 is too far. NaN where training moved
+    nothing.
     """
     return (trained - shaped) / (trained - start) if trained != start else float("nan")
