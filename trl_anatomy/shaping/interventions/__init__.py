@@ -1,1 +1,14 @@
-"""One small file per verb; each acts at exactly one stage."""
+"""One file per verb. A new verb is its file, a row here, and a line in docs/policy.md."""
+
+from typing import TypeAlias
+
+from .filter_pairs import FilterPairs
+from .shape_reward import ShapeReward
+
+Intervention: TypeAlias = FilterPairs | ShapeReward
+
+VERBS: dict[str, type[Intervention]] = {verb.verb: verb for verb in (FilterPairs, ShapeReward)}
+# Named by the policy's language, and not built yet.
+LATER = ("mask_tokens", "reweight_pairs", "inoculate", "steer", "ablate_features", "project_out", "residualize")
+
+__all__ = ["LATER", "VERBS", "FilterPairs", "Intervention", "ShapeReward"]

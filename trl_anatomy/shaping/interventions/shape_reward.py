@@ -1,0 +1,76 @@
+"""shape_reward: an offset on the margin says what the concept would teach, so that the model need not learn it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from ...errors import AnatomyError
+from ..fields import Field, check, number, one_of
+from ..where import Where
+
+
+@dataclass(frozen=True)
+class ShapeReward:
+    """Add λ · s̃(y) to the score of every response in the gate: the loss becomes −log σ(β·D + λ·(s̃+ − s̃−)).
+
+    s̃ is the concept's score in standard deviations. λ > 0 explains the concept away, λ < 0 amplifies it; `strength` is
+    its size. With "auto" λ is fitted on the pairs so that they have nothing left to say about the concept; it comes out
+    negative where the pairs punish the concept, and then cancels the punishment.
+
+    Args:
+        concept: name of the concept.
+        sign: "explain_away" or "amplify".
+        strength: a number above 0, or "auto" (explain_away only).
+        where: the gate; None for all pairs. Outside it the offset is 0 on both responses.
+
+    Raises:
+        AnatomyError: a value out of range, or amplify with strength "auto".
+
+    Source: METHOD section 8 (loss: reward shaping), section 12 (calibrated strength).
+    """
+
+    verb: ClassVar[str] = "shape_reward"
+    stage: ClassVar[str] = "margin"
+    keys: ClassVar[Mapping[str, Field]] = {"strength": number(above=0, word="auto")}
+
+    concept: str
+    sign: str
+    strength: float | str = "auto"
+    where: Where | None = None
+
+    def __post_init__(self) -> None:
+        check(self.verb, "sign", one_of("explain_away", "amplify"), self.sign)
+        object.__setattr__(self, "strength", check(self.verb, "strength", self.keys["strength"], self.strength))
+        if self.sign == "amplify" and self.strength == "auto":
+            raise AnatomyError(
+                "found auto, the default, with amplify, allowed: a number above 0. The fitted strength says how much "
+                "to take away; how much to add is yours to say."
+            )
+
+    @property
+    def fixed(self) -> float | None:
+        """λ when the policy gives it, None when it is to be fitted."""
+        if isinstance(self.strength, str):
+            return None
+        return self.strength if self.sign == "explain_away" else -self.strength
+
+    @staticmethod
+    def offsets(
+        strength: float, chosen: np.ndarray, rejected: np.ndarray, acts: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """λ · s̃ of both responses, centred over the responses it acts on so that pointwise losses do not drift.
+
+        Args:
+            strength: λ.
+            chosen, rejected: (n_pairs,) scores in standard deviations.
+            acts: (n_pairs,) bool: pairs that are kept and in the gate.
+
+        Returns:
+            Two (n_pairs,) arrays, 0 where the rule does not act.
+        """
+        if not acts.any():
+            return np.zeros(len(chosen)), np.zeros(len(chosen))
+        centre = (chosen[acts].mean() + rejected[acts].mean()) / 2
+        return tuple(np.where(acts, strength * (score - centre), 0.0) for score in (chosen, rejected))  # type: ignore[return-value]

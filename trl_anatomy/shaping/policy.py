@@ -1,0 +1,357 @@
+"""YAML -> ConceptPolicy, with every problem of a policy named at once: file, line, key, what was found and is allowed.
+
+Reading a policy looks at nothing but the policy; what needs model, SAE, audit or dataset is checked in `resolve`.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import AnatomyError
+from .fields import FEATURES, LAYER, PATTERN, TEXT, Field, found, name_like, one_of
+from .interventions import LATER as VERBS_LATER
+from .interventions import VERBS, Intervention
+from .located import Located, PolicyError, Problems, from_python, read_file
+from .where import FIELDS as WHERE_FIELDS
+from .where import LATER as WHERE_LATER
+from .where import WAYS, Where, surely_overlap
+
+if TYPE_CHECKING:
+    from ..audit.folder import Audit
+    from ..reading.scorers import Scorer
+
+VERSION = 1
+SIGNS = ("explain_away", "amplify")
+
+_REDUCE = one_of("max", "mean", "sum")
+# scorer -> the keys that it takes
+SCORERS: Mapping[str, Mapping[str, Field]] = {
+    "text": {"pattern": PATTERN},
+    "features": {
+        "features": FEATURES,
+        "sae": Field("{path: FOLDER} or {release: NAME, id: NAME}", lambda value: value),
+        "audit": TEXT,
+        "cluster": name_like(r"T\d+", "a cluster of the audit, such as T17"),
+        "layer": LAYER,
+        "reduce": _REDUCE,
+    },
+    "direction": {"path": TEXT, "layer": LAYER, "reduce": _REDUCE},
+}
+SCORERS_LATER = ("probe", "attention_probe", "linear_probe", "reft")
+_NAME = name_like(r"[\w][\w.\- ]{0,99}", "a name of letters, digits, blanks, '_', '-' and '.'")
+
+
+@dataclass(frozen=True)
+class ConceptSpec:
+    """How a concept is scored, as the policy says it. Fields that its scorer does not take are None.
+
+    Args:
+        name: the concept's name in the policy.
+        scorer: "text", "features" or "direction".
+        pattern: text: a regular expression searched for in the response.
+        features: features: numbers of SAE latents.
+        sae: features: {"path": folder} or {"release": name, "id": name}.
+        audit: features: the audit folder that `cluster` belongs to; None means the audit in use.
+        cluster: features: a concept of an audit ("T17"), instead of `features` and `sae`.
+        path: direction: a stored direction.
+        layer: hidden-state scorers: layer read, from 0; None takes the SAE's, the audit's or the direction's own.
+        reduce: hidden-state scorers: tokens of a response to one score: "max", "mean" or "sum"; None takes
+            the direction's own, else "max".
+    """
+
+    name: str
+    scorer: str
+    pattern: str | None = None
+    features: tuple[int, ...] | None = None
+    sae: Mapping[str, str] | None = None
+    audit: str | None = None
+    cluster: str | None = None
+    path: str | None = None
+    layer: int | None = None
+    reduce: str | None = None
+
+
+@dataclass(frozen=True)
+class ConceptPolicy:
+    """What the model may learn: concepts, and rules that act on them.
+
+    Attributes:
+        concepts: name -> how it is scored.
+        rules: interventions in the order of the policy.
+        source: the policy's file, or "policy" for one given in Python.
+        places: key path -> "policy.yaml:12: rules[0].where", for errors that are found later.
+
+    Example:
+        >>> policy = ConceptPolicy.load({
+        ...     "concepts": {"em_dash": {"scorer": "text", "pattern": "—"}},
+        ...     "rules": [{"explain_away": "em_dash", "with": "filter_pairs", "fraction": 0.03}],
+        ... })
+        >>> policy.rules[0].fraction, bool(policy), bool(ConceptPolicy.load(None))
+        (0.03, True, False)
+    """
+
+    concepts: Mapping[str, ConceptSpec] = field(default_factory=dict)
+    rules: tuple[Intervention, ...] = ()
+    source: str = "policy"
+    places: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def load(cls, source: "str | Path | Mapping[str, Any] | ConceptPolicy | None") -> "ConceptPolicy":
+        """Read a policy.
+
+        Args:
+            source: path of a YAML file, a dict of the same form, a ConceptPolicy (returned as it is), or None for the
+                empty policy. YAML text is not taken as a string: a string is always a path.
+
+        Returns:
+            The policy; falsy when it has no rules. Relative paths in a file are resolved against its folder.
+
+        Raises:
+            PolicyError: everything that is wrong with it, at once.
+            AnatomyError: no such file.
+        """
+        if isinstance(source, ConceptPolicy):
+            return source
+        if source is None:
+            return cls()
+        if isinstance(source, str | Path):
+            path = Path(source).expanduser()
+            problems = Problems(str(source))
+            root, folder = read_file(path, problems), path.parent
+        elif isinstance(source, Mapping):
+            problems, folder = Problems("policy"), Path()
+            root = from_python(source, problems)
+        else:
+            raise AnatomyError(
+                f"concept_policy is a {type(source).__name__}; give the path of a YAML file, a dict or a ConceptPolicy."
+            )
+        policy = (
+            cls(source=problems.source) if root is None or root.value is None else _Reader(problems, folder).read(root)
+        )
+        problems.raise_if_any()
+        return policy
+
+    def __bool__(self) -> bool:
+        return bool(self.rules)
+
+    @property
+    def used(self) -> dict[str, ConceptSpec]:
+        """The concepts that a rule acts on, in the order of the policy."""
+        acted_on = {rule.concept for rule in self.rules}
+        return {name: spec for name, spec in self.concepts.items() if name in acted_on}
+
+    def place(self, path: str) -> str:
+        """Where a key stands, as errors begin: `policy.yaml:12: rules[0].where`."""
+        return self.places.get(path, f"{self.source}: {path}")
+
+    def scorers(self, *, audit: "Audit | None" = None, model: Any = None) -> "dict[str, Scorer]":
+        """The scorers of the concepts that a rule acts on.
+
+        Args:
+            audit: the audit in use, for concepts that name a `cluster` and no audit folder of their own.
+            model: the start model; where given, layers and widths are checked against it.
+
+        Returns:
+            concept name -> scorer of `trl_anatomy.reading.scorers`.
+
+        Raises:
+            PolicyError: all concepts that cannot be scored, at once.
+        """
+        from .resolve import resolve_scorers
+
+        scorers, problems = resolve_scorers(self, audit, model=model)
+        if problems:
+            raise PolicyError(problems)
+        return scorers
+
+
+class _Reader:
+    """Turns located values into a ConceptPolicy; what does not fit is noted and left out."""
+
+    def __init__(self, problems: Problems, folder: Path) -> None:
+        self.problems, self.folder = problems, folder
+        self.places: dict[str, str] = {}
+
+    def read(self, root: Located) -> ConceptPolicy:
+        entries = self.problems.mapping(root, "", "a mapping with the keys version, concepts and rules")
+        if entries is None:
+            return ConceptPolicy(source=self.problems.source)
+        self.known(entries, "", ("version", "concepts", "rules"))
+        version = entries.get("version", Located(VERSION))
+        if version.value != VERSION or isinstance(version.value, bool):
+            self.problems.add(version.line, "version", f"found {found(version.value)}, allowed: {VERSION}.")
+        concepts: dict[str, ConceptSpec | None] = {}
+        given = entries.get("concepts", Located(None))
+        if given.value is not None:
+            allowed = "a mapping of concept names to {scorer: ...}"
+            for name, value in (self.problems.mapping(given, "concepts", allowed) or {}).items():
+                self.problems.read(Located(name, value.key_line), "concepts", _NAME)
+                concepts[name] = self.concept(name, value)
+        rules: list[tuple[int, Located, Intervention]] = []
+        listed = entries.get("rules", Located(None))
+        if isinstance(listed.value, list):
+            for i, item in enumerate(listed.value):
+                rule = self.rule(item, f"rules[{i}]", concepts)
+                if rule is not None:
+                    rules.append((i, item, rule))
+        elif listed.value is not None:
+            self.problems.add(
+                listed.line, "rules", f"found {found(listed.value)}, allowed: a list of rules, each on a line with '-'."
+            )
+        self.fights(rules)
+        return ConceptPolicy(
+            concepts={name: spec for name, spec in concepts.items() if spec is not None},
+            rules=tuple(rule for _, _, rule in rules),
+            source=self.problems.source,
+            places=self.places,
+        )
+
+    def known(
+        self, entries: Mapping[str, Located], path: str, allowed: Collection[str], later: Collection[str] = ()
+    ) -> None:
+        """Note keys that are not allowed here."""
+        for key, value in entries.items():
+            here = f"{path}.{key}" if path else key
+            line = value.key_line
+            self.places[here] = f"{self.problems.place(line)}: {here}"
+            if key in later:
+                self.problems.add(
+                    line, here[:200], f"not available in this version; allowed: {', '.join(map(str, allowed))}."
+                )
+            elif key not in allowed:
+                self.problems.unknown(line, path, key, allowed, "the key ")
+
+    def values(self, entries: Mapping[str, Located], path: str, rules: Mapping[str, Field]) -> dict[str, Any]:
+        """The entries that `rules` knows, read."""
+        return {key: self.problems.read(entries[key], f"{path}.{key}", rules[key]) for key in rules if key in entries}
+
+    def resolved(self, path: str) -> str:
+        """A path of the policy, relative ones seen from the policy file's folder."""
+        return str(self.folder / Path(path).expanduser())
+
+    def concept(self, name: str, value: Located) -> ConceptSpec | None:
+        path = f"concepts.{name[:100]}"
+        self.places[path] = f"{self.problems.place(value.key_line)}: {path}"
+        before = len(self.problems.entries)
+        entries = self.problems.mapping(value, path, "a mapping {scorer: ..., ...}")
+        if entries is None:
+            return None
+        scorer = entries.get("scorer")
+        if scorer is None:
+            self.problems.add(value.line, path, f"found no key 'scorer', allowed: {', '.join(SCORERS)}.")
+            return None
+        if not isinstance(scorer.value, str) or scorer.value not in SCORERS:
+            if scorer.value in SCORERS_LATER:
+                text = f"found {scorer.value!r}, which is not available in this version; allowed: {', '.join(SCORERS)}."
+                self.problems.add(scorer.line, f"{path}.scorer", text)
+            else:
+                self.problems.unknown(scorer.line, f"{path}.scorer", scorer.plain(), SCORERS)
+            return None
+        allowed = SCORERS[scorer.value]
+        self.known(entries, path, ["scorer", *allowed])
+        values = self.values(entries, path, allowed)
+        if "sae" in entries:
+            values["sae"] = self.sae(entries["sae"], f"{path}.sae")
+        needed = {"text": ["pattern"], "direction": ["path"], "features": []}[scorer.value]
+        if scorer.value == "features":
+            by_cluster = "cluster" in entries or "audit" in entries
+            needed = ["cluster"] if by_cluster else ["features", "sae"]
+            for key in ("features", "sae", "layer") if by_cluster else ():
+                if key in entries:
+                    text = "found beside cluster, which brings its own, allowed: {audit, cluster} or {features, sae}."
+                    self.problems.add(entries[key].key_line, f"{path}.{key}", text)
+        for key in needed:
+            if key not in entries:
+                self.problems.add(value.line, path, f"found no key {key!r}, allowed: {allowed[key].allowed}.")
+        if len(self.problems.entries) > before:
+            return None
+        for key in ("audit", "path"):
+            if values.get(key) is not None:
+                values[key] = self.resolved(values[key])
+        return ConceptSpec(name=name, scorer=scorer.value, **values)
+
+    def sae(self, value: Located, path: str) -> dict[str, str] | None:
+        allowed = SCORERS["features"]["sae"].allowed
+        entries = self.problems.mapping(value, path, allowed)
+        if entries is None:
+            return None
+        self.known(entries, path, ("path", "release", "id"))
+        if set(entries) & {"path", "release", "id"} not in ({"path"}, {"release", "id"}):
+            keys = ", ".join(entries) or "no key"
+            self.problems.add(value.line, path, f"found {keys[:100]}, allowed: {allowed}.")
+        values = self.values(entries, path, {"path": TEXT, "release": TEXT, "id": TEXT})
+        if values.get("path") is not None:
+            values["path"] = self.resolved(values["path"])
+        return values
+
+    def rule(self, value: Located, path: str, concepts: Mapping[str, ConceptSpec | None]) -> Intervention | None:
+        problems, before = self.problems, len(self.problems.entries)
+        entries = problems.mapping(value, path, "a mapping such as {explain_away: CONCEPT, with: VERB}")
+        if entries is None:
+            return None
+        self.places[path] = f"{problems.place(value.line)}: {path}"
+        signs = [key for key in SIGNS if key in entries]
+        if len(signs) != 1:
+            what = "both explain_away and amplify" if signs else "neither explain_away nor amplify"
+            problems.add(value.line, path, f"found {what}, allowed: one of them, with the name of a concept.")
+        for sign in signs:
+            name = entries[sign]
+            if not isinstance(name.value, str) or name.value not in concepts:
+                problems.unknown(name.line, f"{path}.{sign}", name.plain(), concepts, "the concept ")
+        verb = entries.get("with", Located(None))
+        cls = VERBS.get(verb.value) if isinstance(verb.value, str) else None
+        if "with" not in entries:
+            problems.add(value.line, path, f"found no key 'with', allowed: {', '.join(VERBS)}.")
+        elif verb.value in VERBS_LATER:
+            text = f"found {verb.value!r}, which is not available in this version; allowed: {', '.join(VERBS)}."
+            problems.add(verb.line, f"{path}.with", text)
+        elif cls is None:
+            problems.unknown(verb.line, f"{path}.with", verb.plain(), VERBS)
+        where = self.where(entries["where"], f"{path}.where") if "where" in entries else None
+        if cls is None:
+            return None
+        self.known(entries, path, [*SIGNS, "with", *cls.keys, "where"])
+        values = self.values(entries, path, cls.keys)
+        for part in fields(cls):
+            if part.name in cls.keys and part.name not in entries and part.default is MISSING:
+                problems.add(value.line, path, f"found no key {part.name!r}, allowed: {cls.keys[part.name].allowed}.")
+        if len(problems.entries) > before:
+            return None
+        try:
+            return cls(concept=entries[signs[0]].value, sign=signs[0], where=where, **values)
+        except AnatomyError as error:  # keys that are right one by one and wrong together
+            key = next(iter(cls.keys))
+            problems.add(entries[key].line if key in entries else value.line, f"{path}.{key}", str(error))
+            return None
+
+    def where(self, value: Located, path: str) -> Where | None:
+        before = len(self.problems.entries)
+        entries = self.problems.mapping(value, path, WAYS)
+        if entries is None:
+            return None
+        self.known(entries, path, tuple(WHERE_FIELDS), WHERE_LATER)
+        given = set(entries) & set(WHERE_FIELDS)
+        ways = ({"column", "equals"}, {"column", "in"}, {"data"}, {"prompt"})
+        if given not in ways and not set(entries) & set(WHERE_LATER):
+            self.problems.add(value.line, path, f"found {', '.join(sorted(given)) or 'no gate'}, allowed: {WAYS}.")
+        values = self.values(entries, path, WHERE_FIELDS)
+        if len(self.problems.entries) > before:
+            return None
+        held = (values["equals"],) if "equals" in values else values.get("in", ())
+        return Where(values.get("column"), held, values.get("data"), values.get("prompt"))
+
+    def fights(self, rules: list[tuple[int, Located, Intervention]]) -> None:
+        """Note pairs of rules that pull one concept both ways for the same pairs."""
+        first: dict[str, list[tuple[int, Intervention]]] = {}
+        for i, item, rule in rules:
+            for j, other in first.setdefault(rule.concept, []):
+                if rule.sign != other.sign and surely_overlap(rule.where, other.where):
+                    self.problems.add(
+                        item.line,
+                        f"rules[{i}]",
+                        f"found {rule.sign}: {rule.concept}, but rules[{j}] says {other.sign} for some of the same "
+                        "pairs, allowed: one of the two, or gates (where) that share no pair.",
+                    )
+                    break
+            first[rule.concept].append((i, rule))

@@ -1,0 +1,104 @@
+"""Gates: the pairs that a rule acts on."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import AnatomyError
+from .fields import PATTERN, SCALAR, SCALARS, TEXT, Field, found, name_like
+
+if TYPE_CHECKING:
+    from ..audit.folder import Audit
+    from ..reading.spans import Pairs
+
+FIELDS: Mapping[str, Field] = {
+    "column": TEXT,
+    "equals": SCALAR,
+    "in": SCALARS,
+    "data": name_like(r"B\d+", "a context of the audit, such as B12"),
+    "prompt": PATTERN,
+}
+LATER = ("prompts", "side")
+WAYS = "one of {column, equals}, {column, in}, {data} or {prompt}"
+
+
+@dataclass(frozen=True)
+class Where:
+    """A gate: exactly one of `column` (with `values`), `data`, `prompt` is set.
+
+    Args:
+        column: a column of the dataset.
+        values: the gate is open where the column holds one of these.
+        data: a context of the audit ("B12").
+        prompt: a regular expression that is searched for in the prompt's text.
+    """
+
+    column: str | None = None
+    values: tuple[str | int | float | bool | None, ...] = ()
+    data: str | None = None
+    prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        if sum(part is not None for part in (self.column, self.data, self.prompt)) != 1:
+            raise AnatomyError("where: give exactly one of column (with values), data, prompt.")
+        if (self.column is not None) != bool(self.values):
+            raise AnatomyError("where: column and values belong together.")
+
+    def __str__(self) -> str:
+        if self.column is not None:
+            return f"{self.column} = {' | '.join(map(str, self.values))}"
+        return f"data = {self.data}" if self.data is not None else f"prompt ~ {self.prompt}"
+
+    def mask(self, pairs: "Pairs", audit: "Audit | None") -> np.ndarray:
+        """(n_pairs,) bool: where the gate is open.
+
+        Raises:
+            AnatomyError: no such column or context, no audit to look the context up in, or no pair passes.
+        """
+        if self.column is not None:
+            columns = pairs.raw.column_names
+            if self.column not in columns:
+                raise AnatomyError(
+                    f"where: the dataset has no column {found(self.column)}; found: {', '.join(columns)}."
+                )
+            held = pairs.raw.with_format(None).select_columns([self.column])[:][self.column]
+            mask = np.fromiter((any(_equal(held[row], v) for v in self.values) for row in pairs.rows), bool, len(pairs))
+            seen = "" if mask.any() else _examples(held)
+        elif self.data is not None:
+            if audit is None:
+                raise AnatomyError(f"where: data: {self.data} is a context of an audit, and no audit was given.")
+            mask = np.isin(pairs.rows, np.asarray(audit.rows_in(self.data), dtype=np.int64))
+            seen = ""
+        else:
+            pattern = re.compile(str(self.prompt))
+            mask = np.fromiter((bool(pattern.search(pairs.prompt_text(i))) for i in range(len(pairs))), bool)
+            seen = ""
+        if not mask.any():
+            raise AnatomyError(f"where: no pair has {self}{seen}; correct the gate or drop the rule.")
+        return mask
+
+
+def surely_overlap(one: Where | None, other: Where | None) -> bool:
+    """Whether two gates share pairs, as far as can be told without the data (`plan_policy` looks at the data)."""
+    if one is None or other is None:
+        return True
+    if one.column is None:
+        return one == other
+    return one.column == other.column and any(_equal(a, b) for a in one.values for b in other.values)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Equality that tells true from 1, and never asks an array."""
+    if isinstance(a, bool) or isinstance(b, bool):
+        return isinstance(a, bool) and isinstance(b, bool) and a == b
+    if isinstance(a, int | float) and isinstance(b, int | float):
+        return a == b
+    return type(a) is type(b) and (a is None or isinstance(a, str)) and a == b
+
+
+def _examples(held: list[Any]) -> str:
+    seen = sorted({found(value) for value in held[:1000]})[:5]
+    return f" (the column holds, for example, {', '.join(seen)})"
