@@ -126,8 +126,8 @@ class Audit:
                 f"{self.path}: this audit was made with other data ({data['name']}, {data['n_pairs']} pairs of "
                 f"{data['n_rows']} rows, max_length {self.info['settings']['max_length']}, truncation "
                 f"{self.info['settings']['truncation']}); found {len(pairs)} pairs of {len(pairs.raw)} rows, "
-                f"max_length {pairs.max_length}, truncation {pairs.truncation}. Audit this dataset with the same tokenizer and "
-                "truncation as training."
+                f"max_length {pairs.max_length}, truncation {pairs.truncation}. Audit this dataset with the same "
+                "tokenizer and truncation as training."
             )
 
     @cached_property

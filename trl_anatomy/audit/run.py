@@ -231,7 +231,13 @@ def run_audit(
 
 @dataclass(frozen=True)
 class Findings:
-    """What an audit says about a harvest: the three tables, and for `audit.json` settings_used, notes, contexts, counts."""
+    """What an audit says about a harvest.
+
+    Attributes:
+        hypotheses, concepts, pairs: the tables of the audit folder.
+        info: settings_used, notes, contexts and counts of `audit.json`.
+        timings: seconds of each step.
+    """
 
     hypotheses: pa.Table
     concepts: pa.Table

@@ -221,8 +221,8 @@ def find_contexts(s: np.ndarray, config: AuditConfig) -> tuple[np.ndarray, tuple
     notes: tuple[str, ...] = ()
     if k < config.n_contexts:
         notes = (
-            f"{n_active} active pairs are too few for {config.n_contexts} contexts; {k} were made, so that a context "
-            f"averages about {n_active // k} pairs.",
+            f"{n_active} active pairs are too few for {config.n_contexts} contexts; made: {k}, of about "
+            f"{n_active // k} pairs each.",
         )
     if k == 1:
         notes = (*notes, "With one context there is nothing to compare it with: too few pairs to tell contexts apart.")

@@ -1,0 +1,301 @@
+"""The audit folder: written whole, read with checks; and one run from text to page through a model and an SAE."""
+
+import gzip
+import json
+import random
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from audit_world import HABITS, make_audit, make_world
+from datasets import Dataset, DatasetDict
+
+from trl_anatomy.audit import run
+from trl_anatomy.audit.config import AuditConfig
+from trl_anatomy.audit.folder import TABLES, load_audit, write_audit
+from trl_anatomy.audit.predict import predicted_shift
+from trl_anatomy.errors import AnatomyError
+
+
+@pytest.fixture(scope="module")
+def world():
+    return make_world()
+
+
+@pytest.fixture(scope="module")
+def made(world, tmp_path_factory):
+    return make_audit(tmp_path_factory.mktemp("audit") / "run", world)
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    shutil.copytree(made.path, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_what_was_written_is_read_back(made, world):
+    audit = load_audit(made.path)
+    assert audit.info == json.loads((made.path / "audit.json").read_text()) == made.info
+    for name in TABLES:
+        assert repr(getattr(audit, name).to_pylist()) == repr(getattr(made, name).to_pylist())  # NaN equals NaN
+    assert not list(made.path.glob("*.partial"))
+    assert audit.harvest.n_pairs == world.n_pairs
+    u, names = audit.disparity()
+    assert names == audit.concepts["concept"].to_pylist()
+    np.testing.assert_allclose(predicted_shift(u), audit.concepts["predicted"].to_numpy(), atol=1e-12)
+
+
+def test_features_and_rows_of_concepts_and_contexts(made, world):
+    assert {tuple(made.features(name)) for name in made.concept_names} >= {h["features"] for h in HABITS.values()}
+    rows = {name: made.rows_in(name) for name in made.info["contexts"]}
+    np.testing.assert_array_equal(np.sort(np.concatenate(list(rows.values()))), np.sort(world.rows))
+    assert {name: len(r) for name, r in rows.items()} == {n: c["pairs"] for n, c in made.info["contexts"].items()}
+    with pytest.raises(AnatomyError, match=r"found concept 'T99', allowed: T1, T2"):
+        made.features("T99")
+    with pytest.raises(AnatomyError, match=r"found context 'A1', allowed: B0, B1, B2, B3, B4"):
+        made.rows_in("A1")
+
+
+def test_pairs_name_their_strongest_concepts(made):
+    u, names = made.disparity()
+    for i, pair in enumerate(made.pairs.to_pylist()[:200]):
+        values = [u[i, names.index(name)] for name in pair["concepts"]]
+        np.testing.assert_allclose(pair["scores"], values, atol=1e-6)
+        strongest = np.sort(np.abs(u[i]))[::-1][: len(values)]
+        np.testing.assert_allclose(np.abs(values), strongest, atol=1e-12)
+        assert len(values) == min(5, (u[i] != 0).sum())
+
+
+@pytest.mark.parametrize("name", ["audit.json", "hypotheses.parquet", "concepts.parquet", "pairs.parquet"])
+def test_a_missing_file_is_named(copy, name):
+    (copy / name).unlink()
+    with pytest.raises(AnatomyError, match=f"{name}: missing"):
+        load_audit(copy)
+
+
+def test_no_folder_at_all(tmp_path):
+    with pytest.raises(AnatomyError, match="no such audit folder"):
+        load_audit(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("keep", [0, 10, 1000])
+def test_a_truncated_table_is_named(copy, keep):
+    file = copy / "pairs.parquet"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(AnatomyError, match=r"pairs.parquet: truncated or damaged"):
+        load_audit(copy)
+
+
+def test_another_schema_and_another_audit_are_refused(copy):
+    table = pq.read_table(copy / "concepts.parquet")
+    pq.write_table(table.drop_columns(["q"]), copy / "concepts.parquet")
+    with pytest.raises(AnatomyError, match="column 'q' must be double, found nothing"):
+        load_audit(copy)
+    pq.write_table(table.set_column(8, "p", pa.array(["x"] * len(table))), copy / "concepts.parquet")
+    with pytest.raises(AnatomyError, match="column 'p' must be double, found string"):
+        load_audit(copy)
+    pq.write_table(table.slice(1), copy / "concepts.parquet")
+    with pytest.raises(AnatomyError, match=r"5 rows, but audit.json counts 6"):
+        load_audit(copy)
+
+
+def test_damaged_json_is_refused(copy):
+    (copy / "audit.json").write_text('{"format": 1')
+    with pytest.raises(AnatomyError, match=r"audit.json: not valid JSON"):
+        load_audit(copy)
+    (copy / "audit.json").write_text('{"format": 1}')
+    with pytest.raises(AnatomyError, match="lacks versions, model"):
+        load_audit(copy)
+
+
+def test_a_truncated_shard_is_found_when_the_harvest_is_used(copy):
+    shard = sorted((copy / "harvest").glob("shard-*"))[1]
+    shard.write_bytes(shard.read_bytes()[:-5])
+    audit = load_audit(copy)
+    with pytest.raises(AnatomyError, match="shard-00001"):
+        audit.disparity()
+
+
+def test_a_harvest_of_other_pairs_is_found(copy, tmp_path):
+    other = make_audit(tmp_path / "other", make_world(n=300))
+    shutil.rmtree(copy / "harvest")
+    shutil.copytree(other.path / "harvest", copy / "harvest")
+    with pytest.raises(AnatomyError, match=r"other pairs than pairs.parquet"):
+        load_audit(copy).disparity()
+
+
+def test_an_interrupted_write_leaves_an_unfinished_folder(copy, made, monkeypatch):
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trl_anatomy.audit.folder.write_atomically", fail)
+    with pytest.raises(KeyboardInterrupt):
+        write_audit(copy, made.info, made.hypotheses, made.concepts, made.pairs)
+    with pytest.raises(AnatomyError, match="the audit is not finished"):
+        load_audit(copy)
+
+
+# One run through a real (random) model, TRL's tokenisation and a sae-lens SAE on disk.
+
+WORDS = [
+    "the",
+    "sea",
+    "soup",
+    "tide",
+    "onion",
+    "is",
+    "nice",
+    "**bold**",
+    "very",
+    "good",
+    "bad",
+    "we",
+    "say",
+    "a",
+    "tell",
+]
+WORDS += ["me", "about"]
+
+
+def write_start_model(path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<eos>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>"
+    ).save_pretrained(path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+
+
+def write_sae(path):
+    from sae_lens import TopKSAE, TopKSAEConfig
+
+    torch.manual_seed(1)
+    sae = TopKSAE(TopKSAEConfig(d_in=32, d_sae=96, k=6))
+    sae.cfg.metadata.hook_name = "model.layers.1"
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.nn.functional.normalize(torch.randn(32, 96), dim=0))
+        sae.W_dec.copy_(sae.W_enc.T)
+    sae.save_model(path)
+
+
+def word_pairs(n=400):
+    rng = random.Random(0)
+    rows = []
+    for i in range(n):
+        about = rng.choice(["the sea", "a soup"])
+        sides = {}
+        for side, rate in (("chosen", 0.8), ("rejected", 0.2)):
+            words = rng.choices([w for w in WORDS if w != "**bold**"], k=rng.randint(3, 7))
+            sides[side] = " ".join([*words, *(["**bold**", "**bold**"] if rng.random() < rate else [])])
+        rows.append(
+            {"prompt": f"tell me about {about} ", **sides} if i else {"prompt": "a", "chosen": " ", "rejected": "b"}
+        )
+    return Dataset.from_list(rows)
+
+
+def random_state():
+    """What the trainers' random numbers come from; auditing inside a trainer must not move it."""
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    root = tmp_path_factory.mktemp("run")
+    write_start_model(root / "model")
+    write_sae(root / "sae")
+    data = word_pairs()
+    with gzip.open(root / "pairs.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in data)
+    return AuditConfig(
+        model=str(root / "model"),
+        dataset=str(root / "pairs.jsonl.gz"),
+        sae=str(root / "sae"),
+        out=str(root / "out"),
+        shard_pairs=128,
+        bootstrap=200,
+    )
+
+
+def test_a_run_from_files_to_page(setup):
+    state = random_state()
+    plan = run.dry_run(setup)
+    assert plan["pairs"] == 399
+    assert plan["left_out"] == {"empty response": 1}
+    assert (plan["shards"], plan["shards_done"], plan["layer"], plan["d_sae"]) == (4, 0, 1, 96)
+    audit = run.run_audit(setup, progress=False)
+    assert state == random_state()
+    assert audit.info["data"]["tokens"] == plan["tokens"]
+    assert audit.info["data"]["n_rows"] == 400
+    assert run.dry_run(setup)["shards_done"] == 4
+
+    # The planted habit, found and named: features that a bold word lights lean to chosen.
+    best = max(audit.concepts.to_pylist(), key=lambda c: c["predicted"])
+    assert best["verdict"] == "rises"
+    assert best["terms"][0] in ("bold", "**")
+    assert "What it will teach" in (audit.path / "report.html").read_text()
+
+    # The pairs are checked against those of a trainer, and a second run says the same.
+    from trl_anatomy.reading.spans import read_pairs
+
+    tokenizer = run.load_tokenizer(setup.model)
+    raw = run.load_dataset(setup)
+    audit.check_pairs(read_pairs(raw, tokenizer))
+    with pytest.raises(AnatomyError, match="made with other data"):
+        audit.check_pairs(read_pairs(raw.select(range(100)), tokenizer))
+    tables = {name: getattr(audit, name).to_pylist() for name in TABLES}
+    again = run.run_audit(setup, dataset=raw, progress=False)
+    assert {name: getattr(again, name).to_pylist() for name in TABLES} == tables
+
+
+def test_bad_input_is_told_before_the_pass(setup, tmp_path):
+    def refused(match, **changes):
+        config = AuditConfig(**{**setup.settings(), "out": str(tmp_path / "out"), **changes})
+        with pytest.raises(AnatomyError, match=match):
+            run.run_audit(config, progress=False)
+        assert not (tmp_path / "out").exists()
+
+    refused("no model and no sae given", model="", sae="")
+    refused("no such file", dataset=str(tmp_path / "none.jsonl"))
+    (tmp_path / "pairs.csv").write_text("a,b\n")
+    refused("unknown kind of file", dataset=str(tmp_path / "pairs.csv"))
+    refused("tokenizer cannot be loaded", model=str(tmp_path / "nothing"))
+    refused("layer is 0, but the SAE", layer=0)
+    (tmp_path / "pairs.jsonl").write_text('{"question": "a", "good": "b"}\n')
+    refused("no column 'chosen'", dataset=str(tmp_path / "pairs.jsonl"))
+    (tmp_path / "empty.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": " "}\n')
+    refused("no usable row", dataset=str(tmp_path / "empty.jsonl"))
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "chos')
+    refused("cannot be loaded", dataset=str(tmp_path / "broken.jsonl"))
+
+
+def test_datasets_are_read_from_files_and_folders(tmp_path):
+    data = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3)
+
+    def rows(path, **settings):
+        return run.load_dataset(AuditConfig(dataset=str(path), **settings)).to_list()
+
+    data.to_json(tmp_path / "d.jsonl")
+    data.to_parquet(tmp_path / "d.parquet")
+    data.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(tmp_path / "two")
+    for path in ("d.jsonl", "d.parquet", "one", "two"):
+        assert rows(tmp_path / path) == data.to_list()
+    assert len(rows(tmp_path / "two", dataset_split="test")) == 1
+    with pytest.raises(AnatomyError, match="found splits train, test, not 'validation'"):
+        rows(tmp_path / "two", dataset_split="validation")

@@ -1,0 +1,201 @@
+"""The page: honest, escaped, without scripts."""
+
+import base64
+import hashlib
+import html
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import yaml
+from audit_world import make_audit, make_world, raw_dataset
+
+from trl_anatomy.audit.labels import distinctive_terms, group_terms
+from trl_anatomy.audit.report import render, write_report
+from trl_anatomy.audit.report.page import clean, points, probability
+from trl_anatomy.errors import AnatomyError
+
+MARKUP = "<script>alert(1)</script></style></pre></div><img src=x onerror=alert(1)>\"'>{{ 7*7 }}"
+HOSTILE = MARKUP + "\u202eevil\u202c\x00\x1b שלום"
+
+
+class Reader(HTMLParser):
+    """Every tag and attribute of a page, every text outside of style, and whether tags are balanced."""
+
+    VOID = ("meta", "img", "br", "link")
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags, self.attributes, self.text, self.stack, self.unbalanced = [], [], [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        if not self.stack or self.stack.pop() != tag:
+            self.unbalanced.append(tag)
+
+    def handle_data(self, data):
+        if "style" not in self.stack:
+            self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def world():
+    world = make_world()
+    for texts in world.texts:
+        texts["chosen"] += HOSTILE
+        texts["prompt"] += " a long question" * 100
+    return world
+
+
+@pytest.fixture(scope="module")
+def audit(world, tmp_path_factory):
+    return make_audit(tmp_path_factory.mktemp("audit") / 'it\'s "run" <1>', world)
+
+
+@pytest.fixture(scope="module")
+def dataset(world):
+    return raw_dataset(world)
+
+
+@pytest.fixture(scope="module")
+def page(audit, dataset):
+    return write_report(audit, dataset).read_text(encoding="utf-8")
+
+
+def test_first_screen_says_what_it_will_teach(audit, page):
+    text = " ".join(" ".join(Reader(page).text).split())
+    assert "2,000 pairs of 4,000 rows (left out: 2,000 empty response)" in text
+    assert "2 concepts are predicted to rise , 1 to fall" in text
+    assert "no evidence" in text
+    shifts = [c for c in audit.concepts.to_pylist() if c["verdict"] in ("rises", "falls")]
+    order = [c["concept"] for c in sorted(shifts, key=lambda c: -abs(c["predicted"]))]
+    assert re.findall(r'<section class="card" id="(T\d+)"', page) == order
+    for concept in shifts:
+        assert f"{concept['concept']} {concept['verdict']} by {points(abs(concept['predicted']), False)} points" in text
+        assert f"row {concept['telling_rows'][0]}" in text
+
+
+def test_page_holds_no_script_and_no_text_of_the_data_becomes_markup(page):
+    reader = Reader(page)
+    assert not reader.unbalanced
+    assert not reader.stack
+    assert not {"script", "img", "link", "iframe", "object", "form"} & set(reader.tags)
+    assert not [name for name, _ in reader.attributes if name.startswith("on") or name in ("style", "src")]
+    assert all(value.startswith("#") for name, value in reader.attributes if name == "href")
+    text = "".join(reader.text)
+    assert MARKUP in text
+    assert "[U+202E]evil[U+202C]␀␛" in text
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069]", page)
+
+
+def test_policy_of_the_page_forbids_scripts_and_pins_the_style(page):
+    csp = html.unescape(re.search(r'Content-Security-Policy" content="([^"]*)"', page).group(1))
+    style = re.search(r"<style>(.*?)</style>", page, re.S).group(1)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert csp == f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    assert "prefers-color-scheme: dark" in style
+    assert "@media print" in style
+    assert page.index("Content-Security-Policy") < page.index("<style>")
+
+
+def test_long_text_is_folded_and_complete(page):
+    assert page.count("<details") == page.count("</details>")
+    assert re.search(r"show all 1,\d\d\d characters", page)
+    assert "a long question" + " a long question" * 99 in "".join(Reader(page).text)
+
+
+def test_snippet_is_a_policy_that_yaml_reads(audit, page):
+    snippets = [html.unescape(s) for s in re.findall(r'<pre class="snippet" tabindex="0">(.*?)</pre>', page, re.S)]
+    assert len(snippets) == 3
+    for text in snippets:
+        policy = yaml.safe_load(text)
+        (name, concept), (rule,) = next(iter(policy["concepts"].items())), policy["rules"]
+        assert policy["version"] == 1
+        assert concept == {"scorer": "features", "audit": str(audit.path), "cluster": concept["cluster"]}
+        assert concept["cluster"] in audit.concept_names
+        assert rule == {"explain_away": name, "with": "shape_reward", "strength": "auto"}
+    gated = [text for text in snippets if "where: {data: B" in text]
+    assert gated
+    yaml.safe_load(gated[0].replace("  # - ", "  - "))
+
+
+def test_without_the_dataset_rows_are_named(audit):
+    page = render(audit)
+    assert f"row {audit.concepts.to_pylist()[0]['telling_rows'][0]} of the dataset" in page
+    assert "alert(1)" not in "".join(Reader(page).text)
+
+
+def test_another_dataset_is_refused(audit, dataset):
+    with pytest.raises(AnatomyError, match="has 4000 rows, found one of 10"):
+        render(audit, dataset.select(range(10)))
+
+
+def test_no_evidence_is_said_plainly(tmp_path):
+    page = render(make_audit(tmp_path, make_world(seed=5, null=True)))
+    assert "<b>No evidence</b> that these pairs teach any of 6 concepts" in page
+    assert "No evidence that any concept is taught differently" in page
+    assert "predicted to" not in page
+
+
+def test_too_few_pairs_is_said_plainly(tmp_path):
+    page = render(make_audit(tmp_path, make_world(n=30)))
+    assert "<b>Too few pairs to tell</b> what they teach" in page
+    assert "there are not enough for two contexts" in page
+
+
+def test_no_concepts_at_all(tmp_path):
+    page = render(make_audit(tmp_path, make_world(n=5)))
+    assert "no concept was found" in page
+    assert "can not tell anything" in page
+
+
+def test_a_shift_that_is_only_length_is_marked(tmp_path):
+    world = make_world()
+    shown = world.shown["chosen"]["bold"].astype(int) - world.shown["rejected"]["bold"]
+    world.lengths["chosen"] = np.where(shown > 0, 60, 30).astype(np.int32)
+    world.lengths["rejected"] = np.where(shown < 0, 60, 30).astype(np.int32)
+    audit = make_audit(tmp_path, world)
+    bold = audit.concepts.to_pylist()[0]
+    assert bold["verdict"] == "rises"
+    assert abs(bold["length_adjusted"]) < 0.03
+    card = render(audit).split(f'id="{bold["concept"]}"')[1].split("</section>")[0]
+    assert "no evidence is left once both responses are equally long" in card
+
+
+def test_labels_are_the_planted_words(audit):
+    labels = {frozenset(c["features"]): c["label"] for c in audit.concepts.to_pylist()}
+    assert "surely" in labels[frozenset({0, 1, 2, 3})]
+    assert "brilliant" in labels[frozenset({4, 5, 6})]
+    assert "lemon" in labels[frozenset({11, 12, 13})]
+
+
+def test_terms_are_printable_and_may_be_none():
+    chosen = ["plain **bold** \u202e\u202e word"] * 20
+    rejected = ["plain word"] * 20
+    u = np.column_stack([np.ones(20), -np.ones(20), np.zeros(20)])
+    terms = distinctive_terms(chosen, rejected, u)
+    assert [set(t) for t in terms] == [{"**", "bold"}, {"word", "plain"}, set()]
+    assert distinctive_terms(["a"], ["b"], np.ones((1, 1))) == [[]]
+    about = group_terms(["sea tide", "sea wave tide", "soup salt", "salt soup"], np.array([0, 0, 2, 2]), 3)
+    assert set(about[0]) == {"sea", "tide"}
+    assert about[1] == []
+    assert set(about[2]) == {"soup", "salt"}
+
+
+def test_numbers_are_readable():
+    assert points(float("nan")) == "n/a"
+    assert points(0.00001) == "0.0"
+    assert probability(1e-9) == "< 0.0001"
+    assert probability(0.0312) == "0.031"
+    assert clean("tab\tand\nline \x7f\ud800") == "tab\tand\nline [U+007F][U+D800]"
