@@ -225,19 +225,19 @@ def _records(
         record["gradient_removed"] = float(-change[change < 0].sum() / total)
         record["gradient_added"] = float(change[change > 0].sum() / total)
         record["gradient_share"] = record["gradient_added"] - record["gradient_removed"]
-        record["note"] = _note(record)
+        record["note"] = _note(rule, record)
         records[i] = record
     return [records[i] for i in range(len(policy.rules))]
 
 
-def _note(record: dict[str, Any]) -> str:
+def _note(rule: FilterPairs | ShapeReward, record: dict[str, Any]) -> str:
     if record["rows"] == 0:
-        side = "chosen" if record["sign"] == "explain_away" else "rejected"
-        return (
-            f"touches nothing: in no pair does the {side} response score higher"
-            if (record["stage"] == "rows" and record["pairs"])
-            else "touches nothing"
-        )
+        if isinstance(rule, FilterPairs) and rule.fraction * record["pairs"] < 1:
+            return "touches nothing: the fraction is less than one pair"
+        if isinstance(rule, FilterPairs):
+            side = "chosen" if rule.sign == "explain_away" else "rejected"
+            return f"touches nothing: the {side} response scores higher in no pair"
+        return "touches nothing: the two responses score alike in every pair"
     if record["ci_low"] is None:
         return ""
     if record["ci_low"] <= 0 <= record["ci_high"]:
