@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_colla
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from trl_anatomy import AnatomyDPOTrainer, AnatomyError, AnatomyRewardTrainer
+from trl_anatomy.reading.scorers.direction import DirectionScorer
 from trl_anatomy.trainers.loss_support import LOSSES, support_table
 
 BOLD, LOW = r"\*\*bold\*\*", r"\bw1\d\b"
@@ -419,13 +420,8 @@ def test_filtering_is_selecting(cls: Any, stock: Any, tiny_model_dir: Path, tmp_
 
 def test_hidden_state_scorers_read_the_start_model(tiny_model_dir: Path, tmp_path: Path) -> None:
     """A direction is scored alike from a path and from an instance, whose modes and gradients stay as they were."""
-    from safetensors.numpy import save_file
-
-    from trl_anatomy.reading.scorers import direction
-
-    vector = np.random.default_rng(0).normal(size=16).astype(np.float32)
-    direction.save_direction(tmp_path / "concept", vector / np.linalg.norm(vector), layer=0)
-    assert save_file is not None
+    vector = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    DirectionScorer(vector, layer=0).save(tmp_path / "concept")
     policy = {
         "version": 1,
         "concepts": {"d": {"scorer": "direction", "path": str(tmp_path / "concept"), "layer": 0, "reduce": "max"}},

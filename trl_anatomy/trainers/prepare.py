@@ -283,8 +283,7 @@ def _plan(
     )
     if audit is not None:
         audit.check_pairs(pairs)
-    concepts = {rule.concept for rule in policy.rules}
-    reads_hidden = any(policy.concepts[name].scorer != "text" for name in concepts)
+    reads_hidden = any(spec.scorer != "text" for spec in policy.used.values())
     model = start.model if reads_hidden else None
     scorers = policy.scorers(audit=audit, model=model)
     cached = [Path(file["filename"]).parent for file in dataset.cache_files]
