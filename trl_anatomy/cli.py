@@ -169,17 +169,18 @@ def _plan(argv: list[str]) -> int:
     from .audit.reopen import reopen
     from .reading.score import score_pairs
     from .shaping.plan import plan_json, plan_policy, plan_report
-    from .shaping.policy import ConceptPolicy, check_policy
+    from .shaping.policy import ConceptPolicy
+    from .shaping.resolve import check_policy
 
     audit = load_audit(args.audit)
     policy = ConceptPolicy.load(args.policy)
-    opened = reopen(audit, need_model=False)
-    check_policy(policy, audit=audit, columns=opened.pairs.raw.column_names, model_config=opened.model_config)
-    scorers = policy.scorers(audit=audit)
-    if any(hasattr(scorer, "layer") for scorer in scorers.values()):
-        opened = reopen(audit, need_model=True)
-    scores = score_pairs(opened.pairs, scorers, opened.model, cache_dir=audit.path / "scores")
-    plan = plan_policy(policy, opened.pairs, scores, audit=audit)
+    source = reopen(audit)
+    check_policy(policy, audit, source.model_config, source.pairs.raw.column_names)
+    # A policy of text rules needs no model at all.
+    model = source.model if any(spec.scorer != "text" for spec in policy.used.values()) else None
+    scorers = policy.scorers(audit=audit, model=model)
+    scores = score_pairs(source.pairs, scorers, model, cache_dir=audit.path / "scores")
+    plan = plan_policy(policy, source.pairs, scores, audit=audit)
     print(json.dumps(plan_json(plan), indent=2) if args.json else plan_report(plan))
     return 0
 

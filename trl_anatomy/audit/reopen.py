@@ -27,6 +27,16 @@ class Source:
         return load_tokenizer(self._named("model"))
 
     @cached_property
+    def model_config(self) -> Any:
+        """The start model's transformers config, without its weights."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self._named("model"))
+        except (OSError, ValueError) as error:
+            raise AnatomyError(f"{self.audit.path}: the model at {self.config.model} is not there any more.") from error
+
+    @cached_property
     def model(self) -> Any:
         """The start model, checked against the audit's fingerprint."""
         from ..reading.fingerprint import model_fingerprint
