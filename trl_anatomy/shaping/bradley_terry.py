@@ -34,8 +34,8 @@ def fit_strengths(gaps: np.ndarray, names: Sequence[str], offset: np.ndarray | N
         offset: (n_pairs,) a margin that is there already; None for 0.
 
     Raises:
-        AnatomyError: no finite maximum (the gaps never point the other way: separation) or one that hardly any pair pins
-            down, a column of zeros, or columns that cannot be told apart.
+        AnatomyError: no finite maximum (the gaps never point the other way: separation), or one that hardly any pair
+            pins down; a column of zeros; columns that cannot be told apart.
 
     Source: METHOD section 12, calibrated strength.
 
@@ -90,10 +90,9 @@ def fit_strengths(gaps: np.ndarray, names: Sequence[str], offset: np.ndarray | N
                 length /= 2
         beta = beta + length * step
         if decrement < 1e-20 * n_pairs or (decrement < 1e-12 and np.abs(step).max() <= 1e-13 * np.abs(beta).max()):
-            p, curvature = _force(x, beta, offset)
-            if 4 * (p * (1 - p))[x.any(axis=1)].sum() < 1:  # fewer than one undecided pair's worth of evidence
+            error = np.sqrt(np.diag(np.linalg.inv(_force(x, beta, offset)[1])))
+            if ((np.abs(beta) > 20) & (error > np.abs(beta))).any():  # a huge margin that rests on next to no pair
                 break
-            error = np.sqrt(np.diag(np.linalg.inv(curvature)))
             return Fit(beta / scale, (beta - _Z * error) / scale, (beta + _Z * error) / scale)
     raise AnatomyError(
         f"strength: auto cannot be fitted for {', '.join(names)}: nearly all pairs point the same way. {_GIVE_A_NUMBER}"
