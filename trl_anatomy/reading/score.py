@@ -22,7 +22,7 @@ from .spans import SPANS, Pairs
 _SIDES = SPANS[1:]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scores:
     """Concept scores of both responses of every pair.
 
