@@ -170,7 +170,7 @@ def check_against_formula(trainer: Any, weights: dict[str, float], offsets: np.n
     assert logged["rewards/chosen"] == pytest.approx(rewards[0].mean().item(), abs=1e-5)
     assert logged["rewards/margins"] == pytest.approx((rewards[0] - rewards[1]).mean().item(), abs=1e-5)
     assert logged["rewards/accuracies"] == pytest.approx((rewards[0] > rewards[1]).double().mean().item())
-    scale = length if trainer._offset_per_token else 1.0
+    scale = length if trainer.loss_types[0] in ("ipo", "sigmoid_norm") else 1.0
     assert logged["rewards_shaped/rejected"] == pytest.approx((rewards + scale * offset)[1].mean().item(), abs=1e-5)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
 
-from .loss_support import check_losses
+from .loss_support import check_losses, divides_by_length
 from .prepare import bind, prepare
 from .seams import CHOSEN_OFFSET, CONCEPT_GAPS, REJECTED_OFFSET, TAG, ShapedSeams, without_columns
 
@@ -57,19 +57,15 @@ class AnatomyDPOTrainer(ShapedSeams, DPOTrainer):
         **kwargs: Any,
     ) -> None:
         bound = bind(DPOTrainer.__init__, self, args, kwargs)
-        config = bound.arguments.get("args") or DPOConfig("unused")  # TRL builds its own; only defaults are read here
         prepared = prepare(
             bound.arguments,
             concept_policy,
             audit,
-            config=config,
-            truncation=config.truncation_mode,
-            check_shaping=lambda: check_losses(config.loss_type, config.f_divergence_type, config.beta),
+            config_class=DPOConfig,
+            check_shaping=lambda config: check_losses(config.loss_type, config.f_divergence_type, config.beta),
         )
         self.plan, self.audit = prepared.plan, prepared.audit
         self._shaped_concepts = prepared.shaped_concepts
-        if self._shaped_concepts is not None:
-            self._offset_per_token = check_losses(config.loss_type, config.f_divergence_type, config.beta)
         if self.plan is not None:
             self._tag_names = [*type(self)._tag_names, TAG]
         super().__init__(*bound.args[1:], **bound.kwargs)
@@ -89,7 +85,7 @@ class AnatomyDPOTrainer(ShapedSeams, DPOTrainer):
             reference = self.compute_ref_log_probs(self.ref_model or self.model, batch)
         offsets = torch.stack([inputs[CHOSEN_OFFSET], inputs[REJECTED_OFFSET]])  # (2, batch)
         shift = offsets / self.beta
-        if self._offset_per_token:
+        if divides_by_length(self.loss_types):
             shift = shift * batch["completion_mask"].sum(dim=1).clamp(min=1).view(2, -1)
         batch["ref_chosen_logps"] = reference[0] - shift[0]
         batch["ref_rejected_logps"] = reference[1] - shift[1]

@@ -47,16 +47,13 @@ LOSSES: dict[str, LossSupport] = {
 }
 
 
-def check_losses(loss_types: Sequence[str], f_divergence_type: str = "reverse_kl", beta: float = 0.1) -> bool:
+def check_losses(loss_types: Sequence[str], f_divergence_type: str = "reverse_kl", beta: float = 0.1) -> None:
     """Refuse what an offset cannot shape exactly, before anything long runs.
 
     Args:
         loss_types: `DPOConfig.loss_type`, a list.
         f_divergence_type: `DPOConfig.f_divergence_type`, a string or enum.
         beta: `DPOConfig.beta`.
-
-    Returns:
-        Whether the offset has to be multiplied by the completion's token count ("per token" losses).
 
     Raises:
         AnatomyError: naming the option, what was found and what works.
@@ -76,8 +73,7 @@ def check_losses(loss_types: Sequence[str], f_divergence_type: str = "reverse_kl
             "loss_type 'sft' alone cannot be shaped: it has no reference, so shape_reward would silently do nothing; "
             f"add one of {_names_that_work()}, or act on the rows with filter_pairs."
         )
-    per_token = "per token" in verdicts
-    if per_token and verdicts != {"per token"}:
+    if "per token" in verdicts and len(verdicts) > 1:
         raise AnatomyError(
             f"loss_type {list(loss_types)} mixes losses that divide by completion length with losses that do not, so "
             "one offset cannot suit both; use loss types of one kind with shape_reward."
@@ -90,7 +86,11 @@ def check_losses(loss_types: Sequence[str], f_divergence_type: str = "reverse_kl
         )
     if not beta > 0:
         raise AnatomyError(f"beta is {beta}, but shape_reward divides its offset by beta; use a positive beta.")
-    return per_token
+
+
+def divides_by_length(loss_types: Sequence[str]) -> bool:
+    """Whether an offset has to be multiplied by the completion's token count, because the loss divides by it."""
+    return any(LOSSES[name].verdict == "per token" for name in loss_types)
 
 
 def _names_that_work() -> str:

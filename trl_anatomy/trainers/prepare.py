@@ -7,6 +7,7 @@ noticed by the training that follows: random generators and the model's modes ar
 
 import copy
 import inspect
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,7 +21,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import AutoTokenizer, ProcessorMixin
+from transformers import AutoConfig, AutoTokenizer, ProcessorMixin
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ..errors import AnatomyError
@@ -77,8 +78,6 @@ def apply_plan(dataset: Dataset, plan: "PolicyPlan", gaps: Mapping[str, np.ndarr
         `dataset.select(rows)`, bit for bit, plus the three columns when `gaps` is given.
     """
     rows = np.flatnonzero(plan.keep)
-    if len(rows) == 0:
-        raise AnatomyError("The policy's filter_pairs rules leave no pair to train on; lower their fraction.")
     if len(rows) < len(dataset):
         dataset = dataset.select(rows)
     if gaps is None:
@@ -89,8 +88,6 @@ def apply_plan(dataset: Dataset, plan: "PolicyPlan", gaps: Mapping[str, np.ndarr
     stacked = np.stack(list(gaps.values()), axis=1)[rows] if gaps else np.zeros((len(rows), 0))
     columns = (np.asarray(plan.chosen_offset)[rows], np.asarray(plan.rejected_offset)[rows], stacked)
     for name, column in zip(COLUMNS, columns, strict=True):
-        if not np.isfinite(column).all():
-            raise AnatomyError(f"The policy's scores hold NaN or infinity (column {name!r}); look at the scorers.")
         dataset = dataset.add_column(name, column.astype(np.float64).tolist())
     return dataset
 
@@ -103,7 +100,9 @@ class Start:
     """
 
     def __init__(self, arguments: Mapping[str, Any], config: Any) -> None:
-        self._arguments, self._config, self._stack = arguments, config, ExitStack()
+        self._arguments, self.config, self._stack = arguments, config, ExitStack()
+        # The reward trainer has no such option: it leaves rows out that are too long
+        self.truncation: str = getattr(config, "truncation_mode", "drop")
 
     def __enter__(self) -> "Start":
         self._stack.enter_context(generators_restored())
@@ -118,7 +117,7 @@ class Start:
     @cached_property
     def tokenizer(self) -> Any:
         """A copy of the trainer's tokenizer, with the tokens that the trainer's config sets."""
-        given, model, config = self._arguments.get("processing_class"), self._arguments["model"], self._config
+        given, model, config = self._arguments.get("processing_class"), self._arguments["model"], self.config
         if given is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             init = (config.model_init_kwargs or {}) if isinstance(model, str) else {}
@@ -142,9 +141,19 @@ class Start:
         return tokenizer
 
     @cached_property
+    def model_config(self) -> Any:
+        """The start model's configuration, without its weights."""
+        model, init = self._arguments["model"], self.config.model_init_kwargs or {}
+        if not isinstance(model, str):
+            return model.config
+        return AutoConfig.from_pretrained(
+            model, revision=init.get("revision"), trust_remote_code=self.config.trust_remote_code
+        )
+
+    @cached_property
     def model(self) -> Any:
         """The frozen start model on the training device."""
-        model, config = self._arguments["model"], self._config
+        model, config = self._arguments["model"], self.config
         distributed = config.distributed_state.distributed_type
         if isinstance(model, str):
             init = dict(config.model_init_kwargs or {})
@@ -182,9 +191,8 @@ def prepare(
     concept_policy: "str | Path | dict[str, Any] | ConceptPolicy | None",
     audit: "str | Path | Audit | AuditConfig | None",
     *,
-    config: Any,
-    truncation: str,
-    check_shaping: Callable[[], Any] = lambda: None,
+    config_class: type,
+    check_shaping: Callable[[Any], None] = lambda config: None,
 ) -> Prepared:
     """Audit, score and plan; put the dataset that remains into `arguments`.
 
@@ -192,9 +200,8 @@ def prepare(
         arguments: TRL's constructor arguments by name; `train_dataset` and `callbacks` are replaced where needed.
         concept_policy: what the user passed.
         audit: what the user passed.
-        config: the DPOConfig or RewardConfig.
-        truncation: "keep_start", "keep_end" or "drop", as the trainer will treat long rows.
-        check_shaping: raises AnatomyError where margins cannot be shaped; called only when a rule shapes.
+        config_class: DPOConfig or RewardConfig, for the defaults where the user gave no `args`.
+        check_shaping: raises AnatomyError where the config does not allow margins; called only when a rule shapes.
 
     Returns:
         What acts. Empty, with `arguments` untouched, when there is neither an audit nor a policy with rules.
@@ -202,18 +209,21 @@ def prepare(
     if concept_policy is None and audit is None:
         return Prepared()
     from ..audit.config import AuditConfig
+    from ..audit.folder import load_audit
     from ..shaping.policy import ConceptPolicy
+    from ..shaping.resolve import check_policy
 
     policy = ConceptPolicy.load(concept_policy)
     if not policy and audit is None:
         return Prepared()
 
+    config = arguments.get("args") or config_class("unused")  # TRL makes its own; only defaults are read here
     dataset = arguments.get("train_dataset")
     shapes = any(rule.stage == "margin" for rule in policy.rules)
     if policy or isinstance(audit, AuditConfig):
         _check_dataset(dataset)
     if shapes:
-        check_shaping()
+        check_shaping(config)
         if arguments.get("data_collator") is not None:
             raise AnatomyError(
                 "data_collator was given together with shape_reward rules, whose offsets travel through TRL's own "
@@ -221,9 +231,13 @@ def prepare(
             )
     plan, shaped_concepts = None, None
     with Start(arguments, config) as start:
-        found = _find_audit(audit, start, dataset, config.max_length, truncation)
+        if isinstance(audit, AuditConfig):
+            found: Audit | None = _audit_now(audit, start, dataset)
+        else:
+            found = load_audit(audit) if isinstance(audit, str | Path) else audit
         if policy:
-            plan, gaps = _plan(policy, found, start, dataset, config, truncation)
+            check_policy(policy, found, start.model_config, dataset.column_names)
+            plan, gaps = _plan(policy, found, start, dataset)
             shaped_concepts = tuple(gaps) if shapes else None
             arguments["train_dataset"] = apply_plan(dataset, plan, gaps if shapes else None)
     callback = AuditCallback(found, plan)
@@ -245,29 +259,20 @@ def _check_dataset(dataset: Any) -> None:
         )
 
 
-def _find_audit(
-    audit: "str | Path | Audit | AuditConfig | None",
-    start: Start,
-    dataset: Dataset,
-    max_length: int | None,
-    truncation: str,
-) -> "Audit | None":
-    from ..audit.config import AuditConfig
+def _audit_now(settings: "AuditConfig", start: Start, dataset: Dataset) -> "Audit":
+    """Audit what is trained on: the trainer's dataset, model, tokens, truncation. One rank works, the others wait."""
     from ..audit.folder import load_audit
     from ..audit.run import run_audit
 
-    if isinstance(audit, AuditConfig):
-        # What is audited must be what is trained on
-        settings = replace(audit, max_length=max_length, truncation=truncation)
-        with PartialState().main_process_first():
-            if PartialState().is_main_process:
-                return run_audit(settings, model=start.model, tokenizer=start.tokenizer, dataset=dataset)
-            return load_audit(settings.out)
-    return load_audit(audit) if isinstance(audit, str | Path) else audit
+    settings = replace(settings, max_length=start.config.max_length, truncation=start.truncation)
+    with PartialState().main_process_first():
+        if PartialState().is_main_process:
+            return run_audit(settings, model=start.model, tokenizer=start.tokenizer, dataset=dataset)
+        return load_audit(settings.out)
 
 
 def _plan(
-    policy: "ConceptPolicy", audit: "Audit | None", start: Start, dataset: Dataset, config: Any, truncation: str
+    policy: "ConceptPolicy", audit: "Audit | None", start: Start, dataset: Dataset
 ) -> "tuple[PolicyPlan, dict[str, np.ndarray]]":
     """The plan, and for each concept that a rule shapes its score gaps over the raw rows (0 where a row has none)."""
     from ..reading.score import score_pairs
@@ -277,17 +282,16 @@ def _plan(
     pairs = read_pairs(
         dataset,
         start.tokenizer,
-        max_length=config.max_length,
-        truncation=truncation,
-        num_proc=config.dataset_num_proc,
+        max_length=start.config.max_length,
+        truncation=start.truncation,
+        num_proc=start.config.dataset_num_proc,
     )
     if audit is not None:
         audit.check_pairs(pairs)
     reads_hidden = any(spec.scorer != "text" for spec in policy.used.values())
     model = start.model if reads_hidden else None
     scorers = policy.scorers(audit=audit, model=model)
-    cached = [Path(file["filename"]).parent for file in dataset.cache_files]
-    scores = score_pairs(pairs, scorers, model, cache_dir=cached[0] / "trl_anatomy" if cached else None)
+    scores = score_pairs(pairs, scorers, model, cache_dir=_beside(dataset))
     plan = plan_policy(policy, pairs, scores, audit=audit)
 
     gaps: dict[str, np.ndarray] = {}
@@ -297,7 +301,13 @@ def _plan(
             gaps[rule.concept][pairs.rows] = scores.gap(rule.concept)
     if PartialState().num_processes > 1:
         # Ranks compute alike up to rounding; rows that differ by one would deadlock the training
-        shared = [plan.keep, plan.chosen_offset, plan.rejected_offset, gaps]
+        shared: list[Any] = [plan, gaps]
         broadcast_object_list(shared, from_process=0)
-        plan, gaps = replace(plan, keep=shared[0], chosen_offset=shared[1], rejected_offset=shared[2]), shared[3]
+        plan, gaps = shared
     return plan, gaps
+
+
+def _beside(dataset: Dataset) -> Path | None:
+    """Folder for cached scores beside the dataset's own files; None for a dataset in memory or a read-only place."""
+    folders = [Path(file["filename"]).parent for file in dataset.cache_files]
+    return folders[0] / "trl_anatomy" if folders and os.access(folders[0], os.W_OK) else None

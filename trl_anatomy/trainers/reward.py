@@ -47,8 +47,7 @@ class AnatomyRewardTrainer(ShapedSeams, RewardTrainer):
         **kwargs: Any,
     ) -> None:
         bound = bind(RewardTrainer.__init__, self, args, kwargs)
-        config = bound.arguments.get("args") or RewardConfig("unused")  # TRL builds its own; only defaults are read
-        prepared = prepare(bound.arguments, concept_policy, audit, config=config, truncation="drop")
+        prepared = prepare(bound.arguments, concept_policy, audit, config_class=RewardConfig)
         self.plan, self.audit = prepared.plan, prepared.audit
         self._shaped_concepts = prepared.shaped_concepts
         if self.plan is not None:
