@@ -1,0 +1,88 @@
+"""Sampled responses of a model to a list of prompts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def rollouts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    n_per_prompt: int = 1,
+    max_new_tokens: int = 64,
+    batch_size: int = 256,
+    seed: int = 0,
+    temperature: float = 1.0,
+) -> list[list[str]]:
+    """Samples `n_per_prompt` responses to each prompt.
+
+    Only the temperature shapes the samples: top-k, top-p and repetition settings stored with the model are overridden,
+    so that rates of different models can be compared. Prompts are tokenised as they stand; apply a chat template first
+    where one belongs. The caller's random state and the model's mode are left as they were found.
+
+    Args:
+        model: Any causal language model of transformers.
+        tokenizer: Its tokenizer. Its padding side does not matter: the padding is done here, on the left.
+        prompts: Texts to continue.
+        n_per_prompt: Responses per prompt.
+        max_new_tokens: Longest response in tokens.
+        batch_size: Responses sampled at once.
+        seed: The same seed, model and arguments give the same responses.
+        temperature: 1 samples from the model's own distribution; 0 decodes greedily.
+
+    Returns:
+        For each prompt, in the order given, its `n_per_prompt` response texts without special tokens.
+    """
+    encoded = [tokenizer(prompt).input_ids for prompt in prompts]
+    jobs = [i for i in range(len(prompts)) for _ in range(n_per_prompt)]
+    jobs.sort(key=lambda i: len(encoded[i]))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    texts: list[list[str]] = [[] for _ in prompts]
+    was_training = model.training
+    model.eval()
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            for start in range(0, len(jobs), batch_size):
+                batch = jobs[start : start + batch_size]
+                longest = max(len(encoded[i]) for i in batch)
+                rows = [[pad] * (longest - len(encoded[i])) + encoded[i] for i in batch]
+                mask = [[0] * (longest - len(encoded[i])) + [1] * len(encoded[i]) for i in batch]
+                output = model.generate(
+                    input_ids=torch.tensor(rows, device=model.device),
+                    attention_mask=torch.tensor(mask, device=model.device),
+                    max_new_tokens=max_new_tokens,
+                    top_k=0,
+                    top_p=1.0,
+                    repetition_penalty=1.0,
+                    pad_token_id=pad,
+                    eos_token_id=_stop_ids(model, tokenizer),
+                    **sampling,
+                )
+                decoded = tokenizer.batch_decode(
+                    output[:, longest:], skip_special_tokens=True, clean_up_tokenization_spaces=False
+                )
+                for i, text in zip(batch, decoded, strict=True):
+                    texts[i].append(text)
+    finally:
+        model.train(was_training)
+    return texts
+
+
+def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """End tokens of the tokenizer and of the model's generation settings together (chat models stop on several)."""
+    stored = model.generation_config.eos_token_id
+    ids = {*(stored if isinstance(stored, list) else [stored]), tokenizer.eos_token_id} - {None}
+    return sorted(ids) or None
