@@ -120,18 +120,20 @@ logging_steps: 1
     return path
 
 
-@pytest.mark.parametrize("kind", ["dpo", "reward"])
-def test_training_with_a_policy_by_an_unchanged_recipe(kind, world, policy, capsys):
-    # The audit read the tokens that DPO trains on; the reward trainer leaves long rows out instead of cutting them.
-    audit = ["--audit", str(world["audit"])] if kind == "dpo" else []
-    assert main([kind, "--config", str(recipe(world, kind)), "--concept_policy", str(policy), *audit]) == 0
-    assert (world["root"] / kind / "model.safetensors").is_file()
+@pytest.fixture(scope="module")
+def trained(world, policy) -> Path:
+    """DPO with the policy and the audit, by an unchanged recipe."""
+    argv = ["--config", str(recipe(world, "dpo")), "--concept_policy", str(policy), "--audit", str(world["audit"])]
+    assert main(["dpo", *argv]) == 0
+    return world["root"] / "dpo"
 
 
-def test_compare_after_training(world, capsys):
-    trained = world["root"] / "dpo"
-    if not trained.is_dir():
-        pytest.fail("the dpo command left no model")
+def test_a_reward_model_with_a_policy(world, policy):
+    assert main(["reward", "--config", str(recipe(world, "reward")), "--concept_policy", str(policy)]) == 0
+    assert (world["root"] / "reward" / "model.safetensors").is_file()
+
+
+def test_compare_after_training(world, trained, capsys):
     capsys.readouterr()
     code = main(
         [
