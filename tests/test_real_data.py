@@ -1,4 +1,4 @@
-"""The whole way on real preference data with a real small model: audit, plan, dpo, reward, compare, by the command line.
+"""The whole way on real preference data with a real small model: audit, plan, dpo, reward, compare, by commands.
 
 The data plant refusals: the rejected side of `overrefusal_steered` refuses harmless requests (94 % against 1 %).
 """
