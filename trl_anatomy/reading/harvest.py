@@ -20,7 +20,7 @@ from .. import __version__
 from ..errors import AnatomyError
 from ..ops.span_harvest import span_harvest
 from .files import write_atomically
-from .fingerprint import hash_json, model_fingerprint
+from .fingerprint import hash_json, model_key
 from .forward import length_sorted_batches, read_spans
 from .sae import SAE
 from .spans import SPANS, Pairs
@@ -179,7 +179,7 @@ def harvest(
         "format": _FORMAT,
         "version": __version__,
         "pairs": pairs.fingerprint,
-        "model": model_fingerprint(model),
+        **model_key(model),
         "sae": sae.fingerprint,
         "layer": layer,
     }
