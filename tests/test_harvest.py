@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ def test_shards_batches_and_groups_change_nothing(
     model: Any, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(model, pairs, tmp_path / "whole", shard_pairs=100, batch_tokens=100_000)
-    monkeypatch.setattr(harvest_module, "_CHUNK_BYTES", 3 * 64 * 8)  # groups of three spans, chunks of six tokens
+    monkeypatch.setattr(harvest_module, "_POOLED_BYTES", 3 * 64 * 8)  # groups of three spans
+    monkeypatch.setitem(harvest_module._CHUNK_BYTES, "cpu", 5 * 64 * 4)  # chunks of five tokens
     parts = run(model, pairs, tmp_path / "parts", shard_pairs=4, batch_tokens=90)
     for span in SPANS:
         assert (whole.count(span) != parts.count(span)).nnz == 0
@@ -193,6 +195,16 @@ def test_empty_responses_do_not_shift_the_rows(model: Any, tmp_path: Path) -> No
     assert run(model, some, tmp_path).rows.tolist() == [0, 1, 3, 4, 5]
 
 
+def test_an_sae_trained_with_bos_wants_one(model: Any, tmp_path: Path) -> None:
+    wants_bos = sae()
+    wants_bos.prepend_bos = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run(model, read_pairs(dataset("explicit", 2), build_tokenizer()), tmp_path / "with", sae=wants_bos)
+    with pytest.warns(UserWarning, match="begins with BOS, and these prompts do not"):
+        run(model, read_pairs(dataset("explicit", 2), build_tokenizer(bos=False)), tmp_path / "without", sae=wants_bos)
+
+
 def test_write_harvest_gives_back_what_it_was_given(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     lengths = {span: rng.integers(1, 9, 11).astype(np.int32) for span in SPANS}
@@ -223,3 +235,13 @@ def test_model_fingerprint_knows_weights_and_not_their_place(tmp_path: Path) -> 
     with torch.no_grad():
         model.model.layers[3].mlp.up_proj.weight += 1e-3
     assert model_fingerprint(model) != before
+
+
+def test_model_fingerprint_knows_whether_an_adapter_is_on() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    on = model_fingerprint(model)
+    with model.disable_adapter():
+        assert model_fingerprint(model) != on
+    assert model_fingerprint(model) == on

@@ -16,7 +16,7 @@ from .spans import Pairs
 _MASK_BYTES = 512 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SpanHidden:
     """Hidden states of span tokens only, pair-major: prompt, chosen, rejected of the first pair, then of the second...
 

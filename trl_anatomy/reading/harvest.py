@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +20,19 @@ from .. import __version__
 from ..errors import AnatomyError
 from ..ops.span_harvest import span_harvest
 from .files import write_atomically
-from .fingerprint import hash_json, model_fingerprint
+from .fingerprint import hash_json, model_key
 from .forward import length_sorted_batches, read_spans
 from .sae import SAE
 from .spans import SPANS, Pairs
 
 _MANIFEST = "manifest.json"
 _FORMAT = 1
-_CHUNK_BYTES = 64 << 20  # dense activations held at a time
+_POOLED_BYTES = 64 << 20  # dense pooled result held at a time
+# Dense activations held at a time: on a CPU they should stay in the cache, a GPU wants fewer and larger steps.
+_CHUNK_BYTES = {"cpu": 4 << 20, "other": 64 << 20}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shard:
     """Some consecutive pairs of a harvest, in memory.
 
@@ -176,7 +179,7 @@ def harvest(
         "format": _FORMAT,
         "version": __version__,
         "pairs": pairs.fingerprint,
-        "model": model_fingerprint(model),
+        **model_key(model),
         "sae": sae.fingerprint,
         "layer": layer,
     }
@@ -186,6 +189,12 @@ def harvest(
         raise AnatomyError(
             f"{str(out)!r} holds a harvest of something else (different: {', '.join(changed)}): choose another "
             "folder or delete that one."
+        )
+    if sae.prepend_bos and not pairs.begins_with_bos:
+        warnings.warn(
+            "The SAE was trained on text that begins with BOS, and these prompts do not: its activations may be off. "
+            "Check the chat template.",
+            stacklevel=2,
         )
     entries: dict[str, dict[str, Any]] = {}
     if manifest is not None and manifest["shard_pairs"] == shard_pairs:
@@ -255,7 +264,7 @@ def _read_shard(
     lengths = np.zeros((len(indices), n_spans), np.int32)
     found: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [[_NOTHING] * n_spans for _ in indices]
     # The pooled result is dense until it is made sparse, so it is bounded like the activations: by groups of spans.
-    group = max(1, _CHUNK_BYTES // (8 * sae.d_sae))
+    group = max(1, _POOLED_BYTES // (8 * sae.d_sae))
     for batch in length_sorted_batches(pairs, indices, batch_tokens):
         read = read_spans(model, pairs, batch, [layer])
         hidden, bounds = read.hidden[layer], read.bounds
@@ -263,7 +272,8 @@ def _read_shard(
         for first in range(0, len(bounds) - 1, group):
             last = min(first + group, len(bounds) - 1)
             offsets = [bound - bounds[first] for bound in bounds[first : last + 1]]
-            maximum, count = span_harvest(hidden[bounds[first] : bounds[last]], sae.encode, offsets, _CHUNK_BYTES)
+            chunk = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES["other"])
+            maximum, count = span_harvest(hidden[bounds[first] : bounds[last]], sae.encode, offsets, chunk)
             for j, entries in enumerate(_sparse_rows(maximum, count), start=first):
                 pair, span = batch[j // n_spans] - indices.start, j % n_spans
                 lengths[pair, span] = bounds[j + 1] - bounds[j]

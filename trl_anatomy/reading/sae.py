@@ -32,6 +32,7 @@ class SAE:
         architecture: sae-lens' name, such as ``"topk"`` or ``"jumprelu"`` (BatchTopK is saved as JumpReLU).
         hook_name: where it was trained, if its metadata says so.
         layer: the model layer `hook_name` means, counted from 0; None if unknown.
+        prepend_bos: whether its training text began with BOS, if its metadata says so.
         fingerprint: hash of its weights and settings.
 
     Raises:
@@ -59,6 +60,7 @@ class SAE:
         self.normalization = normalization
         hook = inner.cfg.metadata.hook_name
         self.hook_name: str | None = None if hook is None else str(hook)
+        self.prepend_bos: bool | None = inner.cfg.metadata.prepend_bos
         settings = {
             key: value for key, value in inner.cfg.to_dict().items() if key not in ("metadata", "device", "dtype")
         }
@@ -83,20 +85,26 @@ class SAE:
         Returns:
             (n_tokens, d_sae) float32; zero where a latent does not fire, negative only for ``abstopk``.
         """
+        if self.architecture in _SEPARATE:
+            return self._encode_separately(h, slice(None))
         return self._inner.encode(h.float())
+
+    def _encode_separately(self, h: Tensor, index: Any) -> Tensor:
+        # relu(pre) * (pre > threshold) without sae-lens' three copies of the largest tensor; NaN stays NaN.
+        inner = self._inner
+        pre = torch.addmm(inner.b_enc[index], inner.process_sae_in(h.float()), inner.W_enc[:, index])
+        floor = inner.threshold[index].clamp(min=0) if self.architecture == "jumprelu" else 0
+        return pre.masked_fill_(pre <= floor, 0)
 
     @torch.no_grad()
     def encode_features(self, h: Tensor, features: Sequence[int]) -> Tensor:
         """Activations of some latents, (n_tokens, len(features)) float32: `encode` at those columns."""
         index = torch.as_tensor(features, device=h.device)
-        inner = self._inner
-        if self.architecture not in _SEPARATE:
-            step = max(1, _CHUNK_BYTES // (4 * self.d_sae))
-            parts = [self.encode(part).index_select(1, index) for part in h.split(step)]
-            return torch.cat(parts) if parts else h.new_zeros(0, len(index), dtype=torch.float32)
-        pre = inner.process_sae_in(h.float()) @ inner.W_enc[:, index] + inner.b_enc[index]
-        threshold = inner.threshold[index] if self.architecture == "jumprelu" else 0.0
-        return pre.relu() * (pre > threshold)
+        if self.architecture in _SEPARATE:
+            return self._encode_separately(h, index)
+        step = max(1, _CHUNK_BYTES // (4 * self.d_sae))
+        parts = [self.encode(part).index_select(1, index) for part in h.split(step)]
+        return torch.cat(parts) if parts else h.new_zeros(0, len(index), dtype=torch.float32)
 
     @torch.no_grad()
     def decoder_rows(self, features: Sequence[int]) -> Tensor:

@@ -27,7 +27,7 @@ _FILLED = "prompt fills max_length"
 _LONG = "longer than max_length"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pairs:
     """Tokenised preference pairs, as the trainer will see them.
 
@@ -57,6 +57,12 @@ class Pairs:
     def rows(self) -> np.ndarray:
         """(n_pairs,) int64: index of each pair into `raw`."""
         return np.asarray(self.dataset.with_format("numpy")["row"][:], dtype=np.int64)
+
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether the first prompt begins with the tokenizer's BOS."""
+        prompt = self._ids(0, "prompt")
+        return len(prompt) > 0 and prompt[0] == self.bos_token_id
 
     @cached_property
     def fingerprint(self) -> str:
