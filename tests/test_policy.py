@@ -1,5 +1,7 @@
 """The policy's language: what is read, what is refused, and in which words."""
 
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +9,10 @@ import numpy as np
 import pytest
 
 from trl_anatomy.errors import AnatomyError
-from trl_anatomy.shaping.interventions import FilterPairs, ShapeReward
+from trl_anatomy.shaping.interventions import LATER, VERBS, FilterPairs, ShapeReward
 from trl_anatomy.shaping.located import MAX_BYTES, PolicyError
-from trl_anatomy.shaping.policy import ConceptPolicy, ConceptSpec
+from trl_anatomy.shaping.policy import SCORERS, ConceptPolicy, ConceptSpec
+from trl_anatomy.shaping.where import FIELDS as WHERE_FIELDS
 from trl_anatomy.shaping.where import Where
 
 GOOD = """\
@@ -363,13 +366,62 @@ def test_true_and_1_are_different_values_of_a_column(tmp_path: Path) -> None:
         b"#" * (MAX_BYTES + 1),
         b"version: 1\x00",
         b"version: \xff\xfe",
+        b"version: !!int ''",
+        b"!!bool maybe: !!float x",
         b"version: '\xed\xa0\x80'",
     ],
-    ids=["aliases", "loop", "list loop", "brackets", "braces", "dashes", "size", "zero byte", "no UTF-8", "surrogate"],
+    ids=[
+        "aliases",
+        "loop",
+        "list loop",
+        "brackets",
+        "braces",
+        "dashes",
+        "size",
+        "zero byte",
+        "no UTF-8",
+        "forced number",
+        "forced key",
+        "surrogate",
+    ],
 )
 def test_hostile_files_end_in_a_problem(tmp_path: Path, content: bytes) -> None:
     problems = problems_of(write(tmp_path, content))
     assert sum(map(len, problems)) < 2000
+
+
+def test_damaged_files_end_in_problems_or_a_policy(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    pieces = [
+        "[",
+        "]",
+        "{",
+        "}",
+        ": ",
+        "\n",
+        "- ",
+        "null",
+        "true",
+        ".nan",
+        "&a ",
+        "*a",
+        "!!int ",
+        "? ",
+        "'",
+        "|",
+        "<<: ",
+    ]
+    refused = 0
+    for _ in range(150):
+        text = list(GOOD)
+        for _ in range(rng.randint(1, 3)):
+            place = rng.randrange(len(text))
+            text[place : place + rng.randint(0, 8)] = rng.choice(pieces)
+        try:
+            ConceptPolicy.load(write(tmp_path, "".join(text)))
+        except AnatomyError:  # anything else fails the test
+            refused += 1
+    assert refused > 100
 
 
 def test_anchors_may_be_used(tmp_path: Path) -> None:
@@ -379,7 +431,7 @@ def test_anchors_may_be_used(tmp_path: Path) -> None:
     assert policy.concepts["a"].sae == policy.concepts["b"].sae == {"path": f"{tmp_path}/x"}
 
 
-@pytest.mark.parametrize("source", ["nothing.yaml", GOOD, "."])
+@pytest.mark.parametrize("source", ["nothing.yaml", GOOD, ".", "x" * 5000, "a\0b", "~nobody-of-this-name/x.yaml"])
 def test_a_string_is_a_path(source: str) -> None:
     with pytest.raises(AnatomyError, match=r"no such file|a folder") as caught:
         ConceptPolicy.load(source)
@@ -390,3 +442,21 @@ def test_a_string_is_a_path(source: str) -> None:
 def test_other_sources(source: Any) -> None:
     with pytest.raises(AnatomyError, match="give the path"):
         ConceptPolicy.load(source)
+
+
+DOCS = Path(__file__).parent.parent / "docs" / "policy.md"
+
+
+def test_every_example_of_the_documentation_is_a_policy(tmp_path: Path) -> None:
+    examples = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(examples) >= 3
+    for example in examples:
+        assert ConceptPolicy.load(write(tmp_path, example))
+
+
+def test_the_documentation_names_every_scorer_key_verb_and_gate() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    named = [*SCORERS, *(key for keys in SCORERS.values() for key in keys), *VERBS, *LATER]
+    named += [key for verb in VERBS.values() for key in verb.keys]
+    assert [name for name in named if f"`{name}`" not in text] == []
+    assert [gate for gate in WHERE_FIELDS if f"{gate}:" not in text] == []

@@ -5,6 +5,7 @@ false and null. Size, depth and the expansion of aliases are bounded.
 """
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,8 +120,8 @@ def read_file(path: Path, problems: Problems) -> Located | None:
     Raises:
         AnatomyError: there is no such file, or it cannot be read.
     """
-    if not path.is_file():
-        what = "a folder" if path.is_dir() else "no such file"
+    if not os.path.isfile(path):  # unlike Path.is_file, false for names that no file can have
+        what = "a folder" if os.path.isdir(path) else "no such file"
         raise AnatomyError(f"Policy {found(str(path))}: {what}; give the path of a YAML file, or a dict.")
     try:
         with path.open("rb") as file:
@@ -219,7 +220,7 @@ class _Expansion:
             return node.value
         try:
             return self.construct(node)
-        except (ValueError, KeyError, yaml.YAMLError):
+        except (ValueError, LookupError, ArithmeticError, yaml.YAMLError):  # what a forced tag can end in
             line = node.start_mark.line + 1
             self.problems.add(line, path, f"found {found(node.value)}, allowed: plain values.")
             return node.value

@@ -3,6 +3,7 @@
 Reading a policy looks at nothing but the policy; what needs model, SAE, audit or dataset is checked in `resolve`.
 """
 
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -80,7 +81,7 @@ class ConceptPolicy:
         concepts: name -> how it is scored.
         rules: interventions in the order of the policy.
         source: the policy's file, or "policy" for one given in Python.
-        places: key path -> "policy.yaml:12: rules[0].where", for errors that are found later.
+        places: key path -> "policy.yaml:12", for errors that are found later.
 
     Example:
         >>> policy = ConceptPolicy.load({
@@ -116,7 +117,7 @@ class ConceptPolicy:
         if source is None:
             return cls()
         if isinstance(source, str | Path):
-            path = Path(source).expanduser()
+            path = Path(os.path.expanduser(source))
             problems = Problems(str(source))
             root, folder = read_file(path, problems), path.parent
         elif isinstance(source, Mapping):
@@ -142,8 +143,11 @@ class ConceptPolicy:
         return {name: spec for name, spec in self.concepts.items() if name in acted_on}
 
     def place(self, path: str) -> str:
-        """Where a key stands, as errors begin: `policy.yaml:12: rules[0].where`."""
-        return self.places.get(path, f"{self.source}: {path}")
+        """Where a key stands (or what holds it, if it is not written), as errors begin: `policy.yaml:12: rules[0]`."""
+        holder = path
+        while holder not in self.places and "." in holder:
+            holder = holder.rpartition(".")[0]
+        return f"{self.places.get(holder, self.source)}: {path}"
 
     def scorers(self, *, audit: "Audit | None" = None, model: Any = None) -> "dict[str, Scorer]":
         """The scorers of the concepts that a rule acts on.
@@ -214,7 +218,7 @@ class _Reader:
         for key, value in entries.items():
             here = f"{path}.{key}" if path else key
             line = value.key_line
-            self.places[here] = f"{self.problems.place(line)}: {here}"
+            self.places[here] = self.problems.place(line)
             if key in later:
                 self.problems.add(
                     line, here[:200], f"not available in this version; allowed: {', '.join(map(str, allowed))}."
@@ -228,11 +232,11 @@ class _Reader:
 
     def resolved(self, path: str) -> str:
         """A path of the policy, relative ones seen from the policy file's folder."""
-        return str(self.folder / Path(path).expanduser())
+        return str(self.folder / os.path.expanduser(path))
 
     def concept(self, name: str, value: Located) -> ConceptSpec | None:
         path = f"concepts.{name[:100]}"
-        self.places[path] = f"{self.problems.place(value.key_line)}: {path}"
+        self.places[path] = self.problems.place(value.key_line)
         before = len(self.problems.entries)
         entries = self.problems.mapping(value, path, "a mapping {scorer: ..., ...}")
         if entries is None:
@@ -290,7 +294,7 @@ class _Reader:
         entries = problems.mapping(value, path, "a mapping such as {explain_away: CONCEPT, with: VERB}")
         if entries is None:
             return None
-        self.places[path] = f"{problems.place(value.line)}: {path}"
+        self.places[path] = problems.place(value.line)
         signs = [key for key in SIGNS if key in entries]
         if len(signs) != 1:
             what = "both explain_away and amplify" if signs else "neither explain_away nor amplify"
