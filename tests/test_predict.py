@@ -43,8 +43,11 @@ def test_concept_table_says_what_was_planted(world):
         planted = world.shown["chosen"][list(HABITS)[m]].mean() - world.shown["rejected"][list(HABITS)[m]].mean()
         assert row["predicted"] == pytest.approx(planted, abs=0.05)  # features also fire by chance
         at = {int(r): i for i, r in enumerate(scores.rows)}
+        side = 1 if row["predicted"] > 0 else -1
+        others = np.abs(scores.u).sum(1) - np.abs(u)
         for telling in row["telling_rows"]:
-            assert u[at[telling]] == (1 if row["predicted"] > 0 else -1)
+            assert u[at[telling]] == side
+            assert others[at[telling]] <= np.sort(others[u == side])[2] + 0.5
     q = reference.false_discovery_control([row["p"] for row in table])
     np.testing.assert_allclose([row["q"] for row in table], q, rtol=1e-12)
 

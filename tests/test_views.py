@@ -70,6 +70,7 @@ def test_hypotheses_equal_scipy(view):
             for h in (0, 1)
         ]
         np.testing.assert_allclose([row["delta_a"], row["delta_b"]], halves, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose([row["mean_in"], row["mean_out"]], [inside.mean(), outside.mean()], atol=1e-12)
         assert (row["n_in"], row["n_out"]) == (len(inside), len(outside))
         assert row["kept"] == (halves[0] * halves[1] > 0 and min(map(abs, halves)) > 1e-6 and len(inside) >= 25)
         assert row["lean"] == ("chosen" if row["delta"] > 0 else "rejected")

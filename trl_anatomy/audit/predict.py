@@ -76,8 +76,8 @@ def concept_table(
     - support: pairs in which the concept fires at all; differ: pairs in which u is not zero.
     - verdict: "too few pairs to tell" below `min_context` differing pairs; else rises / falls where q <= alpha and the
       bootstrap interval leaves out zero; else "no evidence".
-    - telling_rows: rows of the raw dataset that show the shift best (largest u on the side of the shift, then largest
-      intensity, then shortest).
+    - telling_rows: rows of the raw dataset that show the shift best: largest u on the side of the shift, then least
+      difference in the other concepts, then shortest.
 
     Args:
         terms: distinctive terms of each concept, for its label.
@@ -128,11 +128,15 @@ def concept_table(
 
 def _telling(scores: Activity, concept: int, predicted: float, n: int) -> list[int]:
     side = -1.0 if predicted < 0 else 1.0
-    u, v = side * scores.u[:, concept], side * scores.v[:, concept]
-    candidates = np.flatnonzero(u > 0)
+    u = side * scores.u[:, concept]
+    best = np.sort(u[u > 0])[::-1][:n]
+    if len(best) == 0:
+        return []
+    candidates = np.flatnonzero(u >= best[-1])
+    others = np.abs(scores.u[candidates]).sum(axis=1) - u[candidates]
     length = (scores.lengths["chosen"] + scores.lengths["rejected"])[candidates]
-    # Intensity is rounded so that the shorter of two pairs that tell the same comes first.
-    order = np.lexsort((scores.rows[candidates], length, -np.round(v[candidates], 1), -u[candidates]))
+    # Differences elsewhere are rounded, so that of two pairs that tell the same the shorter comes first.
+    order = np.lexsort((scores.rows[candidates], length, np.round(2 * others), -u[candidates]))
     return scores.rows[candidates[order[:n]]].tolist()
 
 

@@ -4,6 +4,7 @@ Nothing here knows models, datasets or files. A missing answer (an empty group, 
 never a silent zero.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,8 @@ from scipy import stats as distributions
 
 # A variance below this share of the mean square is rounding left over from sum-of-squares minus squared sum.
 ROUNDING = 1e-12
+# Columns that are copied at a time.
+BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -47,21 +50,39 @@ class Moments:
             return np.where(n > 1, spread / (n - 1), np.nan)
 
 
-def group_moments(values: np.ndarray, groups: np.ndarray, n_groups: int) -> Moments:
-    """Sums and sums of squares of `values` within groups, in one sparse product.
+def group_moments(values: np.ndarray, groups: np.ndarray, n_groups: int, centre: np.ndarray | float = 0.0) -> Moments:
+    """Sums and sums of squares of `values - centre` within groups, by sparse products over blocks of columns.
 
     Args:
-        values: (n, n_columns). Centre the columns first: it keeps the later subtraction of squares accurate.
+        values: (n, n_columns).
         groups: (n,) group of each row, 0..n_groups-1; rows of a negative group are left out.
+        centre: (n_columns,) taken off first: it keeps the later subtraction of squares accurate.
     """
-    values = np.asarray(values, dtype=np.float64)
     rows = np.flatnonzero(groups >= 0)
-    one_hot = sparse.csr_array((np.ones(len(rows)), (groups[rows], rows)), shape=(n_groups, len(values)))
     return Moments(
         n=np.bincount(groups[rows], minlength=n_groups).astype(np.float64),
-        total=one_hot @ values,
-        square=one_hot @ np.square(values),
+        total=_group_sums(values, groups, n_groups, centre, lambda x: x),
+        square=_group_sums(values, groups, n_groups, centre, np.square),
     )
+
+
+def _group_sums(
+    values: np.ndarray,
+    groups: np.ndarray,
+    n_groups: int,
+    centre: np.ndarray | float,
+    of: Callable[[np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """(n_groups, n_columns): sums within groups of a function of the centred values."""
+    rows = np.flatnonzero(groups >= 0)
+    one_hot = sparse.csr_array((np.ones(len(rows)), (groups[rows], rows)), shape=(n_groups, len(values)))
+    n_columns = values.shape[1]
+    centre = np.broadcast_to(centre, n_columns)
+    sums = np.empty((n_groups, n_columns))
+    for start in range(0, n_columns, BLOCK):
+        block = slice(start, start + BLOCK)
+        sums[:, block] = one_hot @ of(values[:, block].astype(np.float64) - centre[block])
+    return sums
 
 
 @dataclass(frozen=True)
@@ -132,10 +153,8 @@ def compare_groups(
         epsilon: an effect of this size or less counts as none in a half.
     Source: METHOD section 4, steps 3 and 4.
     """
-    values = np.asarray(values, dtype=np.float64)
-    used = groups >= 0
-    centred = values - values[used].mean(axis=0) if used.any() else values
-    halves = [group_moments(centred, np.where(parity == half, groups, -1), n_groups) for half in (0, 1)]
+    centre = _mean_of_used(values, groups)
+    halves = [group_moments(values, np.where(parity == half, groups, -1), n_groups, centre) for half in (0, 1)]
     inside = Moments(*(getattr(halves[0], name) + getattr(halves[1], name) for name in ("n", "total", "square")))
 
     def rest(part: Moments) -> Moments:
@@ -146,6 +165,12 @@ def compare_groups(
         consistent = (np.abs(delta_a) > epsilon) & (np.abs(delta_b) > epsilon) & (delta_a * delta_b > 0)
     split = SplitHalf(delta_a, delta_b, np.minimum(np.abs(delta_a), np.abs(delta_b)), consistent)
     return welch(inside, rest(inside)), split
+
+
+def _mean_of_used(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """(n_columns,) mean over the rows that belong to a group; zeros if none does."""
+    used = (groups >= 0).astype(np.float64)
+    return used @ values / max(1.0, used.sum())
 
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
@@ -268,14 +293,12 @@ def adjusted_difference(values: np.ndarray, covariate: np.ndarray, groups: np.nd
         (n_groups, n_columns); NaN where a side is empty. Where the covariate never varies within the sides, the plain
         difference if its means agree, else NaN.
     """
-    used = groups >= 0
-    y = np.asarray(values, dtype=np.float64)
-    x = np.asarray(covariate, dtype=np.float64)
-    if used.any():
-        y, x = y - y[used].mean(axis=0), x - x[used].mean()
-    first = group_moments(y, groups, n_groups)
-    second = group_moments(x[:, None], groups, n_groups)
-    cross = group_moments(y * x[:, None], groups, n_groups).total
+    x = np.asarray(covariate, dtype=np.float64)[:, None]
+    x = x - _mean_of_used(x, groups)
+    centre = _mean_of_used(values, groups)
+    first = group_moments(values, groups, n_groups, centre)
+    second = group_moments(x, groups, n_groups)
+    cross = _group_sums(values, groups, n_groups, centre, lambda y: y * x)
     within_xy, within_xx = np.zeros_like(cross), np.zeros((n_groups, 1))
     with np.errstate(invalid="ignore", divide="ignore"):
         for n, sum_y, sum_x, sum_xy, sum_xx in (

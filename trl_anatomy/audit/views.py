@@ -23,6 +23,8 @@ HYPOTHESES = pa.schema(
         ("view", pa.string()),
         ("context", pa.string()),
         ("concept", pa.string()),
+        ("mean_in", pa.float64()),
+        ("mean_out", pa.float64()),
         ("delta", pa.float64()),
         ("z", pa.float64()),
         ("d", pa.float64()),
@@ -269,7 +271,8 @@ def compare_contexts(
     """Every (context, concept) against the other active pairs (METHOD section 4, steps 3 to 5).
 
     q is over all testable cells, before the keep rules. `lean` is the side that the concept favours inside the context
-    compared with outside; `rank` counts kept hypotheses of that side from 1.
+    compared with outside: a concept that is rewarded everywhere but absent from a context leans to rejected there, with
+    `mean_in` near zero. `rank` counts kept hypotheses of that side from 1.
 
     Returns:
         Table of schema HYPOTHESES; cells without a test (a context of one pair, no variance anywhere) are left out.
@@ -285,6 +288,8 @@ def compare_contexts(
     cell: dict[str, np.ndarray] = {
         name: getattr(welch, name)[k, m] for name in ("delta", "z", "d", "p", "ci_low", "ci_high")
     }
+    cell["mean_in"] = stats.group_moments(scores.u, contexts - 1, n_contexts).mean[k, m]
+    cell["mean_out"] = cell["mean_in"] - cell["delta"]
     cell |= {name: getattr(split, name)[k, m] for name in ("delta_a", "delta_b", "delta_min")}
     cell["delta_length_adjusted"] = adjusted[k, m]
     cell["q"] = stats.benjamini_hochberg(cell["p"])
