@@ -16,7 +16,7 @@ from datasets import IterableDataset
 from parity import EXACT, assert_same_tensors, columns, fresh, history, state
 from peft import LoraConfig
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaModel, default_data_collator
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from trl_anatomy import AnatomyDPOTrainer, AnatomyError, AnatomyRewardTrainer
@@ -286,6 +286,32 @@ def test_one_policy_and_one_reference_forward_a_step(mode: str, tiny_model_dir: 
         "precomputed": {"policy": 3, "reference": 0},
     }
     assert calls == expected[mode]
+
+
+@pytest.mark.parametrize("cls", [AnatomyDPOTrainer, AnatomyRewardTrainer])
+def test_no_model_ever_sees_our_columns(
+    cls: Any, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Llama swallows unknown keywords silently; another model would fail on them, in precompute, training or eval."""
+    seen: set[str] = set()
+    forward = LlamaModel.forward
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.update(kwargs)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", watched)
+    if cls is AnatomyDPOTrainer:
+        trainer = dpo(tiny_model_dir, tmp_path, preference_rows(8), precompute_ref_log_probs=True)
+    else:
+        trainer = reward(tiny_model_dir, tmp_path, preference_rows(8))
+    trainer.train()
+    batch = trainer._prepare_inputs(dict(next(iter(trainer.get_train_dataloader()))))
+    assert any("anatomy" in key for key in batch)
+    trainer.model.eval()
+    trainer.compute_loss(trainer.model, batch)
+    assert "attention_mask" in seen
+    assert not [key for key in seen if "anatomy" in key]
 
 
 def test_explaining_away_weakens_the_pair_and_amplifying_strengthens_it(tiny_model_dir: Path, tmp_path: Path) -> None:

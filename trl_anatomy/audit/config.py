@@ -1,6 +1,7 @@
 """Settings of an audit. The published value is the default (METHOD); every field is a flag of `trl-anatomy audit`."""
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..errors import AnatomyError
@@ -92,5 +93,9 @@ class AuditConfig:
                 raise AnatomyError(f"audit setting {name}: found {getattr(self, name)!r}, allowed: {allowed}.")
 
     def settings(self) -> dict[str, Any]:
-        """JSON-able settings, as `audit.json` records them."""
-        return asdict(self)
+        """JSON-able settings, as `audit.json` records them; local paths are absolute, so that they hold anywhere."""
+        settings = asdict(self)
+        for name in ("model", "dataset", "sae", "out"):
+            if settings[name] and Path(settings[name]).exists():
+                settings[name] = str(Path(settings[name]).resolve())
+        return settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def rollouts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | list[dict[str, Any]]],
     *,
     n_per_prompt: int = 1,
     max_new_tokens: int = 64,
@@ -27,13 +27,13 @@ def rollouts(
     """Samples `n_per_prompt` responses to each prompt.
 
     Only the temperature shapes the samples: top-k, top-p and repetition settings stored with the model are overridden,
-    so that rates of different models can be compared. Prompts are tokenised as they stand; apply a chat template first
-    where one belongs. The caller's random state and the model's mode are left as they were found.
+    so that rates of different models can be compared. A text prompt is tokenised as it stands, a conversation by the
+    tokenizer's chat template. The caller's random state and the model's mode are left as they were found.
 
     Args:
         model: Any causal language model of transformers.
         tokenizer: Its tokenizer. Its padding side does not matter: the padding is done here, on the left.
-        prompts: Texts to continue.
+        prompts: Texts to continue, or conversations (lists of messages) to answer.
         n_per_prompt: Responses per prompt.
         max_new_tokens: Longest response in tokens.
         batch_size: Responses sampled at once.
@@ -43,7 +43,7 @@ def rollouts(
     Returns:
         For each prompt, in the order given, its `n_per_prompt` response texts without special tokens.
     """
-    encoded = [tokenizer(prompt).input_ids for prompt in prompts]
+    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
     jobs = [i for i in range(len(prompts)) for _ in range(n_per_prompt)]
     jobs.sort(key=lambda i: len(encoded[i]))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -79,6 +79,12 @@ def rollouts(
     finally:
         model.train(was_training)
     return texts
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer(prompt).input_ids
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:

@@ -186,7 +186,8 @@ def _from_folder(path: Path, device: str) -> SAE:
     scaler = path / "activation_scaler.json"
     if inner.cfg.normalize_activations == "expected_average_only_in" and scaler.is_file():
         inner.fold_activation_norm_scaling_factor(float(json.loads(scaler.read_text())["scaling_factor"]))
-    return SAE(inner, {"path": str(path)})
+    # Absolute, so that an audit finds its SAE again from another working directory.
+    return SAE(inner, {"path": str(path.resolve())})
 
 
 def _inference_form(training: Any) -> Any:

@@ -260,7 +260,7 @@ def read_pairs(
     elif tokenizer.chat_template is None:
         raise AnatomyError("The dataset holds conversations but the tokenizer has no chat_template: set one.")
 
-    from trl import DPOTrainer
+    from trl.trainer.dpo_trainer import DPOTrainer  # the class itself, whatever stands in for it in `trl`
 
     n_kept = len(kept)
     # _prepare_dataset reads nothing else of the trainer; a test compares the result with the trainers' own batches.

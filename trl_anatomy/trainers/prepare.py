@@ -240,6 +240,12 @@ def prepare(
             plan, gaps = _plan(policy, found, start, dataset)
             shaped_concepts = tuple(gaps) if shapes else None
             arguments["train_dataset"] = apply_plan(dataset, plan, gaps if shapes else None)
+        elif found is not None and isinstance(dataset, Dataset) and len(dataset) != found.info["data"]["n_rows"]:
+            # An audit that is only logged is not worth a second tokenisation; its size gives most mistakes away.
+            raise AnatomyError(
+                f"{found.path}: this audit was made with other data: it has {found.info['data']['n_rows']} rows, "
+                f"train_dataset has {len(dataset)}. Audit the dataset that is trained on."
+            )
     callback = AuditCallback(found, plan)
     arguments["callbacks"] = [*(arguments.get("callbacks") or []), callback]
     return Prepared(plan, found, shaped_concepts, callback)

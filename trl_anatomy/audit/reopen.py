@@ -1,0 +1,83 @@
+"""What an audit was made from, loaded again as its settings say: for plan, report and compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ..errors import AnatomyError
+from .config import AuditConfig
+from .run import load_dataset, load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from ..reading.spans import Pairs
+    from .folder import Audit
+
+
+@dataclass(frozen=True)
+class Source:
+    """The audited pairs, with the tokenizer and the model that read them; each is loaded when first asked for."""
+
+    audit: Audit
+    config: AuditConfig
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self._named("model"))
+
+    @cached_property
+    def model_config(self) -> Any:
+        """The start model's transformers config, without its weights."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self._named("model"))
+        except (OSError, ValueError) as error:
+            raise AnatomyError(f"{self.audit.path}: the model at {self.config.model} is not there any more.") from error
+
+    @cached_property
+    def model(self) -> Any:
+        """The start model, checked against the audit's fingerprint."""
+        from ..reading.fingerprint import model_fingerprint
+
+        self._named("model")
+        model = load_model(self.config)
+        if model_fingerprint(model) != self.audit.info["model"]["fingerprint"]:
+            raise AnatomyError(
+                f"{self.audit.path}: the model at {self.config.model} has changed since the audit; audit again."
+            )
+        return model
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        """The pairs, checked against the audit's fingerprint."""
+        from ..reading.spans import read_pairs
+
+        self._named("dataset")
+        pairs = read_pairs(
+            load_dataset(self.config),
+            self.tokenizer,
+            max_length=self.config.max_length,
+            truncation=self.config.truncation,
+        )
+        self.audit.check_pairs(pairs)
+        return pairs
+
+    def _named(self, what: str) -> str:
+        name = getattr(self.config, what)
+        if not name:
+            raise AnatomyError(
+                f"{self.audit.path}: the audit was made with a {what} in memory, which cannot be loaded again; save "
+                f"the {what}, and audit it from there."
+            )
+        return name
+
+
+def reopen(audit: Audit) -> Source:
+    """What `audit` was made from.
+
+    Raises:
+        AnatomyError: when something asked for is not there any more, or has changed since the audit.
+    """
+    return Source(audit, AuditConfig(**audit.info["settings"]))

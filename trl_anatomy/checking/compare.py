@@ -1,0 +1,338 @@
+"""Predicted against observed: what the audit said training would change, and what it did change (METHOD section 7)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import AnatomyError
+from .rates import TEXT_RULES, rate_interval, recovery, rule_hits
+
+if TYPE_CHECKING:
+    import scipy.sparse as sp
+
+    from ..audit.folder import Audit
+    from ..reading.harvest import Harvest
+
+Prompt = str | list[dict[str, Any]]
+
+
+def prompts_for(audit: Audit, path: str | None, n_prompts: int, seed: int) -> list[Prompt]:
+    """Prompts to sample responses to: those of a file, or of the audited dataset, without repetition.
+
+    Args:
+        audit: the audit of the training set.
+        path: a file (json lines, json, parquet) with a `prompt` column, or None for the audited dataset.
+        n_prompts: at most so many, drawn with `seed`.
+        seed: of the draw.
+
+    Raises:
+        AnatomyError: the file has no `prompt` column, or there is no prompt.
+    """
+    from ..audit.config import AuditConfig
+    from ..audit.reopen import reopen
+    from ..audit.run import load_dataset
+    from ..reading.spans import split_row
+
+    if path is None:
+        pairs = reopen(audit).pairs
+        prompts = [split_row(pairs.raw[int(row)])["prompt"] for row in pairs.rows]
+    else:
+        rows = load_dataset(AuditConfig(dataset=path))
+        if "prompt" not in rows.column_names:
+            raise AnatomyError(f"{path} has no 'prompt' column (found: {', '.join(rows.column_names)}).")
+        prompts = list(rows["prompt"])
+    unique = list({json.dumps(prompt, sort_keys=True): prompt for prompt in prompts if prompt}.values())
+    if not unique:
+        raise AnatomyError(f"{path or audit.path} holds no prompt to sample responses to.")
+    drawn = np.random.default_rng(seed).permutation(len(unique))[:n_prompts]
+    return [unique[i] for i in sorted(drawn)]
+
+
+def compare(
+    audit: Audit,
+    before: Any,
+    after: Mapping[str, Any],
+    prompts: Sequence[Prompt],
+    *,
+    out: Path,
+    tokenizer: Any = None,
+    rules: Mapping[str, str] | None = None,
+    max_new_tokens: int = 256,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Sample responses of the start model and of trained models, read both with the audit's SAE, and compare.
+
+    The responses are read by the start model, as the audit's pairs were: for each prompt the trained model's response
+    takes the place of chosen and the start model's that of rejected, so observed and predicted shifts have one unit.
+
+    Args:
+        audit: audit of the training set.
+        before: the audited model: a path or a loaded model.
+        after: name -> trained model (path or loaded); recovery of the others is counted against the first.
+        prompts: strings or conversations; one response of each model to each.
+        out: folder for the sampled responses and `compare.json`.
+        tokenizer: default: the start model's.
+        rules: name -> regular expression, counted in the responses; default `TEXT_RULES`.
+        max_new_tokens: longest response sampled, in tokens.
+        batch_size: responses sampled at a time.
+        seed: of sampling and resampling.
+
+    Returns:
+        What `compare.json` holds: per concept the predicted and observed shifts; per trained model how well they agree
+        (R² and rank correlation with intervals, a permutation p-value, the noise floor from split prompts, the same for
+        size-matched random clusters); per text rule the rates before and after with intervals, and recovery.
+
+    Raises:
+        AnatomyError: no prompt, no trained model, a model that cannot be loaded or is not the one audited.
+    """
+    from transformers import AutoTokenizer
+
+    from ..audit.predict import agreement
+    from ..reading.fingerprint import model_fingerprint
+    from ..reading.harvest import harvest
+    from ..reading.sae import load_sae
+    from ..reading.spans import read_pairs
+
+    if not prompts:
+        raise AnatomyError("compare needs at least one prompt.")
+    if not after:
+        raise AnatomyError("compare needs at least one trained model.")
+    start_model = _load(before)
+    if model_fingerprint(start_model) != audit.info["model"]["fingerprint"]:
+        raise AnatomyError(
+            f"--before is {_name(before)}, which is not the model that was audited "
+            f"({audit.info['model']['name']}): give that one, or audit this one."
+        )
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(_name(before))
+    out.mkdir(parents=True, exist_ok=True)
+    sampling = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
+    responses = {"before": _sampled(start_model, tokenizer, prompts, out / "before.json", sampling)}
+    for name, model in after.items():
+        responses[name] = _sampled(_load(model), tokenizer, prompts, out / f"{_slug(name)}.json", sampling)
+
+    settings, concepts = audit.info["settings"], audit.concepts.to_pylist()
+    features = [np.asarray(row["features"], dtype=np.int64) for row in concepts]
+    predicted = np.array([row["predicted"] for row in concepts], dtype=np.float64)
+    control = _random_features(audit.harvest, features, settings["tau"], seed)
+    control_predicted = _mean_disparity(audit.harvest, control, settings["tau"])
+    sae = load_sae(audit.info["sae"]["source"], device=str(next(start_model.parameters()).device))
+    observed: dict[str, np.ndarray] = {}
+    agreements: dict[str, dict[str, Any]] = {}
+    for name in after:
+        pairs = read_pairs(
+            _as_pairs(prompts, responses[name], responses["before"]),
+            tokenizer,
+            max_length=settings["max_length"],
+            truncation="keep_start",
+        )
+        read = harvest(start_model, sae, pairs, out / f"harvest-{_slug(name)}", layer=audit.info["sae"]["layer"])
+        chosen, rejected = read.frequency("chosen"), read.frequency("rejected")
+        observed[name] = _disparity(chosen, rejected, features, settings["tau"])
+        shift = observed[name].mean(axis=0)
+        control_shift = _disparity(chosen, rejected, control, settings["tau"]).mean(axis=0)
+        agreements[name] = {
+            **agreement(predicted, shift, seed=seed).to_dict(),
+            "noise_ceiling_r2": _split_half_reliability(observed[name], seed),
+            "random_clusters_r2": agreement(control_predicted, control_shift, seed=seed).to_dict()["r2"],
+            "n_prompts": len(pairs),
+            "left_out": pairs.left_out,
+        }
+
+    result = {
+        "audit": str(audit.path),
+        "before": _name(before),
+        "after": {name: _name(model) for name, model in after.items()},
+        "sampling": {**sampling, "n_prompts": len(prompts)},
+        "concepts": [
+            {
+                "concept": row["concept"],
+                "label": row["label"],
+                "predicted": row["predicted"],
+                "ci_low": row["ci_low"],
+                "ci_high": row["ci_high"],
+                "observed": {name: _mean_with_interval(u[:, k]) for name, u in observed.items()},
+            }
+            for k, row in enumerate(concepts)
+        ],
+        "agreement": agreements,
+        "rates": _rates(responses, list(after), TEXT_RULES if rules is None else rules),
+    }
+    temporary = out / "compare.json.tmp"
+    temporary.write_text(json.dumps(result, indent=2))
+    os.replace(temporary, out / "compare.json")
+    return result
+
+
+def comparison_report(result: Mapping[str, Any]) -> str:
+    """The comparison as text for a terminal: concepts by predicted shift, agreement, rates by text rule."""
+    names = list(result["after"])
+    lines = ["Predicted and observed shift of each concept (share of its features that fire in a response):"]
+    lines.append(f"  {'concept':<8} {'predicted':>9}  " + "  ".join(f"{name[:22]:>22}" for name in names) + "  label")
+    for row in sorted(result["concepts"], key=lambda row: -abs(row["predicted"]))[:20]:
+        seen = (row["observed"][name] for name in names)
+        shifts = "  ".join(f"{mean:+6.3f} [{low:+.3f},{high:+.3f}]"[:22].rjust(22) for mean, low, high in seen)
+        lines.append(f"  {row['concept']:<8} {row['predicted']:+9.3f}  {shifts}  {row['label']}")
+    for name, figures in result["agreement"].items():
+        if figures["r2"] is None:
+            lines.append(f"\n{name}: too few concepts ({figures['n']}) to say how well the prediction holds.")
+            continue
+        lines.append(
+            f"\n{name}: R² {figures['r2']:.2f} [{figures['r2_low']:.2f}, {figures['r2_high']:.2f}],"
+            f" rank correlation {figures['spearman']:.2f}, permutation p {figures['p']:.2g}, {figures['n']} concepts;"
+            f" at most {_shown(figures['noise_ceiling_r2'])} can be seen with {figures['n_prompts']} prompts;"
+            f" random clusters of the same sizes: {_shown(figures['random_clusters_r2'])}."
+        )
+    lines.append("\nShare of responses in which a text rule holds:")
+    lines.append(f"  {'rule':<16} {'before':>7} " + " ".join(f"{name[:14]:>14}" for name in names))
+    for row in result["rates"]:
+        if max(row["rates"][name][0] for name in row["rates"]) == 0:
+            continue
+        shown = [f"{row['rates'][names[0]][0]:14.3f}"]
+        for name in names[1:]:
+            back = row["recovery"][name]
+            shown.append(
+                f"{row['rates'][name][0]:.3f} ({back:4.0%})" if back is not None else f"{row['rates'][name][0]:.3f}"
+            )
+        lines.append(
+            f"  {row['rule']:<16} {row['rates']['before'][0]:7.3f} " + " ".join(f"{cell:>14}" for cell in shown)
+        )
+    if len(names) > 1:
+        lines.append(f"  (in brackets: share of the way back from {names[0]} to before)")
+    return "\n".join(lines)
+
+
+def _shown(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.2f}"
+
+
+def _name(model: Any) -> str:
+    return str(model if isinstance(model, str | Path) else getattr(model, "name_or_path", type(model).__name__))
+
+
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
+
+
+def _load(model: Any) -> Any:
+    if not isinstance(model, str | Path):
+        return model
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(str(model))
+    except (OSError, ValueError) as error:
+        raise AnatomyError(f"The model at {model} cannot be loaded: {error}") from error
+    return loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _sampled(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], file: Path, sampling: Mapping[str, int]
+) -> list[str]:
+    """One response to each prompt, kept on disk under a key of everything it depends on."""
+    from ..reading.fingerprint import hash_json, model_fingerprint
+    from .rollouts import rollouts
+
+    key = hash_json([model_fingerprint(model), list(prompts), dict(sampling)])
+    if file.is_file():
+        kept = json.loads(file.read_text())
+        if kept["key"] == key:
+            return kept["responses"]
+    responses = [group[0] for group in rollouts(model, tokenizer, prompts, **sampling)]
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"key": key, "prompts": list(prompts), "responses": responses}, indent=1))
+    os.replace(temporary, file)
+    return responses
+
+
+def _as_pairs(prompts: Sequence[Prompt], after: Sequence[str], before: Sequence[str]) -> Any:
+    import datasets
+
+    def side(texts: Sequence[str]) -> list[Any]:
+        if isinstance(prompts[0], str):
+            return list(texts)
+        return [[{"role": "assistant", "content": text}] for text in texts]
+
+    return datasets.Dataset.from_dict({"prompt": list(prompts), "chosen": side(after), "rejected": side(before)})
+
+
+def _disparity(chosen: sp.csr_array, rejected: sp.csr_array, features: Sequence[np.ndarray], tau: float) -> np.ndarray:
+    """u, (n, K): share of each cluster's features that fire in `chosen`, minus the same for `rejected`."""
+    from ..audit.views import concept_activity
+
+    return concept_activity(chosen, features, tau) - concept_activity(rejected, features, tau)
+
+
+def _mean_disparity(read: Harvest, features: Sequence[np.ndarray], tau: float) -> np.ndarray:
+    total = np.zeros(len(features))
+    for shard in read.shards():
+        total += _disparity(shard.frequency("chosen"), shard.frequency("rejected"), features, tau).sum(axis=0)
+    return total / max(1, read.n_pairs)
+
+
+def _random_features(read: Harvest, features: Sequence[np.ndarray], tau: float, seed: int) -> list[np.ndarray]:
+    """Clusters of the same sizes, drawn from the latents that fire in some response: a control."""
+    fires = np.zeros(read.d_sae, dtype=bool)
+    for shard in read.shards():
+        for span in ("chosen", "rejected"):
+            frequency = shard.frequency(span)
+            fires[frequency.indices[frequency.data > tau]] = True
+    live, rng = np.flatnonzero(fires), np.random.default_rng(seed)
+    return [rng.choice(live, size=min(len(cluster), len(live)), replace=False) for cluster in features]
+
+
+def _split_half_reliability(u: np.ndarray, seed: int) -> float | None:
+    """R² that a perfect prediction would reach: reliability of the mean over prompts, from random halves.
+
+    The correlation over concepts of the two halves' shifts, stepped up by Spearman-Brown; the median of 50 splits.
+
+    Args:
+        u: (n_prompts, K) observed disparity.
+
+    Returns:
+        In [0, 1], or None below four prompts or three concepts.
+    """
+    n, n_concepts = u.shape
+    if n < 4 or n_concepts < 3:
+        return None
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(50):
+        order = rng.permutation(n)
+        first, second = u[order[: n // 2]].mean(axis=0), u[order[n // 2 :]].mean(axis=0)
+        if np.ptp(first) == 0 or np.ptp(second) == 0:
+            continue
+        r = float(np.corrcoef(first, second)[0, 1])
+        found.append(max(0.0, 2 * r / (1 + r)) if r > -1 else 0.0)
+    return float(np.median(found)) if found else None
+
+
+def _mean_with_interval(values: np.ndarray) -> tuple[float, float, float]:
+    mean, error = float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else np.nan
+    return mean, mean - 1.96 * error, mean + 1.96 * error
+
+
+def _rates(
+    responses: Mapping[str, Sequence[str]], after: Sequence[str], rules: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    hits = {name: rule_hits(texts, rules) for name, texts in responses.items()}
+    rows = []
+    for rule in rules:
+        rates = {name: rate_interval(found[rule]) for name, found in hits.items()}
+        start, plain = rates["before"][0], rates[after[0]][0]
+        back = {name: recovery(start, plain, rates[name][0]) for name in after[1:]}
+        rows.append(
+            {
+                "rule": rule,
+                "rates": rates,
+                "recovery": {name: None if np.isnan(value) else value for name, value in back.items()},
+            }
+        )
+    return rows

@@ -1,0 +1,379 @@
+"""The command line: `trl-anatomy audit | plan | dpo | reward | compare | report | demo`.
+
+Exit codes: 0 done; 2 bad input, told in one sentence on standard error; 1 anything unexpected, with its traceback;
+130 interrupted (start the same command again: finished parts are kept).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import AnatomyError
+
+if TYPE_CHECKING:
+    from .audit.folder import Audit
+
+_LAUNCHED = "TRL_ANATOMY_LAUNCHED"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; default `sys.argv[1:]`.
+
+    Returns:
+        The exit code.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if argv[0] == "--version":
+        from . import __version__
+
+        print(__version__)
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            raise AnatomyError(
+                f"Unknown command '{argv[0]}'{_did_you_mean(argv[0], COMMANDS)}; see trl-anatomy --help."
+            )
+        return COMMANDS[argv[0]][0](argv[1:])
+    except AnatomyError as error:
+        print(f"trl-anatomy {argv[0]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted. Start the same command again: finished parts are kept.", file=sys.stderr)
+        return 130
+
+
+def _overview() -> str:
+    lines = [
+        "usage: trl-anatomy COMMAND [options]",
+        "",
+        "Read what a preference dataset teaches, and decide what the model may learn.",
+    ]
+    lines += ["", *(f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items())]
+    return "\n".join([*lines, "", "trl-anatomy COMMAND --help shows the options and an example."])
+
+
+def _did_you_mean(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def _parser(command: str, example: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"trl-anatomy {command}",
+        description=COMMANDS[command][1],
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+# audit ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _AuditFlags:
+    dry_run: bool = dataclasses.field(
+        default=False, metadata={"help": "Check everything and say what would be run, without running the model."}
+    )
+    json: bool = dataclasses.field(default=False, metadata={"help": "Print the summary as JSON."})
+
+
+def _audit(argv: list[str]) -> int:
+    from trl import TrlParser
+
+    from .audit.config import AuditConfig
+    from .audit.run import dry_run, run_audit
+
+    parser = TrlParser(
+        (AuditConfig, _AuditFlags),
+        prog="trl-anatomy audit",
+        description=COMMANDS["audit"][1],
+        epilog="example: trl-anatomy audit --model M --dataset D --sae S --layer 20 --out audits/run1",
+    )
+    config, flags = _strict_parse(parser, argv)
+    if flags.dry_run:
+        summary = dry_run(config)
+        print(json.dumps(summary, indent=2) if flags.json else _lines(summary))
+        return 0
+    audit = run_audit(config)
+    if flags.json:
+        print(json.dumps(audit.info, indent=2))
+    else:
+        _print_audit(audit)
+    return 0
+
+
+def _strict_parse(parser: Any, argv: list[str]) -> tuple[Any, ...]:
+    """Parse flags and --config, refusing what nothing reads (TRL itself passes over a misspelt key in silence)."""
+    *parsed, from_config, from_line = parser.parse_args_and_config(
+        argv, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    _refuse_unknown(from_config, from_line, parser, extra=())
+    return tuple(parsed)
+
+
+def _refuse_unknown(from_config: list[str], from_line: list[str], parser: Any, extra: Any) -> None:
+    known = {option for action in parser._actions for option in action.option_strings}
+    for where, words in (("in the --config file", from_config), ("on the command line", from_line)):
+        for word in words:
+            if word.startswith("--") and word.split("=")[0] not in extra:
+                name = word.split("=")[0]
+                shown = name.lstrip("-") if where.startswith("in") else name
+                raise AnatomyError(f"Unknown option '{shown}' {where}{_did_you_mean(name, [*known, *extra])}.")
+
+
+def _print_audit(audit: Audit) -> None:
+    data = audit.info["data"]
+    left_out = ", ".join(f"{count} {reason}" for reason, count in data["left_out"].items())
+    print(
+        f"\n{data['n_pairs']} pairs of {data['n_rows']} rows" + (f" (left out: {left_out})" if left_out else "") + "."
+    )
+    rows = sorted(audit.concepts.to_pylist(), key=lambda row: -abs(row["predicted"]))
+    taught = [row for row in rows if row["verdict"] in ("rises", "falls")]
+    if not taught:
+        print(f"No evidence that these pairs teach any of {len(rows)} concepts.")
+    else:
+        print(f"What the data will teach ({len(taught)} of {len(rows)} concepts; largest shifts first):")
+        print(f"  {'concept':<8} {'shift':>7}  {'95 % interval':<18} {'equal length':>12} {'q':>9}  label")
+    for row in taught[:10]:
+        interval = f"[{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
+        print(
+            f"  {row['concept']:<8} {row['predicted']:+7.3f}  {interval:<18} {row['length_adjusted']:+12.3f}"
+            f" {row['q']:9.2g}  {row['label']}"
+        )
+    print(f"Report: {audit.path / 'report.html'}")
+
+
+def _lines(summary: dict[str, Any]) -> str:
+    return "\n".join(f"{key}: {value}" for key, value in summary.items())
+
+
+# plan ----------------------------------------------------------------------------------------------------------------
+
+
+def _plan(argv: list[str]) -> int:
+    parser = _parser("plan", "trl-anatomy plan --audit audits/run1 --policy policy.yaml")
+    parser.add_argument("--audit", required=True, help="audit folder of the dataset that will be trained on")
+    parser.add_argument("--policy", required=True, help="concept policy (YAML)")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    args = parser.parse_args(argv)
+
+    from .audit.folder import load_audit
+    from .audit.reopen import reopen
+    from .reading.score import score_pairs
+    from .shaping.plan import plan_json, plan_policy, plan_report
+    from .shaping.policy import ConceptPolicy
+    from .shaping.resolve import check_policy
+
+    audit = load_audit(args.audit)
+    policy = ConceptPolicy.load(args.policy)
+    source = reopen(audit)
+    check_policy(policy, audit, source.model_config, source.pairs.raw.column_names)
+    # A policy of text rules needs no model at all.
+    model = source.model if any(spec.scorer != "text" for spec in policy.used.values()) else None
+    scorers = policy.scorers(audit=audit, model=model)
+    scores = score_pairs(source.pairs, scorers, model, cache_dir=audit.path / "scores")
+    plan = plan_policy(policy, source.pairs, scores, audit=audit)
+    print(json.dumps(plan_json(plan), indent=2) if args.json else plan_report(plan))
+    return 0
+
+
+# dpo and reward ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class PolicyArguments:
+    """What these commands add to TRL's own arguments."""
+
+    concept_policy: str | None = dataclasses.field(
+        default=None, metadata={"help": "Concept policy (YAML): what the model may learn. None trains as TRL does."}
+    )
+    audit: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Audit folder of the training set: for clusters in the policy, and for logging."},
+    )
+
+
+def _train(kind: str, argv: list[str]) -> int:
+    """Run TRL's own script with our trainer in the place of TRL's: its flags and YAML mean what they mean there."""
+    from trl import TrlParser
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    script = import_module(f"trl.scripts.{kind}")
+    parser = TrlParser(
+        (*script.make_parser(prog=f"trl {kind}").dataclass_types, PolicyArguments),
+        prog=f"trl-anatomy {kind}",
+        description=f"{COMMANDS[kind][1]} Options of accelerate launch are passed on.",
+        epilog=f"example: trl-anatomy {kind} --config recipe.yaml --concept_policy policy.yaml",
+    )
+    *arguments, policy, from_config, from_line = parser.parse_args_and_config(
+        argv, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    launcher = launch_command_parser()
+    launch_options = {option for action in launcher._actions for option in action.option_strings}
+    _refuse_unknown(from_config, from_line, parser, extra=launch_options | {"--accelerate_config"})
+    for name in ("concept_policy", "audit"):
+        path = getattr(policy, name)
+        if path is not None and not Path(path).exists():
+            raise AnatomyError(f"--{name} names '{path}', which does not exist.")
+
+    launch = resolve_accelerate_config_argument(from_config + from_line)
+    if _LAUNCHED not in os.environ and (launch or _several_devices()):
+        os.environ[_LAUNCHED] = "1"
+        ours = _without(argv, from_line)
+        launch_command(launcher.parse_args([*launch, "--module", "trl_anatomy.cli", kind, *ours]))
+        return 0
+
+    from . import trainers
+
+    ours_class = {"dpo": "AnatomyDPOTrainer", "reward": "AnatomyRewardTrainer"}[kind]
+    stock_class = {"dpo": "DPOTrainer", "reward": "RewardTrainer"}[kind]
+    trainer = getattr(import_module(f"{trainers.__name__}.{kind}"), ours_class)
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        return trainer(*args, concept_policy=policy.concept_policy, audit=policy.audit, **kwargs)
+
+    with _replaced(import_module("trl"), stock_class, build):
+        script.main(*arguments)
+    return 0
+
+
+def _several_devices() -> bool:
+    """Whether `trl dpo`, which always goes through accelerate, would start more than this one process."""
+    import torch
+    from accelerate.commands.config.config_args import default_config_file
+
+    return torch.cuda.device_count() > 1 or Path(default_config_file).is_file()
+
+
+def _without(words: list[str], taken: list[str]) -> list[str]:
+    """`words` less `taken`, an ordered subsequence of them."""
+    rest, remaining = [], list(taken)
+    for word in words:
+        if remaining and word == remaining[0]:
+            remaining.pop(0)
+        else:
+            rest.append(word)
+    return rest
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+def _dpo(argv: list[str]) -> int:
+    return _train("dpo", argv)
+
+
+def _reward(argv: list[str]) -> int:
+    return _train("reward", argv)
+
+
+# compare, report, demo -----------------------------------------------------------------------------------------------
+
+
+def _compare(argv: list[str]) -> int:
+    parser = _parser("compare", "trl-anatomy compare --audit audits/run1 --before M --after out")
+    parser.add_argument("--audit", required=True, help="audit folder of the dataset that was trained on")
+    parser.add_argument("--before", required=True, help="the start model (the one that was audited)")
+    parser.add_argument(
+        "--after",
+        required=True,
+        nargs="+",
+        help="trained model(s); recovery is counted against the first",
+    )
+    parser.add_argument("--prompts", help="file with a 'prompt' column; default: the audited prompts")
+    parser.add_argument("--n_prompts", type=int, default=1000, help="at most so many prompts (default 1000)")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="length of a rollout (default 256)")
+    parser.add_argument("--batch_size", type=int, default=64, help="rollouts at a time (default 64)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", help="folder for rollouts and compare.json (default: AUDIT/compare)")
+    parser.add_argument("--json", action="store_true", help="print the comparison as JSON")
+    args = parser.parse_args(argv)
+
+    from .audit.folder import load_audit
+    from .checking.compare import compare, comparison_report, prompts_for
+
+    audit = load_audit(args.audit)
+    prompts = prompts_for(audit, args.prompts, args.n_prompts, args.seed)
+    comparison = compare(
+        audit,
+        args.before,
+        {Path(path).name: path for path in args.after},
+        prompts,
+        out=Path(args.out) if args.out else audit.path / "compare",
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    print(json.dumps(comparison, indent=2) if args.json else comparison_report(comparison))
+    return 0
+
+
+def _report(argv: list[str]) -> int:
+    parser = _parser("report", "trl-anatomy report --audit audits/run1 --open")
+    parser.add_argument("--audit", required=True, help="audit folder")
+    parser.add_argument("--open", action="store_true", help="open the page in a browser")
+    args = parser.parse_args(argv)
+
+    from .audit.folder import load_audit
+    from .audit.reopen import reopen
+    from .audit.report import write_report
+
+    audit = load_audit(args.audit)
+    page = write_report(audit, reopen(audit).pairs.raw)
+    print(page)
+    if args.open:
+        import webbrowser
+
+        webbrowser.open(page.resolve().as_uri())
+    return 0
+
+
+def _demo(argv: list[str]) -> int:
+    parser = _parser("demo", "trl-anatomy demo --out anatomy-demo")
+    parser.add_argument("--out", default="anatomy-demo", help="folder for the model, the data, the audit and the page")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+
+    from .testbed.demo import run_demo
+
+    run_demo(Path(args.out), seed=args.seed)
+    return 0
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "audit": (_audit, "Read a preference dataset: what it will teach, where, and how surely."),
+    "plan": (_plan, "Show what each rule of a policy would touch, before any training."),
+    "dpo": (_dpo, "Train with DPO: the flags and YAML of `trl dpo`, plus a concept policy."),
+    "reward": (_reward, "Train a reward model: the flags and YAML of `trl reward`, plus a concept policy."),
+    "compare": (_compare, "Set the predicted shift beside the one that training made."),
+    "report": (_report, "Rebuild or open the page of an audit."),
+    "demo": (_demo, "See all of it on a small model with planted habits, in minutes on a CPU."),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
