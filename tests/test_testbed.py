@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.sparse import csr_array
 
+from trl_anatomy.checking.compare import sampled_responses
 from trl_anatomy.checking.rollouts import rollouts
 from trl_anatomy.testbed.demo import run_demo
 from trl_anatomy.testbed.language import (
@@ -192,8 +193,7 @@ def test_the_whole_loop_runs_on_a_tiny_world(tmp_path):
     assert result.report.is_file()
     assert str(result.report) in said[-1]
     # The rates in the table are those of the responses on disk.
-    lines = [json.loads(line) for line in (tmp_path / "rollouts" / "dpo.jsonl").read_text().splitlines()]
-    bold = np.mean([HABITS[0].shows(text) for line in lines for text in line["responses"]])
+    bold = np.mean([HABITS[0].shows(text) for text in sampled_responses(tmp_path / "compare", "dpo")])
     assert result.row("bold").dpo == bold
     table = json.loads((tmp_path / "table.json").read_text())
     assert len(table["rows"]) == len(HABITS) + 1
