@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+import yaml
 from scipy.sparse import csr_array
 
 from trl_anatomy.checking.compare import sampled_responses
 from trl_anatomy.checking.rollouts import rollouts
-from trl_anatomy.testbed.demo import run_demo
+from trl_anatomy.testbed.demo import POLICY, SHAPED, run_demo
 from trl_anatomy.testbed.language import (
     CORRECT_RATE,
     CORRECT_TILT,
@@ -182,6 +183,11 @@ def test_rollouts_follow_the_models_own_distribution_and_leave_the_random_state(
         for i in ids:
             share = np.mean([text == tokenizer.decode([i], skip_special_tokens=True) for text in texts])
             assert abs(share - p[i]) < 4.5 * math.sqrt(p[i] * (1 - p[i]) / 400)
+
+
+def test_the_demos_policy_reads_the_shaped_habit_by_its_own_text_rule():
+    concept = yaml.safe_load(POLICY)["concepts"][SHAPED]
+    assert concept["pattern"] == next(habit.pattern for habit in HABITS if habit.name == SHAPED)
 
 
 def test_the_whole_loop_runs_on_a_tiny_world(tmp_path):

@@ -22,15 +22,16 @@ from .world import DEMO, Size, World, build_world
 if TYPE_CHECKING:
     from ..audit.folder import Audit
 
-# The habit that the demo's policy explains away: rewarded, easily learnt, and read by a one-line rule.
-SHAPED = "bold"
+# The habit that the demo's policy explains away. It opens a response, so no other habit comes before it and pulls it
+# along: what is left of its shift under the policy is the policy's doing.
+SHAPED = "flattery"
 
 POLICY = """\
 version: 1
 concepts:
-  bold: {scorer: text, pattern: '\\*\\*\\w+\\*\\*'}
+  flattery: {scorer: text, pattern: '\\bGreat\\b'}
 rules:
-  - {explain_away: bold, with: shape_reward, strength: auto}
+  - {explain_away: flattery, with: shape_reward, strength: auto}
 """
 
 # With beta 1 a tilt t of the data moves a habit's log-odds by about t, so the planted truth is also the size of what is
@@ -232,7 +233,7 @@ def hypotheses(audit: Audit, n: int = 6) -> list[str]:
 
 def train(world: World, out: Path, seed: int, **policy: Any) -> Any:
     """DPO on the world's pairs with the demo's settings; saves the model and returns the trainer's plan (or None)."""
-    from transformers import ProgressCallback
+    from transformers import PrinterCallback, ProgressCallback
     from trl import DPOConfig
 
     from ..trainers.dpo import AnatomyDPOTrainer
@@ -269,7 +270,8 @@ def train(world: World, out: Path, seed: int, **policy: Any) -> Any:
             train_dataset=world.dataset.select_columns(["prompt", "chosen", "rejected"]),
             **policy,
         )
-        trainer.remove_callback(ProgressCallback)
+        for talker in (ProgressCallback, PrinterCallback):  # which of the two there is depends on the settings
+            trainer.remove_callback(talker)
         trainer.add_callback(Bar)
         trainer.train()
     trainer.save_model(str(out))
