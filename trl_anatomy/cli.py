@@ -182,6 +182,7 @@ def _plan(argv: list[str]) -> int:
 
     audit = load_audit(args.audit)
     policy = ConceptPolicy.load(args.policy)
+    audit.check_harvest()
     source = reopen(audit)
     check_policy(policy, audit, source.model_config, source.pairs.raw.column_names)
     # A policy of text rules needs no model at all.

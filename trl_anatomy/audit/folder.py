@@ -80,6 +80,14 @@ class Audit:
             )
         return harvest
 
+    def check_harvest(self) -> None:
+        """Open the harvest now, so that a damaged one is told before other long work.
+
+        Raises:
+            AnatomyError: as `harvest`.
+        """
+        _ = self.harvest
+
     @cached_property
     def concept_names(self) -> list[str]:
         return self.concepts["concept"].to_pylist()

@@ -106,6 +106,7 @@ def compare(
         raise AnatomyError("compare needs at least one prompt.")
     if not after:
         raise AnatomyError("compare needs at least one trained model.")
+    audit.check_harvest()
     start_model = _load(before)
     if model_fingerprint(start_model) != audit.info["model"]["fingerprint"]:
         raise AnatomyError(

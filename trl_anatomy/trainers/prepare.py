@@ -236,6 +236,8 @@ def prepare(
         else:
             found = load_audit(audit) if isinstance(audit, str | Path) else audit
         if policy:
+            if found is not None:
+                found.check_harvest()
             check_policy(policy, found, start.model_config, dataset.column_names)
             plan, gaps = _plan(policy, found, start, dataset)
             shaped_concepts = tuple(gaps) if shapes else None
