@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import sparse
 from scipy import stats as reference
 
 from trl_anatomy.audit import stats
@@ -79,6 +80,38 @@ def test_split_halves_equal_a_loop(sample):
             assert split.consistent[g, column] == agree
             if not np.isnan(deltas).any():
                 assert split.delta_min[g, column] == pytest.approx(min(map(abs, deltas)), abs=1e-12)
+
+
+def test_overlapping_groups_equal_a_loop():
+    """Groups that share members, one empty, one of a single member, one that is the whole pool; ties everywhere."""
+    rng = np.random.default_rng(11)
+    n = 250
+    values = np.column_stack([rng.integers(-2, 3, n) / 4, rng.normal(0, 1, n) * (rng.random(n) < 0.1)])
+    parity, x, pool = rng.integers(0, 2, n), rng.normal(size=n), rng.random(n) < 0.9
+    inside = rng.random((6, n)) < np.array([0.5, 0.3, 0.1, 0.0, 0.0, 1.0])[:, None]
+    inside &= pool
+    inside[4, np.flatnonzero(pool)[0]] = True
+    members = sparse.csr_array(inside.astype(float))
+    welch, split = stats.compare_members(values, members, pool, parity)
+    adjusted = stats.adjusted_difference(values, x, members, pool)
+    for g in range(6):
+        outside = pool & ~inside[g]
+        for column in range(2):
+            a, b = values[inside[g], column], values[outside, column]
+            assert (welch.n_in[g], welch.n_out[g]) == (len(a), len(b))
+            if len(a) < 2 or len(b) < 2:
+                assert np.isnan(welch.p[g, column])
+                continue
+            test = reference.ttest_ind(a, b, equal_var=False)
+            np.testing.assert_allclose([welch.z[g, column], welch.p[g, column]], test, **TOLERANCE)
+            pooled = ((len(a) - 1) * a.var(ddof=1) + (len(b) - 1) * b.var(ddof=1)) / (len(a) + len(b) - 2)
+            np.testing.assert_allclose(welch.d[g, column], (a.mean() - b.mean()) / np.sqrt(pooled), **TOLERANCE)
+            for half, delta in enumerate((split.delta_a, split.delta_b)):
+                means = [values[side & (parity == half), column].mean() for side in (inside[g], outside)]
+                np.testing.assert_allclose(delta[g, column], means[0] - means[1], **TOLERANCE)
+            design = np.column_stack([np.ones(pool.sum()), inside[g][pool], x[pool]])
+            solution = np.linalg.lstsq(design, values[pool, column], rcond=None)[0]
+            np.testing.assert_allclose(adjusted[g, column], solution[1], **TOLERANCE)
 
 
 def test_a_single_context_has_no_outside():
@@ -176,8 +209,8 @@ def test_length_adjustment_without_any_length_difference():
 def test_adjusted_difference_equals_least_squares(sample):
     values, groups, n_groups, _ = sample
     x = np.random.default_rng(9).normal(size=len(values)) + 0.3 * groups
-    adjusted = stats.adjusted_difference(values, x, groups, n_groups)
-    pool = groups >= 0
+    pool, members = groups >= 0, stats.one_hot(groups, n_groups)
+    adjusted = stats.adjusted_difference(values, x, members, pool)
     for g in range(n_groups):
         if not (groups == g).any():
             assert np.isnan(adjusted[g]).all()
@@ -186,4 +219,4 @@ def test_adjusted_difference_equals_least_squares(sample):
         solution = np.linalg.lstsq(design, values[pool], rcond=None)[0]
         np.testing.assert_allclose(adjusted[g], solution[1], **TOLERANCE)
     plain = stats.compare_groups(values, groups, n_groups, np.zeros(len(values)))[0].delta
-    np.testing.assert_allclose(stats.adjusted_difference(values, np.zeros(len(values)), groups, n_groups), plain)
+    np.testing.assert_allclose(stats.adjusted_difference(values, np.zeros(len(values)), members, pool), plain)

@@ -10,7 +10,11 @@ from scipy import stats as distributions
 
 from . import stats
 from .config import AuditConfig
-from .views import Activity, concept_activity
+from .views import Disparity, concept_activity
+
+# Kinds of concepts, and the letters of their names.
+CO_FIRING, RESPONSE_GEOMETRY = "co-firing", "response-geometry"
+LETTERS = {CO_FIRING: "T", RESPONSE_GEOMETRY: "R"}
 
 # Verdicts on a concept, in the words of the page.
 RISES, FALLS, NO_EVIDENCE, TOO_FEW = "rises", "falls", "no evidence", "too few pairs to tell"
@@ -60,12 +64,13 @@ def predicted_shift(u: np.ndarray, weights: np.ndarray | None = None) -> np.ndar
 
 
 def concept_table(
-    scores: Activity,
+    scores: Disparity,
     communities: Sequence[np.ndarray],
     config: AuditConfig,
     *,
     terms: Sequence[Sequence[str]] | None = None,
     n_telling: int = 3,
+    kind: str = CO_FIRING,
 ) -> pa.Table:
     """A row per concept: predicted shift with interval, test, length-adjusted shift, support, verdict.
 
@@ -81,8 +86,9 @@ def concept_table(
 
     Args:
         terms: distinctive terms of each concept, for its label.
+        kind: CO_FIRING, or RESPONSE_GEOMETRY, whose u is in standard deviations of a feature's difference.
     Returns:
-        Table of schema CONCEPTS, in the order T1, T2, ...
+        Table of schema CONCEPTS, in the order T1, T2, ... or R1, R2, ...
     """
     u = scores.u
     predicted = predicted_shift(u)
@@ -102,8 +108,8 @@ def concept_table(
     labels = [" · ".join(list(t)[:4]) for t in terms] if terms is not None else [""] * len(communities)
     return pa.table(
         {
-            "concept": [f"T{m + 1}" for m in range(len(communities))],
-            "kind": ["co-firing"] * len(communities),
+            "concept": [f"{LETTERS[kind]}{m + 1}" for m in range(len(communities))],
+            "kind": [kind] * len(communities),
             "label": labels,
             "features": [np.asarray(c, dtype=np.int32) for c in communities],
             "n_features": [len(c) for c in communities],
@@ -126,7 +132,7 @@ def concept_table(
     )
 
 
-def _telling(scores: Activity, concept: int, predicted: float, n: int) -> list[int]:
+def _telling(scores: Disparity, concept: int, predicted: float, n: int) -> list[int]:
     side = -1.0 if predicted < 0 else 1.0
     u = side * scores.u[:, concept]
     best = np.sort(u[u > 0])[::-1][:n]

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from scipy import sparse
 
 from ..errors import AnatomyError
 from .clusters import cofiring_communities, live_features
 from .config import AuditConfig
 from .folder import Audit, pairs_table, write_audit
-from .labels import distinctive_terms, group_terms
-from .predict import concept_table
+from .labels import distinctive_terms, group_terms, member_terms
+from .predict import RESPONSE_GEOMETRY, concept_table
+from .prompt_view import PromptView, prompt_view
 from .views import FeatureView, feature_view, fired_responses, sizes_for
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 MIN_COUNT = 10
 # Pairs whose text is read for labels.
 LABEL_PAIRS = 20_000
+# Pairs of a prompt context whose text is read in any case.
+LABEL_MEMBERS = 30
 
 _FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _PACKAGES = ("trl", "transformers", "torch", "sae-lens", "datasets", "numpy", "scipy", "scikit-learn", "scikit-network")
@@ -267,22 +271,29 @@ def analyse(read: "Harvest", config: AuditConfig, texts: Callable[[int], tuple[s
         )
     with _timed(timings, "view"):
         view = feature_view(read, communities, config, min_concept=sizes.min_concept)
+    with _timed(timings, "prompt_view"):
+        prompts = prompt_view(read, config)
     with _timed(timings, "labels"):
-        terms, contexts = _describe(texts, view, config.seed)
+        terms, response_terms, contexts = _describe(texts, view, prompts, config.seed)
     with _timed(timings, "predict"):
-        concepts = concept_table(view.activity, communities, config, terms=terms)
-    notes = [*sizes.notes, *view.notes]
+        responses = prompts.geometry.responses
+        concepts = [
+            concept_table(view.activity, communities, config, terms=terms),
+            concept_table(prompts.scores, responses, config, terms=response_terms, kind=RESPONSE_GEOMETRY),
+        ]
+    notes = [*sizes.notes, *view.notes, *prompts.notes]
     if not communities:
         notes.append("No features fire together often enough to form a concept: this audit can not tell anything.")
     return Findings(
-        hypotheses=view.hypotheses,
-        concepts=concepts,
-        pairs=pairs_table(view.activity, view.contexts),
+        hypotheses=pa.concat_tables([view.hypotheses, prompts.hypotheses]),
+        concepts=pa.concat_tables(concepts),
+        pairs=pairs_table(view.activity, view.contexts, prompts.members),
         info={
             "settings_used": {
                 "min_community": sizes.min_community,
                 "resolution": sizes.resolution,
                 **view.settings_used,
+                **prompts.settings_used,
             },
             "notes": notes,
             "contexts": contexts,
@@ -300,17 +311,34 @@ def _timed(timings: dict[str, float], name: str) -> Iterator[None]:
 
 
 def _describe(
-    texts: Callable[[int], tuple[str, str, str]], view: FeatureView, seed: int
-) -> tuple[list[list[str]], dict[str, dict[str, Any]]]:
-    """Distinctive terms of every concept; size and prompt terms of every context."""
-    drawn = np.arange(len(view.contexts))
-    if len(drawn) > LABEL_PAIRS:
-        drawn = np.sort(np.random.default_rng(seed).choice(len(drawn), LABEL_PAIRS, replace=False))
-    prompts, chosen, rejected = zip(*(texts(int(i)) for i in drawn), strict=True)
+    texts: Callable[[int], tuple[str, str, str]], view: FeatureView, prompts: PromptView, seed: int
+) -> tuple[list[list[str]], list[list[str]], dict[str, dict[str, Any]]]:
+    """Distinctive terms of every concept and response cluster; size, prompt terms and features of every context."""
+    n = len(view.contexts)
+    drawn = np.arange(n)
+    if n > LABEL_PAIRS:
+        rng = np.random.default_rng(seed)
+        # Prompt contexts are small: a draw of all pairs would miss most of them.
+        about = [rng.permutation(prompts.members[[k]].indices)[:LABEL_MEMBERS] for k in range(prompts.members.shape[0])]
+        drawn = np.unique(np.concatenate([rng.choice(n, LABEL_PAIRS, replace=False), *about]))
+    prompt, chosen, rejected = zip(*(texts(int(i)) for i in drawn), strict=True)
     size = np.bincount(view.contexts)
-    about = group_terms(prompts, view.contexts[drawn], len(size))
-    contexts = {f"B{k}": {"pairs": int(n), "terms": about[k]} for k, n in enumerate(size)}
-    return distinctive_terms(chosen, rejected, view.activity.u[drawn]), contexts
+    terms = group_terms(prompt, view.contexts[drawn], len(size))
+    contexts: dict[str, dict[str, Any]] = {f"B{k}": {"pairs": int(n), "terms": terms[k]} for k, n in enumerate(size)}
+    terms = member_terms(prompt, sparse.csr_array(prompts.members[:, drawn]))
+    for k, features in enumerate(prompts.geometry.prompts):
+        pairs = int(prompts.members.indptr[k + 1] - prompts.members.indptr[k])
+        contexts[f"A{k + 1}"] = {"pairs": pairs, "terms": terms[k], "features": features.tolist()}
+    return (
+        distinctive_terms(chosen, rejected, view.activity.u[drawn]),
+        distinctive_terms(chosen, rejected, _clear(prompts.scores.u[drawn])),
+        contexts,
+    )
+
+
+def _clear(u: np.ndarray) -> np.ndarray:
+    """Scores with those below a concept's own standard deviation set to 0: nearly every pair moves a little."""
+    return np.where(np.abs(u) >= u.std(axis=0), u, 0.0)
 
 
 def _versions() -> dict[str, str]:

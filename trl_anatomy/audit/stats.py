@@ -31,6 +31,12 @@ class Moments:
     total: np.ndarray
     square: np.ndarray
 
+    def __getitem__(self, groups: slice) -> "Moments":
+        return Moments(self.n[groups], self.total[groups], self.square[groups])
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(self.n + other.n, self.total + other.total, self.square + other.square)
+
     def __sub__(self, other: "Moments") -> "Moments":
         return Moments(self.n - other.n, self.total - other.total, self.square - other.square)
 
@@ -50,38 +56,49 @@ class Moments:
             return np.where(n > 1, spread / (n - 1), np.nan)
 
 
-def group_moments(values: np.ndarray, groups: np.ndarray, n_groups: int, centre: np.ndarray | float = 0.0) -> Moments:
-    """Sums and sums of squares of `values - centre` within groups, by sparse products over blocks of columns.
+def one_hot(groups: np.ndarray, n_groups: int) -> sparse.csr_array:
+    """(n_groups, n) membership matrix of ones; rows of a negative group are in none."""
+    rows = np.flatnonzero(groups >= 0)
+    return sparse.csr_array((np.ones(len(rows)), (groups[rows], rows)), shape=(n_groups, len(groups)))
+
+
+def member_moments(values: np.ndarray, members: sparse.csr_array, centre: np.ndarray | float = 0.0) -> Moments:
+    """Sums and sums of squares of `values - centre` over the members of each group, by sparse products.
 
     Args:
-        values: (n, n_columns).
-        groups: (n,) group of each row, 0..n_groups-1; rows of a negative group are left out.
+        values: (n, n_columns), taken in blocks of columns.
+        members: (n_groups, n) of ones and zeros; groups may overlap.
         centre: (n_columns,) taken off first: it keeps the later subtraction of squares accurate.
     """
-    rows = np.flatnonzero(groups >= 0)
     return Moments(
-        n=np.bincount(groups[rows], minlength=n_groups).astype(np.float64),
-        total=_group_sums(values, groups, n_groups, centre, lambda x: x),
-        square=_group_sums(values, groups, n_groups, centre, np.square),
+        n=members.sum(axis=1).astype(np.float64),
+        total=_sums(values, members, centre, lambda x: x),
+        square=_sums(values, members, centre, np.square),
     )
 
 
-def _group_sums(
+def group_moments(values: np.ndarray, groups: np.ndarray, n_groups: int, centre: np.ndarray | float = 0.0) -> Moments:
+    """`member_moments` of groups that do not overlap.
+
+    Args:
+        groups: (n,) group of each row, 0..n_groups-1; rows of a negative group are left out.
+    """
+    return member_moments(values, one_hot(groups, n_groups), centre)
+
+
+def _sums(
     values: np.ndarray,
-    groups: np.ndarray,
-    n_groups: int,
+    members: sparse.csr_array,
     centre: np.ndarray | float,
     of: Callable[[np.ndarray], np.ndarray],
 ) -> np.ndarray:
-    """(n_groups, n_columns): sums within groups of a function of the centred values."""
-    rows = np.flatnonzero(groups >= 0)
-    one_hot = sparse.csr_array((np.ones(len(rows)), (groups[rows], rows)), shape=(n_groups, len(values)))
+    """(n_groups, n_columns): sums over members of a function of the centred values."""
     n_columns = values.shape[1]
     centre = np.broadcast_to(centre, n_columns)
-    sums = np.empty((n_groups, n_columns))
+    sums = np.empty((members.shape[0], n_columns))
     for start in range(0, n_columns, BLOCK):
         block = slice(start, start + BLOCK)
-        sums[:, block] = one_hot @ of(values[:, block].astype(np.float64) - centre[block])
+        sums[:, block] = members @ of(values[:, block].astype(np.float64) - centre[block])
     return sums
 
 
@@ -144,32 +161,44 @@ class SplitHalf:
 def compare_groups(
     values: np.ndarray, groups: np.ndarray, n_groups: int, parity: np.ndarray, epsilon: float = 1e-6
 ) -> tuple[Welch, SplitHalf]:
-    """Every group against the rest, for every column, with split halves, in two passes over the data.
+    """`compare_members` of groups that do not overlap, against all other rows that belong to a group.
+
+    Args:
+        groups: (n,) 0..n_groups-1; rows of a negative group belong to neither side.
+    """
+    return compare_members(values, one_hot(groups, n_groups), groups >= 0, parity, epsilon)
+
+
+def compare_members(
+    values: np.ndarray, members: sparse.csr_array, pool: np.ndarray, parity: np.ndarray, epsilon: float = 1e-6
+) -> tuple[Welch, SplitHalf]:
+    """Every group against the rest of the pool, for every column, with split halves, in two passes over the data.
 
     Args:
         values: (n, n_columns).
-        groups: (n,) 0..n_groups-1; rows of a negative group belong to neither side.
+        members: (n_groups, n) of ones and zeros, within the pool; groups may overlap.
+        pool: (n,) bool; other rows belong to neither side.
         parity: (n,) 0 or 1: the half each row belongs to.
         epsilon: an effect of this size or less counts as none in a half.
-    Source: METHOD section 4, steps 3 and 4.
+    Source: METHOD section 4, steps 3 and 4; section 5.
     """
-    centre = _mean_of_used(values, groups)
-    halves = [group_moments(values, np.where(parity == half, groups, -1), n_groups, centre) for half in (0, 1)]
-    inside = Moments(*(getattr(halves[0], name) + getattr(halves[1], name) for name in ("n", "total", "square")))
-
-    def rest(part: Moments) -> Moments:
-        return Moments(*(getattr(part, name).sum(axis=0, keepdims=True) for name in ("n", "total", "square"))) - part
-
-    delta_a, delta_b = (half.mean - rest(half).mean for half in halves)
+    centre = _mean_of_pool(values, pool)
+    with_all = sparse.csr_array(sparse.vstack([members, sparse.csr_array(pool[None].astype(np.float64))]))
+    inside, outside = [], []
+    for half in (0, 1):
+        moments = member_moments(values, sparse.csr_array(with_all.multiply((parity == half)[None])), centre)
+        inside.append(moments[:-1])
+        outside.append(moments[-1:] - moments[:-1])
+    delta_a, delta_b = (a.mean - b.mean for a, b in zip(inside, outside, strict=True))
     with np.errstate(invalid="ignore"):
         consistent = (np.abs(delta_a) > epsilon) & (np.abs(delta_b) > epsilon) & (delta_a * delta_b > 0)
     split = SplitHalf(delta_a, delta_b, np.minimum(np.abs(delta_a), np.abs(delta_b)), consistent)
-    return welch(inside, rest(inside)), split
+    return welch(inside[0] + inside[1], outside[0] + outside[1]), split
 
 
-def _mean_of_used(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """(n_columns,) mean over the rows that belong to a group; zeros if none does."""
-    used = (groups >= 0).astype(np.float64)
+def _mean_of_pool(values: np.ndarray, pool: np.ndarray) -> np.ndarray:
+    """(n_columns,) mean over the rows of the pool; zeros if it is empty."""
+    used = pool.astype(np.float64)
     return used @ values / max(1.0, used.sum())
 
 
@@ -282,35 +311,36 @@ def length_adjusted_mean(
     return coefficients[0], coefficients[0] - half, coefficients[0] + half
 
 
-def adjusted_difference(values: np.ndarray, covariate: np.ndarray, groups: np.ndarray, n_groups: int) -> np.ndarray:
-    """Difference between each group and the rest at equal covariate (analysis of covariance).
+def adjusted_difference(
+    values: np.ndarray, covariate: np.ndarray, members: sparse.csr_array, pool: np.ndarray
+) -> np.ndarray:
+    """Difference between each group and the rest of the pool at equal covariate (analysis of covariance).
 
     The coefficient of "inside" in the least-squares fit of each column on (1, inside, covariate), from sums.
 
     Args:
-        values: (n, n_columns); covariate: (n,); groups: (n,), a negative group belongs to neither side.
+        values: (n, n_columns); covariate: (n,); members, pool: as in `compare_members`.
     Returns:
         (n_groups, n_columns); NaN where a side is empty. Where the covariate never varies within the sides, the plain
         difference if its means agree, else NaN.
     """
     x = np.asarray(covariate, dtype=np.float64)[:, None]
-    x = x - _mean_of_used(x, groups)
-    centre = _mean_of_used(values, groups)
-    first = group_moments(values, groups, n_groups, centre)
-    second = group_moments(x, groups, n_groups)
-    cross = _group_sums(values, groups, n_groups, centre, lambda y: y * x)
-    within_xy, within_xx = np.zeros_like(cross), np.zeros((n_groups, 1))
+    x = x - _mean_of_pool(x, pool)
+    centre = _mean_of_pool(values, pool)
+    with_all = sparse.csr_array(sparse.vstack([members, sparse.csr_array(pool[None].astype(np.float64))]))
+    first = member_moments(values, with_all, centre)
+    second = member_moments(x, with_all)
+    cross = _sums(values, with_all, centre, lambda y: y * x)
+    inside = first[:-1], second[:-1], cross[:-1]
+    outside = first[-1:] - first[:-1], second[-1:] - second[:-1], cross[-1:] - cross[:-1]
+    within_xy, within_xx = np.zeros_like(inside[2]), np.zeros((members.shape[0], 1))
     with np.errstate(invalid="ignore", divide="ignore"):
-        for n, sum_y, sum_x, sum_xy, sum_xx in (
-            (first.n, first.total, second.total, cross, second.square),
-            (first.n.sum() - first.n, *(t.sum(0) - t for t in (first.total, second.total, cross, second.square))),
-        ):
-            within_xy += sum_xy - sum_x * sum_y / n[:, None]
-            within_xx += sum_xx - sum_x**2 / n[:, None]
-        rest_n = (first.n.sum() - first.n)[:, None]
-        gap_x = second.mean - (second.total.sum(0) - second.total) / rest_n
-        delta = first.mean - (first.total.sum(0) - first.total) / rest_n
-        varies = within_xx > ROUNDING * np.maximum(second.square.sum(), ROUNDING)
+        for of_y, of_x, sum_xy in (inside, outside):
+            within_xy += sum_xy - of_x.total * of_y.total / of_y.n[:, None]
+            within_xx += of_x.square - of_x.total**2 / of_y.n[:, None]
+        gap_x = inside[1].mean - outside[1].mean
+        delta = inside[0].mean - outside[0].mean
+        varies = within_xx > ROUNDING * np.maximum(second.square[-1:], ROUNDING)
         slope = np.where(varies, within_xy / np.where(varies, within_xx, 1.0), 0.0)
         result = delta - slope * gap_x
     return np.where(varies | (np.abs(gap_x) <= ROUNDING) | np.isnan(delta), result, np.nan)
