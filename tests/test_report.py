@@ -11,6 +11,7 @@ import pytest
 import yaml
 from audit_world import make_audit, make_world, raw_dataset
 
+from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.labels import distinctive_terms, group_terms
 from trl_anatomy.audit.report import render, write_report
 from trl_anatomy.audit.report.page import clean, deviations, points, probability
@@ -162,6 +163,19 @@ def test_without_the_dataset_rows_are_named(audit):
 def test_another_dataset_is_refused(audit, dataset):
     with pytest.raises(AnatomyError, match="has 4000 rows, found one of 10"):
         render(audit, dataset.select(range(10)))
+
+
+def test_permutation_p_values_are_shown_where_asked_for(audit, page, tmp_path):
+    assert "swap" not in page
+    config = AuditConfig(model="m", dataset="d", sae="s", out=str(tmp_path), n_contexts=4, permutations=199)
+    swapped = make_audit(tmp_path, make_world(), config)
+    concepts = swapped.concepts.to_pylist()
+    assert all(c["p_permutation"] == 1 / 200 for c in concepts if c["verdict"] in ("rises", "falls"))
+    text = " ".join(" ".join(Reader(render(swapped)).text).split())
+    assert "p 0.005 by 199 random swaps of chosen and rejected" in text
+    assert "by swaps p 0." in text
+    assert "p by swaps" in text
+    assert audit.concepts["p_permutation"].null_count == audit.concepts.num_rows
 
 
 def test_no_evidence_is_said_plainly(tmp_path):

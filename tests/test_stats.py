@@ -1,5 +1,7 @@
 """Statistics against scipy and closed forms, one cell at a time, in float64."""
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import sparse
@@ -220,3 +222,40 @@ def test_adjusted_difference_equals_least_squares(sample):
         np.testing.assert_allclose(adjusted[g], solution[1], **TOLERANCE)
     plain = stats.compare_groups(values, groups, n_groups, np.zeros(len(values)))[0].delta
     np.testing.assert_allclose(stats.adjusted_difference(values, np.zeros(len(values)), members, pool), plain)
+
+
+def all_signs(n):
+    return np.array(list(itertools.product([1.0, -1.0], repeat=n)))
+
+
+def test_swapped_mean_equals_full_enumeration():
+    """Over all 2^10 swaps the share is known; many random ones come close, and none is below 1 / (1 + swaps)."""
+    rng = np.random.default_rng(12)
+    values = np.column_stack([rng.normal(0.6, 1, 10), rng.choice([-1.0, 0.0, 1.0], 10), np.ones(10), np.zeros(10)])
+    exact = (np.abs(all_signs(10) @ values) >= np.abs(values.sum(0)) - 1e-9).mean(0)
+    found = stats.swapped_mean_p(values, 20_000, seed=1)
+    np.testing.assert_allclose(found[:3], exact[:3], atol=4 * np.sqrt(0.25 / 20_000))
+    assert np.isnan(found[3])
+    np.testing.assert_array_equal(found, stats.swapped_mean_p(values, 20_000, seed=1, chunk_bytes=8 * 10 * 7))
+    assert stats.swapped_mean_p(np.ones((60, 1)), 99, seed=0) == pytest.approx(0.01)
+
+
+def test_best_z_of_swaps_equals_a_loop(sample):
+    values, groups, n_groups, _ = sample
+    members, pool = stats.one_hot(groups, n_groups), groups >= 0
+    best = stats.swapped_best_z(values, members, pool, 25, seed=2)
+    again = stats.swapped_best_z(values, members, pool, 25, seed=2, chunk_bytes=1)
+    np.testing.assert_allclose(best, again, **TOLERANCE)
+    [signs] = stats.random_signs(int(pool.sum()), 25, 2, 25)
+    for swap, sign in enumerate(signs):
+        swapped = values.copy()
+        swapped[pool] *= sign[:, None]
+        z = stats.compare_members(swapped, members, pool, np.zeros(len(values)))[0].z
+        np.testing.assert_allclose(best[swap], np.nanmax(np.abs(z)), rtol=1e-6)
+    assert (stats.swapped_best_z(values, members[:0], pool, 5) == 0).all()
+
+
+def test_family_wise_p_counts_the_swaps_that_do_as_well():
+    best = np.array([1.0, 2.0, 3.0, 4.0])
+    np.testing.assert_allclose(stats.family_wise_p(np.array([0.5, -2.0, 3.5, 9.0]), best), [1, 0.8, 0.4, 0.2])
+    assert np.isnan(stats.family_wise_p(np.array([np.nan]), best)).all()

@@ -89,8 +89,8 @@ class AuditConfig:
     min_seen: int = field(
         default=200,
         metadata={
-            "help": "Pairs in which a feature must fire to be in a prompt or response cluster. Below 20,000 pairs: a hundredth "
-            "of them, at least min_context."
+            "help": "Pairs in which a feature must fire to be in a prompt or response cluster. Below 20,000 pairs: a "
+            "hundredth of them, at least min_context."
         },
     )
     min_delta_std: float = field(
@@ -105,6 +105,10 @@ class AuditConfig:
     )
     rank_by: str = field(default="delta_min", metadata={"help": "Ranking of kept hypotheses: delta_min, delta, d, z."})
     bootstrap: int = field(default=1000, metadata={"help": "Resamples of pairs for intervals of the predicted shift."})
+    permutations: int = field(
+        default=0,
+        metadata={"help": "Random swaps of chosen and rejected for permutation p-values; 0 for none, else 99 or more."},
+    )
     alpha: float = field(default=0.05, metadata={"help": "False discovery rate below which a shift is called found."})
 
     def __post_init__(self) -> None:
@@ -134,6 +138,7 @@ class AuditConfig:
             (self.min_delta_size >= 0, "min_delta_size", "at least 0"),
             (self.n_top >= 2, "n_top", "at least 2"),
             (self.bootstrap >= 100, "bootstrap", "at least 100"),
+            (self.permutations == 0 or self.permutations >= 99, "permutations", "0 or at least 99"),
             (0 < self.alpha < 1, "alpha", "above 0 and below 1"),
         ]
         for good, name, allowed in checks:

@@ -269,8 +269,8 @@ def load_audit(path: str | Path) -> Audit:
         wanted = counts.get(name, 0) + (counts.get("responses", 0) if name == "concepts" else 0)
         if table.num_rows != wanted:
             raise AnatomyError(
-                f"{file}: {table.num_rows} rows, but {INFO} counts {wanted}: the files are of different audits. Run the "
-                "audit again."
+                f"{file}: {table.num_rows} rows, but {INFO} counts {wanted}: the files are of different audits. Run "
+                "the audit again."
             )
         tables[name] = table
     return Audit(path, info, **tables)

@@ -31,6 +31,7 @@ CONCEPTS = pa.schema(
         ("ci_high", pa.float64()),
         ("p", pa.float64()),
         ("q", pa.float64()),
+        ("p_permutation", pa.float64()),
         ("length_adjusted", pa.float64()),
         ("length_adjusted_low", pa.float64()),
         ("length_adjusted_high", pa.float64()),
@@ -76,6 +77,7 @@ def concept_table(
 
     - predicted: mean of u over all pairs; ci: percentile bootstrap over pairs; p: t-test of a zero mean; q: over all
       concepts.
+    - p_permutation: the same by random swaps of chosen and rejected, exact; null if none was asked for.
     - length_adjusted: mean of u left when chosen and rejected are equally long, with interval.
     - detectable: smallest shift that these pairs would show at 5 % with 80 % power: 2.8 standard errors.
     - support: pairs in which the concept fires at all; differ: pairs in which u is not zero.
@@ -96,6 +98,9 @@ def concept_table(
     q = stats.benjamini_hochberg(p)
     low, high = stats.bootstrap_mean(u, config.bootstrap, config.seed)
     adjusted, adjusted_low, adjusted_high = stats.length_adjusted_mean(u, scores.log_ratio)
+    swapped = np.full(len(communities), np.nan)
+    if config.permutations:
+        swapped = stats.swapped_mean_p(u, config.permutations, config.seed)
     differ = (u != 0).sum(axis=0)
     verdicts = []
     for m in range(len(communities)):
@@ -118,6 +123,7 @@ def concept_table(
             "ci_high": high,
             "p": p,
             "q": q,
+            "p_permutation": pa.array(swapped, from_pandas=True),
             "length_adjusted": adjusted,
             "length_adjusted_low": adjusted_low,
             "length_adjusted_high": adjusted_high,

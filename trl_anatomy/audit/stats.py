@@ -4,7 +4,7 @@ Nothing here knows models, datasets or files. A missing answer (an empty group, 
 never a silent zero.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,8 +133,7 @@ def welch(inside: Moments, outside: Moments, level: float = 0.95) -> Welch:
     var_in, var_out = inside.variance, outside.variance
     with np.errstate(invalid="ignore", divide="ignore"):
         share_in, share_out = var_in / n_in, var_out / n_out
-        error = np.sqrt(share_in + share_out)
-        error = np.where(error > 0, error, np.nan)
+        error = _welch_error(inside, outside)
         z = delta / error
         df = (share_in + share_out) ** 2 / (share_in**2 / (n_in - 1) + share_out**2 / (n_out - 1))
         pooled = ((n_in - 1) * var_in + (n_out - 1) * var_out) / (n_in + n_out - 2)
@@ -143,6 +142,13 @@ def welch(inside: Moments, outside: Moments, level: float = 0.95) -> Welch:
     p = 2 * distributions.t.sf(np.abs(z), df)
     half = distributions.t.ppf(0.5 + level / 2, df) * error
     return Welch(delta, z, d, df, p, delta - half, delta + half, inside.n, outside.n)
+
+
+def _welch_error(inside: Moments, outside: Moments) -> np.ndarray:
+    """(n_groups, n_columns) standard error of the difference of means; NaN where it can not be told."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        error = np.sqrt(inside.variance / inside.n[:, None] + outside.variance / outside.n[:, None])
+        return np.where(error > 0, error, np.nan)
 
 
 @dataclass(frozen=True)
@@ -273,6 +279,90 @@ def bootstrap_mean(
         means[start:stop] = (counts @ values) / (counts @ size)[:, None]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return low, high
+
+
+def random_signs(n: int, n_permutations: int, seed: int, step: int) -> Iterator[np.ndarray]:
+    """Blocks (at most `step`, n) of independent signs, +1 or -1; the stream does not depend on `step`."""
+    rng = np.random.default_rng(seed)
+    for start in range(0, n_permutations, step):
+        yield np.where(rng.random((min(step, n_permutations - start), n)) < 0.5, 1.0, -1.0)
+
+
+def swapped_mean_p(values: np.ndarray, n_permutations: int, seed: int = 0, chunk_bytes: int = 64 << 20) -> np.ndarray:
+    """Permutation p-value of each column's mean: chosen and rejected swapped at random in every pair.
+
+    A swap turns the sign of the pair's row. If the labels are arbitrary, the data as they are and the data after any
+    swaps are equally likely, so the test is exact, whatever the distribution.
+
+    Args:
+        values: (n, n_columns), chosen minus rejected.
+        chunk_bytes: bound on the signs held at a time.
+    Returns:
+        (n_columns,) two-sided: (1 + swaps with a mean at least as large) / (1 + n_permutations); NaN without rows or
+        where no pair differs.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    observed = np.abs(values.sum(axis=0))
+    count = np.zeros(values.shape[1])
+    slack = _slack(np.abs(values).sum(axis=0))
+    for signs in random_signs(len(values), n_permutations, seed, max(1, chunk_bytes // (8 * max(1, len(values))))):
+        count += (np.abs(signs @ values) >= observed - slack).sum(axis=0)
+    return np.where((values != 0).any(axis=0), (1 + count) / (1 + n_permutations), np.nan)
+
+
+def swapped_best_z(
+    values: np.ndarray,
+    members: sparse.csr_array,
+    pool: np.ndarray,
+    n_permutations: int,
+    seed: int = 0,
+    chunk_bytes: int = 64 << 20,
+) -> np.ndarray:
+    """The largest |Welch z| over all groups and columns, for each random swap of chosen and rejected.
+
+    The share of swaps whose largest |z| reaches that of a cell is the cell's family-wise p-value (Westfall and Young
+    1993, single step): the chance that any cell at all would look as good if the labels were arbitrary.
+
+    Args:
+        values: (n, n_columns), chosen minus rejected; members, pool: as in `compare_members`; all groups count.
+        chunk_bytes: bound on the signs and on each array of z held at a time.
+    Returns:
+        (n_permutations,); 0 where no cell can be tested.
+    """
+    rows = np.flatnonzero(pool)
+    values = np.asarray(values, dtype=np.float64)[rows]
+    inside = [members[:, rows][[k]].indices for k in range(members.shape[0])]
+    shape = (len(inside), values.shape[1])
+    if not all(shape):
+        return np.zeros(n_permutations)
+    n = np.array([len(part) for part in inside], dtype=np.float64)
+    square = np.stack([np.square(values[part]).sum(axis=0) for part in inside])
+    every = Moments(
+        np.full(shape[0], float(len(rows))), np.zeros(shape), np.tile(np.square(values).sum(axis=0), (shape[0], 1))
+    )
+    best = []
+    step = max(1, chunk_bytes // (8 * max(len(rows), shape[0] * shape[1])))
+    for signs in random_signs(len(rows), n_permutations, seed, step):
+        totals = np.stack([signs[:, part] @ values[part] for part in inside], axis=1)
+        for total, overall in zip(totals, signs @ values, strict=True):
+            part = Moments(n, total, square)
+            rest = Moments(every.n, np.tile(overall, (shape[0], 1)), every.square) - part
+            z = (part.mean - rest.mean) / _welch_error(part, rest)
+            best.append(np.nanmax(np.abs(z), initial=0.0))
+    return np.array(best)
+
+
+def family_wise_p(z: np.ndarray, best: np.ndarray) -> np.ndarray:
+    """(1 + swaps whose `best` reaches |z|) / (1 + swaps), for each z; NaN stays NaN. Same shape as `z`."""
+    least = np.sort(best)
+    size = np.abs(z)
+    reached = len(best) - np.searchsorted(least, size - _slack(size), side="left")
+    return np.where(np.isnan(z), np.nan, (1 + reached) / (1 + len(best)))
+
+
+def _slack(size: np.ndarray) -> np.ndarray:
+    """Rounding of a sum of this size: equal results summed in another order count as equal."""
+    return 1e-9 * np.nan_to_num(size)
 
 
 def length_adjusted_mean(

@@ -34,6 +34,7 @@ HYPOTHESES = pa.schema(
         ("delta_length_adjusted", pa.float64()),
         ("p", pa.float64()),
         ("q", pa.float64()),
+        ("p_permutation", pa.float64()),
         ("ci_low", pa.float64()),
         ("ci_high", pa.float64()),
         ("n_in", pa.int64()),
@@ -307,7 +308,8 @@ def hypothesis_table(
 
     q is over all testable cells of the view, before the keep rules. `lean` is the side that the concept favours inside
     the context compared with outside: a concept that is rewarded everywhere but absent from a context leans to rejected
-    there, with `mean_in` near zero. `rank` counts kept hypotheses of that side from 1.
+    there, with `mean_in` near zero. `rank` counts kept hypotheses of that side from 1. `p_permutation` is family-wise,
+    over all cells of the view in contexts of `min_context` pairs or more; null for the others or if none was asked for.
 
     Args:
         members: (n_contexts, n) of ones and zeros, within the pool; contexts may overlap.
@@ -333,6 +335,12 @@ def hypothesis_table(
     cell |= {name: getattr(split, name)[k, m] for name in ("delta_a", "delta_b", "delta_min")}
     cell["delta_length_adjusted"] = adjusted[k, m]
     cell["q"] = stats.benjamini_hochberg(cell["p"])
+    swapped = np.full(len(k), np.nan)
+    if config.permutations:
+        large = np.flatnonzero(welch.n_in >= config.min_context)
+        best = stats.swapped_best_z(scores.u, members[large], pool, config.permutations, config.seed)
+        asked = np.isin(k, large)
+        swapped[asked] = stats.family_wise_p(cell["z"][asked], best)
     cell["n_in"], cell["n_out"] = welch.n_in[k].astype(np.int64), welch.n_out[k].astype(np.int64)
     kept = split.consistent[k, m] & (cell["n_in"] >= config.min_context)
     if fit is not None:
@@ -349,5 +357,6 @@ def hypothesis_table(
     columns["concept"] = [f"{concept}{i + 1}" for i in m[order]]
     columns["kept"] = kept[order]
     columns["lean"] = np.where(cell["delta"][order] > 0, "chosen", "rejected").tolist()
+    columns["p_permutation"] = pa.array(swapped[order], from_pandas=True)
     columns["rank"] = pa.array(rank[order], mask=~kept[order])
     return pa.table({name: columns[name] for name in HYPOTHESES.names}, schema=HYPOTHESES)
