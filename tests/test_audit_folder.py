@@ -158,6 +158,23 @@ def test_an_interrupted_write_leaves_an_unfinished_folder(copy, made, monkeypatc
         load_audit(copy)
 
 
+def test_pairs_of_one_prompt_are_taken_together(world):
+    """A prompt to every ten pairs: the intervals are those of the groups, and the reader is told."""
+    groups = np.arange(world.n_pairs) // 10
+    config = AuditConfig(n_contexts=4, bootstrap=200)
+
+    def texts(i):
+        return tuple(world.texts[i][side] for side in ("prompt", "chosen", "rejected"))
+
+    found = run.analyse(world, config, texts, groups)
+    assert found.pairs["prompt_group"].to_pylist() == groups.tolist()
+    assert found.info["counts"]["n_prompts"] == 200
+    assert any("2000 pairs share 200 prompts: intervals" in note for note in found.info["notes"])
+    apart = run.analyse(world, config, texts)
+    assert found.concepts["p"].to_pylist() != apart.concepts["p"].to_pylist()
+    assert run.analyse(world, config, texts, np.arange(world.n_pairs)).concepts.equals(apart.concepts)
+
+
 # One run through a real (random) model, TRL's tokenisation and a sae-lens SAE on disk.
 
 WORDS = [
@@ -263,6 +280,9 @@ def test_a_run_from_files_to_page(setup):
     assert audit.info["data"]["tokens"] == plan["tokens"]
     assert audit.info["data"]["n_rows"] == 400
     assert run.dry_run(setup)["shards_done"] == 4
+
+    assert audit.info["counts"]["n_prompts"] == len(set(audit.pairs["prompt_group"].to_pylist())) == 2
+    assert any("399 pairs share 2 prompts, too few" in note for note in audit.info["notes"])
 
     # The planted habit, found and named: features that a bold word lights lean to chosen.
     best = max(audit.concepts.to_pylist(), key=lambda c: c["predicted"])

@@ -259,3 +259,66 @@ def test_family_wise_p_counts_the_swaps_that_do_as_well():
     best = np.array([1.0, 2.0, 3.0, 4.0])
     np.testing.assert_allclose(stats.family_wise_p(np.array([0.5, -2.0, 3.5, 9.0]), best), [1, 0.8, 0.4, 0.2])
     assert np.isnan(stats.family_wise_p(np.array([np.nan]), best)).all()
+
+
+@pytest.fixture
+def clustered():
+    """Groups of 1 to 5 rows that share most of their value; group ids are arbitrary and unsorted."""
+    rng = np.random.default_rng(13)
+    groups = np.repeat(rng.choice(10**9, 120, replace=False), rng.integers(1, 6, 120))
+    _, index = np.unique(groups, return_inverse=True)
+    shared = rng.normal(0.3, 1, (120, 2))[index]
+    values = shared + rng.normal(0, 0.2, shared.shape)
+    order = rng.permutation(len(groups))
+    return values[order], groups[order], rng.normal(0.2, 0.4, len(groups))[order]
+
+
+def test_cluster_robust_mean_equals_a_loop(clustered):
+    values, groups, _ = clustered
+    mean, error, p = stats.mean_test(values, groups)
+    n, names = len(values), np.unique(groups)
+    meat = np.zeros(2)
+    for group in names:
+        meat += (values[groups == group] - values.mean(0)).sum(0) ** 2
+    expected = np.sqrt(meat * len(names) / (len(names) - 1)) / n
+    np.testing.assert_allclose(error, expected, **TOLERANCE)
+    np.testing.assert_allclose(mean, values.mean(0), **TOLERANCE)
+    np.testing.assert_allclose(p, 2 * reference.t.sf(np.abs(mean / expected), len(names) - 1), **TOLERANCE)
+    plain = stats.mean_test(values)[1]
+    assert (error > 1.4 * plain).all()  # rows of a group tell almost the same
+    np.testing.assert_allclose(stats.mean_test(values, np.arange(n))[1], plain, **TOLERANCE)
+    assert np.isnan(stats.mean_test(values, np.zeros(n, int))[2]).all()
+
+
+def test_cluster_bootstrap_equals_resampling_whole_groups(clustered):
+    """The same draws, made by hand: groups with all their rows; then its width against the cluster-robust error."""
+    values, groups, _ = clustered
+    low, high = stats.bootstrap_mean(values, 400, seed=3, groups=groups)
+    names, rng, means = np.unique(groups), np.random.default_rng(3), []
+    for _ in range(400):
+        drawn = rng.integers(0, len(names), len(names))
+        means.append(np.concatenate([values[groups == names[g]] for g in drawn]).mean(0))
+    np.testing.assert_allclose([low, high], np.quantile(means, [0.025, 0.975], axis=0), **TOLERANCE)
+    low, high = stats.bootstrap_mean(values, 4000, seed=3, groups=groups)
+    np.testing.assert_allclose((high - low) / 2, 1.98 * stats.mean_test(values, groups)[1], rtol=0.08)
+    cells = stats.bootstrap_mean(values, 4000, seed=3, groups=groups, max_units=60)
+    np.testing.assert_allclose(cells[1] - cells[0], high - low, rtol=0.3)
+    alone = stats.bootstrap_mean(values, 300, seed=3, groups=np.arange(len(values)))
+    np.testing.assert_allclose(alone, stats.bootstrap_mean(values, 300, seed=3), rtol=0, atol=1e-12)
+
+
+def test_length_adjusted_mean_with_groups_equals_a_clustered_sandwich(clustered):
+    values, groups, x = clustered
+    intercept, low, high = stats.length_adjusted_mean(values, x, groups=groups)
+    n, names = len(x), np.unique(groups)
+    design = np.column_stack([np.ones(n), x])
+    bread = np.linalg.inv(design.T @ design)
+    for column in range(2):
+        solution = np.linalg.lstsq(design, values[:, column], rcond=None)[0]
+        residual = values[:, column] - design @ solution
+        scores = np.stack([design[groups == g].T @ residual[groups == g] for g in names])
+        correction = len(names) / (len(names) - 1) * (n - 1) / (n - 2)
+        error = np.sqrt((bread @ scores.T @ scores @ bread)[0, 0] * correction)
+        half = reference.t.ppf(0.975, len(names) - 2) * error
+        np.testing.assert_allclose([intercept[column], low[column]], [solution[0], solution[0] - half], **TOLERANCE)
+        np.testing.assert_allclose(high[column], solution[0] + half, **TOLERANCE)

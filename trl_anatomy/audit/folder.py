@@ -29,6 +29,7 @@ FORMAT = 1
 PAIRS = pa.schema(
     [
         ("row", pa.int64()),
+        ("prompt_group", pa.int64()),
         ("contexts", pa.list_(pa.string())),
         ("activity", pa.float32()),
         ("prompt_tokens", pa.int32()),
@@ -52,9 +53,9 @@ class Audit:
         concepts: a row per concept T1, T2, ... (kind "co-firing").
         responses: a row per response cluster R1, R2, ... of the prompt-conditioned view (kind "response-geometry");
             `concepts.parquet` holds both.
-        pairs: a row per pair; `row` is its index into the raw dataset, `contexts` the contexts it belongs to (B0 is the
-            silent bucket; A1, A2, ... are prompt contexts: a pair may be in several or none), `concepts` and `scores`
-            its strongest concepts and their disparity u.
+        pairs: a row per pair; `row` is its index into the raw dataset, `prompt_group` the same number for pairs of one
+            prompt, `contexts` the contexts it belongs to (B0 is the silent bucket; A1, A2, ... are prompt contexts: a
+            pair may be in several or none), `concepts` and `scores` its strongest concepts and their disparity u.
     """
 
     def __init__(
@@ -162,13 +163,18 @@ def _listed(names: list[str]) -> str:
 
 
 def pairs_table(
-    scores: Activity, contexts: np.ndarray, prompt_members: sparse.csr_array | None = None, n_strongest: int = 5
+    scores: Activity,
+    contexts: np.ndarray,
+    prompt_members: sparse.csr_array | None = None,
+    prompt_groups: np.ndarray | None = None,
+    n_strongest: int = 5,
 ) -> pa.Table:
     """A row per pair: contexts, tokens, overall activity, and the concepts with the largest |u|.
 
     Args:
         contexts: (n,) 0 silent, 1.. data clusters.
         prompt_members: (n_prompt_contexts, n) of ones, the pairs of A1, A2, ...
+        prompt_groups: (n,) int64, the same number for pairs of one prompt; default every pair its own.
     Returns:
         Table of schema PAIRS.
     """
@@ -189,6 +195,7 @@ def pairs_table(
     return pa.table(
         {
             "row": scores.rows,
+            "prompt_group": np.arange(len(contexts)) if prompt_groups is None else prompt_groups,
             "contexts": inside,
             "activity": np.linalg.norm(scores.s.astype(np.float64), axis=1).astype(np.float32),
             **{f"{span}_tokens": scores.lengths[span].astype(np.int32) for span in ("prompt", "chosen", "rejected")},

@@ -72,6 +72,7 @@ def concept_table(
     terms: Sequence[Sequence[str]] | None = None,
     n_telling: int = 3,
     kind: str = CO_FIRING,
+    groups: np.ndarray | None = None,
 ) -> pa.Table:
     """A row per concept: predicted shift with interval, test, length-adjusted shift, support, verdict.
 
@@ -88,16 +89,18 @@ def concept_table(
 
     Args:
         terms: distinctive terms of each concept, for its label.
+        groups: (n,) prompt of each pair: pairs of one prompt are resampled together, and errors of means are robust
+            to what they share; default every pair its own.
         kind: CO_FIRING, or RESPONSE_GEOMETRY, whose u is in standard deviations of a feature's difference.
     Returns:
         Table of schema CONCEPTS, in the order T1, T2, ... or R1, R2, ...
     """
     u = scores.u
     predicted = predicted_shift(u)
-    _, error, p = stats.mean_test(u)
+    _, error, p = stats.mean_test(u, groups)
     q = stats.benjamini_hochberg(p)
-    low, high = stats.bootstrap_mean(u, config.bootstrap, config.seed)
-    adjusted, adjusted_low, adjusted_high = stats.length_adjusted_mean(u, scores.log_ratio)
+    low, high = stats.bootstrap_mean(u, config.bootstrap, config.seed, groups=groups)
+    adjusted, adjusted_low, adjusted_high = stats.length_adjusted_mean(u, scores.log_ratio, groups=groups)
     swapped = np.full(len(communities), np.nan)
     if config.permutations:
         swapped = stats.swapped_mean_p(u, config.permutations, config.seed)

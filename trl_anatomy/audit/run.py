@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # A live feature fires in at least so many responses, and stays silent in as many.
 MIN_COUNT = 10
+# With fewer prompts, errors between prompts can not be estimated.
+MIN_PROMPTS = 20
 # Pairs whose text is read for labels.
 LABEL_PAIRS = 20_000
 # Pairs of a prompt context whose text is read in any case.
@@ -204,7 +206,7 @@ def run_audit(
             shard_pairs=config.shard_pairs,
             progress=progress,
         )
-    findings = analyse(read, config, pairs.texts)
+    findings = analyse(read, config, pairs.texts, pairs.prompt_groups)
     tokens = {span: int(length.sum()) for span, length in read.lengths.items()}
     info = {
         "versions": _versions(),
@@ -250,11 +252,17 @@ class Findings:
     timings: dict[str, float]
 
 
-def analyse(read: "Harvest", config: AuditConfig, texts: Callable[[int], tuple[str, str, str]]) -> Findings:
+def analyse(
+    read: "Harvest",
+    config: AuditConfig,
+    texts: Callable[[int], tuple[str, str, str]],
+    prompt_groups: np.ndarray | None = None,
+) -> Findings:
     """Communities, contexts, tests and predicted shifts of a harvest. Needs no model.
 
     Args:
         texts: index of a pair -> its prompt, chosen and rejected text, for labels.
+        prompt_groups: (n_pairs,) int64, the same number for pairs of one prompt; default every pair its own.
     """
     timings: dict[str, float] = {}
     with _timed(timings, "communities"):
@@ -277,17 +285,20 @@ def analyse(read: "Harvest", config: AuditConfig, texts: Callable[[int], tuple[s
         terms, response_terms, contexts = _describe(texts, view, prompts, config.seed)
     with _timed(timings, "predict"):
         responses = prompts.geometry.responses
+        groups, note = _shared_prompts(prompt_groups)
         concepts = [
-            concept_table(view.activity, communities, config, terms=terms),
-            concept_table(prompts.scores, responses, config, terms=response_terms, kind=RESPONSE_GEOMETRY),
+            concept_table(view.activity, communities, config, terms=terms, groups=groups),
+            concept_table(
+                prompts.scores, responses, config, terms=response_terms, kind=RESPONSE_GEOMETRY, groups=groups
+            ),
         ]
-    notes = [*sizes.notes, *view.notes, *prompts.notes]
+    notes = [*sizes.notes, *view.notes, *prompts.notes, *note]
     if not communities:
         notes.append("No features fire together often enough to form a concept: this audit can not tell anything.")
     return Findings(
         hypotheses=pa.concat_tables([view.hypotheses, prompts.hypotheses]),
         concepts=pa.concat_tables(concepts),
-        pairs=pairs_table(view.activity, view.contexts, prompts.members),
+        pairs=pairs_table(view.activity, view.contexts, prompts.members, prompt_groups),
         info={
             "settings_used": {
                 "min_community": sizes.min_community,
@@ -297,10 +308,28 @@ def analyse(read: "Harvest", config: AuditConfig, texts: Callable[[int], tuple[s
             },
             "notes": notes,
             "contexts": contexts,
-            "counts": {"n_live": n_live, "n_features_in_concepts": sum(map(len, communities))},
+            "counts": {
+                "n_prompts": read.n_pairs if prompt_groups is None else len(np.unique(prompt_groups)),
+                "n_live": n_live,
+                "n_features_in_concepts": sum(map(len, communities)),
+            },
         },
         timings=timings,
     )
+
+
+def _shared_prompts(prompt_groups: np.ndarray | None) -> tuple[np.ndarray | None, list[str]]:
+    """Groups of pairs to be taken together: None where no prompt repeats; and what to tell the reader."""
+    n_prompts = 0 if prompt_groups is None else len(np.unique(prompt_groups))
+    if prompt_groups is None or n_prompts == len(prompt_groups):
+        return None, []
+    shared = f"{len(prompt_groups)} pairs share {n_prompts} prompts"
+    if n_prompts < MIN_PROMPTS:
+        return None, [
+            f"{shared}, too few to tell how much depends on the prompt: intervals and tests take every pair by itself "
+            "and hold for these prompts only."
+        ]
+    return prompt_groups, [f"{shared}: intervals and tests of predicted shifts take the pairs of a prompt together."]
 
 
 @contextmanager

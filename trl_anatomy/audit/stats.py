@@ -218,24 +218,41 @@ def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
     return q
 
 
-def mean_test(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def mean_test(values: np.ndarray, groups: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean, standard error and two-sided one-sample t-test of a zero mean, per column.
+
+    Rows of one group may depend on each other: the error is the cluster-robust one (Liang and Zeger 1986, with the
+    G/(G-1) correction, G groups, t with G-1 degrees of freedom). Where every row is a group of its own, this is the
+    plain t-test.
 
     Args:
         values: (n, n_columns).
+        groups: (n,) group of each row, any integers; default every row its own.
     Returns:
-        mean, error, p: each (n_columns,). error and p are NaN below two rows; p is NaN where nothing varies.
+        mean, error, p: each (n_columns,). error and p are NaN below two groups; p is NaN where nothing varies.
     """
     values = np.asarray(values, dtype=np.float64)
-    n = len(values)
-    if n < 2:
+    if len(values) == 0:
         empty = np.full(values.shape[1], np.nan)
-        return (values[0] if n else empty), empty, empty
+        return empty, empty, empty
     mean = values.mean(axis=0)
-    error = np.sqrt(np.square(values - mean).sum(axis=0) / (n - 1) / n)
+    residual = _within(groups, len(values)) @ (values - mean)
+    n_groups = len(residual)
+    if n_groups < 2:
+        empty = np.full(values.shape[1], np.nan)
+        return mean, empty, empty
+    error = np.sqrt(np.square(residual).sum(axis=0) * n_groups / (n_groups - 1)) / len(values)
     with np.errstate(invalid="ignore", divide="ignore"):
         t = np.where(error > ROUNDING, mean / error, np.nan)
-    return mean, error, 2 * distributions.t.sf(np.abs(t), n - 1)
+    return mean, error, 2 * distributions.t.sf(np.abs(t), n_groups - 1)
+
+
+def _within(groups: np.ndarray | None, n: int) -> sparse.csr_array:
+    """(n_groups, n): sums over the rows of each group; the identity without groups."""
+    if groups is None:
+        return sparse.csr_array(sparse.eye_array(n, format="csr"))
+    _, index = np.unique(groups, return_inverse=True)
+    return one_hot(index, int(index.max(initial=-1)) + 1)
 
 
 def bootstrap_mean(
@@ -245,14 +262,16 @@ def bootstrap_mean(
     level: float = 0.95,
     max_units: int = 20_000,
     chunk_bytes: int = 64 << 20,
+    groups: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile bootstrap interval of the column means, resampling rows (pairs).
+    """Percentile bootstrap interval of the column means, resampling rows (pairs), or groups of rows together.
 
-    Above `max_units` rows, rows are first put at random into `max_units` cells of (almost) equal size and cells are
-    resampled: the variance estimated is the same, the work stays bounded.
+    Above `max_units` groups, groups are first put at random into `max_units` cells of (almost) equally many and cells
+    are resampled: the variance estimated is the same, the work stays bounded.
 
     Args:
         values: (n, n_columns).
+        groups: (n,) group of each row, any integers; default every row its own.
         chunk_bytes: bound on the matrix of resampling counts held at a time.
     Returns:
         low, high: each (n_columns,); NaN without rows.
@@ -263,11 +282,10 @@ def bootstrap_mean(
         empty = np.full(values.shape[1], np.nan)
         return empty, empty
     rng = np.random.default_rng(seed)
-    size = np.ones(n)
-    if n > max_units:
-        cell = rng.permutation(n) % max_units
-        one_hot = sparse.csr_array((size, (cell, np.arange(n))), shape=(max_units, n))
-        values, size = one_hot @ values, np.bincount(cell, minlength=max_units).astype(np.float64)
+    units = _within(groups, n)
+    if units.shape[0] > max_units:
+        units = one_hot(rng.permutation(units.shape[0]) % max_units, max_units) @ units
+    values, size = units @ values, units.sum(axis=1)
     units = len(values)
     means = np.empty((n_resamples, values.shape[1]))
     step = max(1, chunk_bytes // (8 * units))
@@ -366,25 +384,29 @@ def _slack(size: np.ndarray) -> np.ndarray:
 
 
 def length_adjusted_mean(
-    values: np.ndarray, log_ratio: np.ndarray, level: float = 0.95
+    values: np.ndarray, log_ratio: np.ndarray, level: float = 0.95, groups: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean of each column that is left when chosen and rejected are equally long.
 
     The intercept of a least-squares line of the column on log(length chosen / length rejected), with a t interval
-    from heteroscedasticity-consistent errors (White's sandwich with the n/(n-2) correction, "HC1").
+    from cluster-robust errors (sandwich over groups, with the G/(G-1) · (n-1)/(n-2) correction, "CR1"). Where every row
+    is a group of its own, these are White's heteroscedasticity-consistent errors ("HC1").
 
     Args:
         values: (n, n_columns).
         log_ratio: (n,).
+        groups: (n,) group of each row, any integers; default every row its own.
     Returns:
         intercept, low, high: each (n_columns,). If every ratio is 1 this is the plain mean; if every ratio is the
-        same other number, or there are fewer than three rows, NaN.
+        same other number, or there are fewer than three groups, NaN.
     """
     values = np.asarray(values, dtype=np.float64)
     x = np.asarray(log_ratio, dtype=np.float64)
     n = len(values)
     missing = np.full(values.shape[1], np.nan)
-    if n < 3:
+    within = _within(groups, n)
+    n_groups = within.shape[0]
+    if n_groups < 3:
         return missing, missing, missing
     constant = np.ptp(x) <= ROUNDING
     if constant and np.abs(x).max() > ROUNDING:
@@ -393,11 +415,12 @@ def length_adjusted_mean(
     inverse = np.linalg.inv(design.T @ design)
     coefficients = inverse @ (design.T @ values)
     residual = values - design @ coefficients
-    # The intercept is a weighted sum of the rows, so its sandwich variance is the weighted sum of squared residuals.
-    influence = design @ inverse[0]
-    df = n - design.shape[1]
-    error = np.sqrt(np.square(influence) @ np.square(residual) * n / df)
-    half = distributions.t.ppf(0.5 + level / 2, df) * error
+    # The intercept is a weighted sum of the rows, so its sandwich variance is the sum of squares of the groups' shares.
+    influence = within @ (residual * (design @ inverse[0])[:, None])
+    n_fitted = design.shape[1]
+    correction = n_groups / (n_groups - 1) * (n - 1) / (n - n_fitted)
+    error = np.sqrt(np.square(influence).sum(axis=0) * correction)
+    half = distributions.t.ppf(0.5 + level / 2, n_groups - n_fitted) * error
     return coefficients[0], coefficients[0] - half, coefficients[0] + half
 
 
