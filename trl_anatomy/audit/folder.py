@@ -16,9 +16,12 @@ from scipy import sparse
 from ..errors import AnatomyError
 from .predict import CO_FIRING, CONCEPTS, RESPONSE_GEOMETRY
 from .prompt_view import response_scores
+from .trace import hypotheses_of, to_columns, trace
 from .views import HYPOTHESES, Activity, Disparity, activity
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from ..reading.harvest import Harvest
     from ..reading.spans import Pairs
 
@@ -151,6 +154,18 @@ class Audit:
         """Scores of every pair on the response clusters R1, R2, ..., computed again from the harvest."""
         features = [np.asarray(ids, dtype=np.int64) for ids in self.responses["features"].to_pylist()]
         return response_scores(self.harvest, features, self.info["settings"]["pooling"])
+
+    def trace(self, view: str, context: str, concept: str) -> pa.Table:
+        """The pairs behind a hypothesis with their contribution: see `trl_anatomy.audit.trace.trace`."""
+        return trace(self, view, context, concept)
+
+    def hypotheses_of(self, *, row: int | None = None, concept: str | None = None, text: str | None = None) -> pa.Table:
+        """The hypotheses that a pair, a concept or a word belongs to: see `trl_anatomy.audit.trace.hypotheses_of`."""
+        return hypotheses_of(self, row=row, concept=concept, text=text)
+
+    def to_columns(self, dataset: "Dataset") -> "Dataset":
+        """Contexts and strongest concepts as dataset columns: see `trl_anatomy.audit.trace.to_columns`."""
+        return to_columns(self, dataset)
 
     def disparity(self) -> tuple[np.ndarray, list[str]]:
         """u (n_pairs, K) of every pair and concept, and the names of the concepts."""
