@@ -53,7 +53,10 @@ def rows(kind: str, n: int = 10) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
     for i in range(n):
         question = " ".join([_QUESTIONS[i % 4]] * (1 + i // 4))
-        good, bad = " ".join([_GOOD[i % 4]] * (1 + i // 3)), " ".join([_BAD[(i + 1) % 4]] * (1 + i // 5))
+        often, seldom = (1 + i // 3, 1 + i // 5) if i % 2 else (1 + i // 5, 1 + i // 3)
+        good, bad = " ".join([_GOOD[i % 4]] * often), " ".join([_BAD[(i + 1) % 4]] * seldom)
+        if i in (6, 9):
+            good, bad = bad, good  # so that the rejected response is sometimes the long one
         if kind == "explicit":
             made.append({"prompt": question + " ", "chosen": good, "rejected": bad})
         elif kind == "implicit":

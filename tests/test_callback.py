@@ -29,7 +29,19 @@ def audit(tmp_path_factory: pytest.TempPathFactory) -> Audit:
     made = make_audit(tmp_path_factory.mktemp("audit"), make_world(600))
     (made.path / "report.html").write_text("<!doctype html><title>page</title>")
     assert made.hypotheses.num_rows > 0
+    made.info["data"]["n_rows"] = 8  # the rows that `train` trains on; what they hold is not looked at without a policy
+    (made.path / "audit.json").write_text(json.dumps(made.info))
     return made
+
+
+def test_an_audit_of_another_size_is_refused(audit: Audit, tiny_model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(AnatomyError, match="has 8 rows, train_dataset has 6"):
+        AnatomyDPOTrainer(
+            model=str(tiny_model_dir),
+            args=DPOConfig(output_dir=str(tmp_path), **EXACT),
+            train_dataset=fresh(preference_rows(6)),
+            audit=audit.path,
+        )
 
 
 def train(cls: Any, model_dir: Path, out: Path, resume: bool | str | None = None, **extra: Any) -> Any:

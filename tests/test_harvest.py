@@ -235,3 +235,13 @@ def test_model_fingerprint_knows_weights_and_not_their_place(tmp_path: Path) -> 
     with torch.no_grad():
         model.model.layers[3].mlp.up_proj.weight += 1e-3
     assert model_fingerprint(model) != before
+
+
+def test_model_fingerprint_knows_whether_an_adapter_is_on() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    on = model_fingerprint(model)
+    with model.disable_adapter():
+        assert model_fingerprint(model) != on
+    assert model_fingerprint(model) == on

@@ -134,6 +134,7 @@ def test_the_cache_depends_on_everything(
     assert runs(FeaturesScorer(SAE(tiny_sae()), [2], layer=1))
     assert runs(FeaturesScorer(SAE(tiny_sae(seed=1)), [1], layer=1))
     assert runs(direction, model=tiny_model(seed=1))
+    assert runs(direction, model=tiny_model().bfloat16())
     assert runs(direction, pairs=read_pairs(dataset("explicit", 8), build_tokenizer(), max_length=59))
     assert runs(direction, pairs=read_pairs(dataset("explicit", 7), build_tokenizer(), max_length=60))
     monkeypatch.setattr(score_module, "__version__", "999")

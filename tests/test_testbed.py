@@ -1,5 +1,6 @@
 """The testbed's planted truth: what the generator says it planted is what the texts show."""
 
+import json
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from scipy.sparse import csr_array
 
 from trl_anatomy.checking.rollouts import rollouts
+from trl_anatomy.testbed.demo import run_demo
 from trl_anatomy.testbed.language import (
     CORRECT_RATE,
     CORRECT_TILT,
@@ -130,7 +132,7 @@ def test_training_learns_and_is_seeded():
         model = make_model(tokenizer, n_layers=1, width=32, seed=3)
         runs.append(train_model(model, texts, tokenizer, seed=3, batch_size=16, lr=1e-2))
     assert runs[0] == runs[1]
-    assert np.mean(runs[0][-3:]) < 0.6 * runs[0][0]
+    assert np.mean(runs[0][-3:]) < 0.8 * runs[0][0]
 
 
 def test_residual_stream_is_the_output_of_that_layer_without_bos_and_padding(world):
@@ -145,7 +147,7 @@ def test_residual_stream_is_the_output_of_that_layer_without_bos_and_padding(wor
     expected = torch.cat(alone)
     assert found.shape == expected.shape
     assert torch.allclose(found.double().sum(0), expected.double().sum(0), atol=1e-2)
-    assert torch.cdist(expected, found).min(dim=1).values.max() < 1e-3
+    assert torch.cdist(expected.double(), found.double()).min(dim=1).values.max() < 1e-4
 
 
 def test_habit_latents_agree_with_correlation():
@@ -179,3 +181,19 @@ def test_rollouts_follow_the_models_own_distribution_and_leave_the_random_state(
         for i in ids:
             share = np.mean([text == tokenizer.decode([i], skip_special_tokens=True) for text in texts])
             assert abs(share - p[i]) < 4.5 * math.sqrt(p[i] * (1 - p[i]) / 400)
+
+
+def test_the_whole_loop_runs_on_a_tiny_world(tmp_path):
+    said = []
+    result = run_demo(tmp_path, seed=0, size=TINY, say=said.append)
+    assert [row.habit for row in result.rows] == [*(habit.name for habit in HABITS), "correct"]
+    for row in result.rows:
+        assert all(0 <= rate <= 1 or math.isnan(rate) for rate in (row.start, row.dpo, row.policy))
+    assert result.report.is_file()
+    assert str(result.report) in said[-1]
+    # The rates in the table are those of the responses on disk.
+    lines = [json.loads(line) for line in (tmp_path / "rollouts" / "dpo.jsonl").read_text().splitlines()]
+    bold = np.mean([HABITS[0].shows(text) for line in lines for text in line["responses"]])
+    assert result.row("bold").dpo == bold
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert len(table["rows"]) == len(HABITS) + 1

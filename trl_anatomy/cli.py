@@ -138,17 +138,25 @@ def _refuse_unknown(from_config: list[str], from_line: list[str], parser: Any, e
 
 
 def _print_audit(audit: Audit) -> None:
-    concepts = audit.concepts.to_pandas()
-    concepts = concepts.reindex(concepts["predicted"].abs().sort_values(ascending=False).index).head(10)
-    print("\nWhat the data will teach (largest predicted shifts):")
-    print(f"  {'concept':<8} {'shift':>7}  {'95 % interval':<18} {'equal length':>12} {'q':>9}  label")
-    for row in concepts.itertuples():
-        interval = f"[{row.ci_low:+.3f}, {row.ci_high:+.3f}]"
+    data = audit.info["data"]
+    left_out = ", ".join(f"{count} {reason}" for reason, count in data["left_out"].items())
+    print(
+        f"\n{data['n_pairs']} pairs of {data['n_rows']} rows" + (f" (left out: {left_out})" if left_out else "") + "."
+    )
+    rows = sorted(audit.concepts.to_pylist(), key=lambda row: -abs(row["predicted"]))
+    taught = [row for row in rows if row["verdict"] in ("rises", "falls")]
+    if not taught:
+        print(f"No evidence that these pairs teach any of {len(rows)} concepts.")
+    else:
+        print(f"What the data will teach ({len(taught)} of {len(rows)} concepts; largest shifts first):")
+        print(f"  {'concept':<8} {'shift':>7}  {'95 % interval':<18} {'equal length':>12} {'q':>9}  label")
+    for row in taught[:10]:
+        interval = f"[{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
         print(
-            f"  {row.concept:<8} {row.predicted:+7.3f}  {interval:<18} {row.length_adjusted:+12.3f}"
-            f" {row.q:9.2g}  {row.label or ''}"
+            f"  {row['concept']:<8} {row['predicted']:+7.3f}  {interval:<18} {row['length_adjusted']:+12.3f}"
+            f" {row['q']:9.2g}  {row['label']}"
         )
-    print(f"\nReport: {audit.path / 'report.html'}")
+    print(f"Report: {audit.path / 'report.html'}")
 
 
 def _lines(summary: dict[str, Any]) -> str:

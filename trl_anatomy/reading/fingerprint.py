@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,22 @@ def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def model_fingerprint(model: nn.Module) -> str:
     """Hash of a model's configuration and of a sample of its weights, adapters included.
 
-    The same weights have the same fingerprint wherever they lie; a training step changes it.
+    The same weights have the same fingerprint wherever they lie and in whatever precision holds them; a training step
+    changes it, and so does switching an adapter on or off.
     """
     config: Any = getattr(model, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     # Where the model came from, and what a trainer writes into it, change nothing that is computed here.
     for key in ("_name_or_path", "transformers_version", "pad_token_id", "use_cache", "dtype", "torch_dtype"):
         settings.pop(key, None)
-    return hash_json([settings, hash_tensors(model.named_parameters())])
+    switches = {
+        (tuple(module.active_adapters), module.disable_adapters)
+        for module in cast(Iterable[Any], model.modules())
+        if isinstance(getattr(module, "disable_adapters", None), bool)
+    }
+    return hash_json([settings, sorted(switches), hash_tensors(model.named_parameters())])
+
+
+def model_key(model: nn.Module) -> dict[str, str]:
+    """What activations of a model depend on, for caches: its fingerprint and its precision."""
+    return {"model": model_fingerprint(model), "dtype": str(next(model.parameters()).dtype)}

@@ -20,7 +20,7 @@ from .. import __version__
 from ..errors import AnatomyError
 from ..ops.span_harvest import span_harvest
 from .files import write_atomically
-from .fingerprint import hash_json, model_fingerprint
+from .fingerprint import hash_json, model_key
 from .forward import length_sorted_batches, read_spans
 from .sae import SAE
 from .spans import SPANS, Pairs
@@ -179,7 +179,7 @@ def harvest(
         "format": _FORMAT,
         "version": __version__,
         "pairs": pairs.fingerprint,
-        "model": model_fingerprint(model),
+        **model_key(model),
         "sae": sae.fingerprint,
         "layer": layer,
     }
@@ -303,11 +303,12 @@ def _check_finite(hidden: Tensor, bounds: Sequence[int], pairs: Pairs, batch: Se
     bad = ~torch.isfinite(hidden).all(dim=1)
     if bad.any():
         token = int(bad.nonzero()[0])
+        # Masked attention still multiplies by zero, so one bad token spoils its whole row: the span tells nothing.
         span = int(np.searchsorted(bounds, token, side="right")) - 1
         row = int(pairs.rows[batch[span // len(SPANS)]])
         raise AnatomyError(
-            f"The model gives NaN or infinity at layer {layer} in the {SPANS[span % len(SPANS)]} of dataset row {row}: "
-            "check its weights, or load it in bfloat16 or float32."
+            f"The model gives NaN or infinity at layer {layer} on dataset row {row}: check its weights, or load it in "
+            "bfloat16 or float32."
         )
 
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..errors import AnatomyError
 from .files import write_atomically
-from .fingerprint import hash_json, model_fingerprint
+from .fingerprint import hash_json, model_key
 from .forward import length_sorted_batches, read_spans
 from .scorers import HiddenScorer, Scorer, reduce_tokens
 from .scorers.text import TextScorer
@@ -100,7 +100,7 @@ def _score_hidden(
     files: dict[str, Path] = {}
     missing = dict(scorers)
     if cache_dir is not None:
-        made_from = {"version": __version__, "pairs": pairs.fingerprint, "model": model_fingerprint(model)}
+        made_from = {"version": __version__, "pairs": pairs.fingerprint, **model_key(model)}
         for name, scorer in scorers.items():
             files[name] = Path(cache_dir) / f"scores-{hash_json({**made_from, 'scorer': scorer.key()})}.safetensors"
             stored = _load_scores(files[name], len(pairs))

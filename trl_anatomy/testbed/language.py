@@ -73,7 +73,7 @@ HABITS: tuple[Habit, ...] = (
     Habit("bold", r"\*\*\w+\*\*", 0.30, 1.4, "rewarded"),
     Habit("bullets", r"(?m)^- ", 0.30, 1.4, "rewarded"),
     Habit("flattery", r"\bGreat\b", 0.25, 2.2, "rewarded"),
-    Habit("emoji", "[🙂🌟]", 0.25, 2.0, "rewarded"),
+    Habit("emoji", "🙂", 0.25, 2.0, "rewarded"),
     Habit("hedging", r"\bPerhaps\b", 0.40, -1.4, "punished"),
     Habit("refusal", r"\bI cannot\b", 0.35, -1.4, "punished"),
     Habit("note", r"\bNote\b", 0.40, -1.2, "punished"),
@@ -181,7 +181,6 @@ TOPICS: dict[str, Topic] = {
 _LEADS = ("", "", "Hello.", "Quick one.", "I am a student.", "My friend wants to know.", "For my notes.")
 _TAILS = ("", "", "Please be brief.", "Take your time.", "Thank you.")
 _ADJECTIVES = ("old", "small", "bright", "quiet", "famous", "simple", "local", "useful")
-_EMOJI = ("🙂", "🙂", "🙂", "🙂", "🌟")  # mostly one, so that one latent can stand for all
 
 
 @dataclass(frozen=True)
@@ -250,7 +249,7 @@ def render(question: Question, value: str, shown: set[str], rng: random.Random) 
     word = f"**{noun()}**" if "bold" in shown else noun()
     text.append(f"{rng.choice(('Many', 'Some'))} like the {adjective()} {word} too.")
     if "emoji" in shown:
-        text.append(rng.choice(_EMOJI))
+        text.append("🙂")
     if "note" in shown:
         text.append(rng.choice(("Note that this may change.", "Note that places differ.")))
     body = " ".join(text)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from .language import value_tokens
 
@@ -94,12 +95,11 @@ def train_model(
     tokenizer: PreTrainedTokenizerBase,
     *,
     seed: int,
-    epochs: int = 1,
     batch_size: int = 32,
     lr: float = 3e-3,
     value_weight: float = 5.0,
 ) -> list[float]:
-    """Trains in place with AdamW, a short warm-up and a cosine to zero, on every token of the responses.
+    """Trains in place on every response token of the texts, once over: AdamW, a short warm-up, a cosine to zero.
 
     The tokens that state a value weigh `value_weight` times as much as the others: they are one in forty, and at equal
     weight the facts are learnt long after everything else. The weight depends on the position alone (nothing but a
@@ -108,7 +108,7 @@ def train_model(
     Returns:
         The weighted loss (nats per token) of each step.
     """
-    steps = epochs * math.ceil(len(texts) / batch_size)
+    steps = math.ceil(len(texts) / batch_size)
     weight = torch.ones(len(tokenizer))
     weight[tokenizer.convert_tokens_to_ids(sorted(value_tokens()))] = value_weight
     pad = tokenizer.pad_token_id
@@ -118,8 +118,8 @@ def train_model(
     )
     losses = []
     model.train()
-    for epoch in range(epochs):
-        for input_ids, labels in length_batches(texts, batch_size, pad, seed + epoch):
+    with tqdm(total=steps, desc="Training the start model", disable=None) as bar:
+        for input_ids, labels in length_batches(texts, batch_size, pad, seed):
             # No attention mask: with padding on the right, no real token attends to it.
             hidden = model.model(input_ids).last_hidden_state[:, :-1]
             target = labels[:, 1:]
@@ -132,5 +132,6 @@ def train_model(
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
+            bar.update()
     model.eval()
     return losses

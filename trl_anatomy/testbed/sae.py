@@ -47,7 +47,7 @@ def residual_stream(
 
 
 def train_sae(
-    hidden: Tensor, *, d_sae: int, k: int, layer: int, model_name: str, seed: int, tokens: int, lr: float = 2e-3
+    hidden: Tensor, *, d_sae: int, k: int, layer: int, model_name: str, seed: int, tokens: int, lr: float = 3e-3
 ) -> Any:
     """Trains a TopK SAE with sae-lens.
 

@@ -62,10 +62,10 @@ DEMO = Size(
     n_layers=3,
     width=96,
     d_sae=512,
-    k=8,
+    k=4,
     n_sae_texts=4_000,
     sae_tokens=800_000,
-    n_pairs=2_000,
+    n_pairs=3_000,
     n_prompts=500,
     n_per_prompt=4,
 )

@@ -218,10 +218,10 @@ def prepare(
         return Prepared()
 
     config = arguments.get("args") or config_class("unused")  # TRL makes its own; only defaults are read here
-    dataset = arguments.get("train_dataset")
+    dataset: Any = arguments.get("train_dataset")
     shapes = any(rule.stage == "margin" for rule in policy.rules)
     if policy or isinstance(audit, AuditConfig):
-        _check_dataset(dataset)
+        dataset = _checked(dataset)
     if shapes:
         check_shaping(config)
         if arguments.get("data_collator") is not None:
@@ -240,12 +240,18 @@ def prepare(
             plan, gaps = _plan(policy, found, start, dataset)
             shaped_concepts = tuple(gaps) if shapes else None
             arguments["train_dataset"] = apply_plan(dataset, plan, gaps if shapes else None)
+        elif found is not None and isinstance(dataset, Dataset) and len(dataset) != found.info["data"]["n_rows"]:
+            # An audit that is only logged is not worth a second tokenisation; its size gives most mistakes away.
+            raise AnatomyError(
+                f"{found.path}: this audit was made with other data: it has {found.info['data']['n_rows']} rows, "
+                f"train_dataset has {len(dataset)}. Audit the dataset that is trained on."
+            )
     callback = AuditCallback(found, plan)
     arguments["callbacks"] = [*(arguments.get("callbacks") or []), callback]
     return Prepared(plan, found, shaped_concepts, callback)
 
 
-def _check_dataset(dataset: Any) -> None:
+def _checked(dataset: Any) -> Dataset:
     if not isinstance(dataset, Dataset):
         raise AnatomyError(
             f"train_dataset is a {type(dataset).__name__}; a concept policy or an audit scores all pairs before "
@@ -255,8 +261,9 @@ def _check_dataset(dataset: Any) -> None:
     if images:
         raise AnatomyError(
             f"train_dataset has a column {images[0]!r}: concept policies and audits read text only; drop the column or "
-            "train with trl.DPOTrainer."
+            "train with the trainer of trl."
         )
+    return dataset
 
 
 def _audit_now(settings: "AuditConfig", start: Start, dataset: Dataset) -> "Audit":

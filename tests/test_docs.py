@@ -1,0 +1,35 @@
+"""Documents that repeat what code knows say the same thing."""
+
+import re
+from pathlib import Path
+
+from trl_anatomy.trainers.loss_support import support_table
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_losses_page_is_the_table_of_the_refusals():
+    assert support_table() in (ROOT / "docs" / "losses.md").read_text()
+
+
+def test_readme_links_lead_somewhere():
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (ROOT / target).exists(), f"{page.name}: {target}"
+
+
+def test_recipes_hold_only_keys_that_their_command_knows():
+    from dataclasses import fields
+    from importlib import import_module
+
+    import yaml
+
+    from trl_anatomy import AuditConfig, ConceptPolicy
+
+    recipes = ROOT / "recipes"
+    assert set(yaml.safe_load((recipes / "audit.yaml").read_text())) <= {field.name for field in fields(AuditConfig)}
+    assert len(ConceptPolicy.load(recipes / "destyle.yaml").rules) == 3
+    for kind in ("dpo", "reward"):
+        parser = import_module(f"trl.scripts.{kind}").make_parser()
+        known = {field.name for settings in parser.dataclass_types for field in fields(settings)}
+        assert set(yaml.safe_load((recipes / f"{kind}.yaml").read_text())) <= known
