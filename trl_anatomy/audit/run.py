@@ -329,7 +329,10 @@ def _shared_prompts(prompt_groups: np.ndarray | None) -> tuple[np.ndarray | None
             f"{shared}, too few to tell how much depends on the prompt: intervals and tests take every pair by itself "
             "and hold for these prompts only."
         ]
-    return prompt_groups, [f"{shared}: intervals and tests of predicted shifts take the pairs of a prompt together."]
+    return prompt_groups, [
+        f"{shared}: intervals and tests of predicted shifts take the pairs of a prompt together; hypotheses, and swaps of "
+        "chosen and rejected, take every pair by itself."
+    ]
 
 
 @contextmanager
