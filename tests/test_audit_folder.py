@@ -172,6 +172,13 @@ def test_pairs_of_one_prompt_are_taken_together(world):
     assert any("2000 pairs share 200 prompts: intervals" in note for note in found.info["notes"])
     apart = run.analyse(world, config, texts)
     assert found.concepts["p"].to_pylist() != apart.concepts["p"].to_pylist()
+    deltas, errors = ({}, {})
+    for name, table in (("found", found.hypotheses), ("apart", apart.hypotheses)):
+        rows = sorted(table.to_pylist(), key=lambda h: (h["context"], h["concept"]))
+        deltas[name] = [h["delta"] for h in rows]
+        errors[name] = {view: [h["p"] for h in rows if h["view"] == view] for view in ("feature", "prompt")}
+    assert deltas["found"] == deltas["apart"]
+    assert all(errors["found"][view] != errors["apart"][view] for view in ("feature", "prompt"))
     assert run.analyse(world, config, texts, np.arange(world.n_pairs)).concepts.equals(apart.concepts)
 
 

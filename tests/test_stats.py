@@ -322,3 +322,47 @@ def test_length_adjusted_mean_with_groups_equals_a_clustered_sandwich(clustered)
         half = reference.t.ppf(0.975, len(names) - 2) * error
         np.testing.assert_allclose([intercept[column], low[column]], [solution[0], solution[0] - half], **TOLERANCE)
         np.testing.assert_allclose(high[column], solution[0] + half, **TOLERANCE)
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["whole groups", "groups on both sides"])
+def test_comparison_of_groups_equals_an_explicit_sandwich(clustered, cut):
+    """Least squares on (1, inside) written out, with the correction a side; contexts overlap."""
+    values, groups, _ = clustered
+    values = np.column_stack([values, np.zeros(len(values)), values[:, 0] > 1.2])
+    rng = np.random.default_rng(14)
+    pool = rng.random(len(values)) < 0.95
+    by_group = dict(zip(np.unique(groups), rng.random((120, 4)).tolist(), strict=True))
+    chance = rng.random((4, len(values))) if cut else np.array([by_group[g] for g in groups]).T
+    inside = (chance < np.array([[0.5], [0.3], [0.05], [0.0]])) & pool
+    members = sparse.csr_array(inside.astype(float))
+    plain, _ = stats.compare_members(values, members, pool, np.zeros(len(values)))
+    found = stats.welch_of_groups(plain, values, members, pool, groups)
+    for k in range(3):
+        outside = pool & ~inside[k]
+        for column in (0, 1, 3):
+            u, shares, freedom, both = values[:, column], [], [], np.zeros(len(u_names := np.unique(groups)))
+            for side, sign in ((inside[k], 1), (outside, -1)):
+                sums = np.array([(u[side & (groups == g)] - u[side].mean()).sum() for g in u_names]) / side.sum()
+                n_groups = len(np.unique(groups[side]))
+                shares.append((sums**2).sum() * n_groups / (n_groups - 1))
+                freedom.append(n_groups - 1)
+                both = both * sums * -1 if sign < 0 else sums
+            variance = sum(shares) + 2 * both.sum()
+            df = sum(shares) ** 2 / sum(v**2 / f for v, f in zip(shares, freedom, strict=True))
+            z = plain.delta[k, column] / np.sqrt(variance)
+            np.testing.assert_allclose(found.z[k, column], z, **TOLERANCE)
+            np.testing.assert_allclose(found.df[k, column], df, **TOLERANCE)
+            np.testing.assert_allclose(found.p[k, column], 2 * reference.t.sf(abs(z), df), **TOLERANCE)
+    np.testing.assert_array_equal(found.delta, plain.delta)
+    assert np.isnan(found.p[:, 2]).all()  # a column that never varies
+    assert np.isnan(found.p[3]).all()  # an empty context
+    assert cut or (np.abs(found.z[:2, :2]) < np.abs(plain.z[:2, :2])).all()
+
+
+def test_comparison_of_single_rows_is_welch(sample):
+    values, groups, n_groups, parity = sample
+    members, pool = stats.one_hot(groups, n_groups), groups >= 0
+    plain, _ = stats.compare_members(values, members, pool, parity)
+    found = stats.welch_of_groups(plain, values, members, pool, np.arange(len(values)) * 7 - 50)
+    for name in ("z", "df", "p", "ci_low", "ci_high"):
+        np.testing.assert_allclose(getattr(found, name), getattr(plain, name), rtol=1e-8, atol=1e-9)

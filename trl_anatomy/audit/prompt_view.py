@@ -60,19 +60,22 @@ class PromptView:
     notes: tuple[str, ...]
 
 
-def prompt_view(harvest: "Harvest", config: AuditConfig) -> PromptView:
+def prompt_view(harvest: "Harvest", config: AuditConfig, groups: np.ndarray | None = None) -> PromptView:
     """Cluster features by geometry, then test every "A ⇝ R": in pairs whose prompt is about A, is R taught?
 
     Halves are split by parity of the row in the raw dataset. All pairs are in the pool: one that shows nothing of A is
     outside S(A).
 
+    Args:
+        groups: (n,) prompt of each pair, for errors robust to what pairs of one prompt share; default none repeats.
     Source: METHOD section 5.
     """
     geometry = find_geometry(harvest, config)
     scores = response_scores(harvest, geometry.responses, config.pooling, geometry.scale)
     n_top = min(config.n_top, int(TOP_SHARE * harvest.n_pairs))
     members = top_pairs(prompt_scores(harvest, geometry.prompts, config), n_top, config.seed)
-    table = hypothesis_table(scores, members, np.ones(harvest.n_pairs, bool), config, names=("prompt", "A", "R"))
+    pool = np.ones(harvest.n_pairs, dtype=bool)
+    table = hypothesis_table(scores, members, pool, config, names=("prompt", "A", "R"), groups=groups)
     notes = geometry.notes
     if n_top < config.n_top and geometry.prompts:
         notes = (*notes, f"A prompt context holds {n_top} pairs at most, a quarter of them (setting {config.n_top}).")

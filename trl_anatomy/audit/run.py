@@ -265,6 +265,7 @@ def analyse(
         prompt_groups: (n_pairs,) int64, the same number for pairs of one prompt; default every pair its own.
     """
     timings: dict[str, float] = {}
+    groups, note = _shared_prompts(prompt_groups)
     with _timed(timings, "communities"):
         fired = fired_responses(read, config.tau, config.community_pairs, config.seed)
         n_live = len(live_features(fired, MIN_COUNT))
@@ -278,14 +279,13 @@ def analyse(
             seed=config.seed,
         )
     with _timed(timings, "view"):
-        view = feature_view(read, communities, config, min_concept=sizes.min_concept)
+        view = feature_view(read, communities, config, min_concept=sizes.min_concept, groups=groups)
     with _timed(timings, "prompt_view"):
-        prompts = prompt_view(read, config)
+        prompts = prompt_view(read, config, groups)
     with _timed(timings, "labels"):
         terms, response_terms, contexts = _describe(texts, view, prompts, config.seed)
     with _timed(timings, "predict"):
         responses = prompts.geometry.responses
-        groups, note = _shared_prompts(prompt_groups)
         concepts = [
             concept_table(view.activity, communities, config, terms=terms, groups=groups),
             concept_table(
@@ -329,10 +329,7 @@ def _shared_prompts(prompt_groups: np.ndarray | None) -> tuple[np.ndarray | None
             f"{shared}, too few to tell how much depends on the prompt: intervals and tests take every pair by itself "
             "and hold for these prompts only."
         ]
-    return prompt_groups, [
-        f"{shared}: intervals and tests of predicted shifts take the pairs of a prompt together; hypotheses, and swaps of "
-        "chosen and rejected, take every pair by itself."
-    ]
+    return prompt_groups, [f"{shared}: intervals and tests take the pairs of a prompt together."]
 
 
 @contextmanager

@@ -134,14 +134,25 @@ def welch(inside: Moments, outside: Moments, level: float = 0.95) -> Welch:
     with np.errstate(invalid="ignore", divide="ignore"):
         share_in, share_out = var_in / n_in, var_out / n_out
         error = _welch_error(inside, outside)
-        z = delta / error
         df = (share_in + share_out) ** 2 / (share_in**2 / (n_in - 1) + share_out**2 / (n_out - 1))
         pooled = ((n_in - 1) * var_in + (n_out - 1) * var_out) / (n_in + n_out - 2)
         d = delta / np.where(pooled > 0, np.sqrt(pooled), np.nan)
-    df = np.where(np.isnan(error), np.nan, df)
+    return _tested(delta, error, d, np.where(np.isnan(error), np.nan, df), inside.n, outside.n, level)
+
+
+def _tested(
+    delta: np.ndarray,
+    error: np.ndarray,
+    d: np.ndarray,
+    df: np.ndarray,
+    n_in: np.ndarray,
+    n_out: np.ndarray,
+    level: float = 0.95,
+) -> Welch:
+    z = delta / error
     p = 2 * distributions.t.sf(np.abs(z), df)
     half = distributions.t.ppf(0.5 + level / 2, df) * error
-    return Welch(delta, z, d, df, p, delta - half, delta + half, inside.n, outside.n)
+    return Welch(delta, z, d, df, p, delta - half, delta + half, n_in, n_out)
 
 
 def _welch_error(inside: Moments, outside: Moments) -> np.ndarray:
@@ -200,6 +211,65 @@ def compare_members(
         consistent = (np.abs(delta_a) > epsilon) & (np.abs(delta_b) > epsilon) & (delta_a * delta_b > 0)
     split = SplitHalf(delta_a, delta_b, np.minimum(np.abs(delta_a), np.abs(delta_b)), consistent)
     return welch(inside[0] + inside[1], outside[0] + outside[1]), split
+
+
+def welch_of_groups(
+    plain: Welch, values: np.ndarray, members: sparse.csr_array, pool: np.ndarray, groups: np.ndarray
+) -> Welch:
+    """The same comparison where rows of one group (pairs of one prompt) may depend on each other.
+
+    The standard error is cluster-robust: a group's deviations from the mean of its side are added up before they are
+    squared, with the G/(G-1) correction a side; a group on both sides brings in a covariance. Degrees of freedom as
+    Welch-Satterthwaite, from numbers of groups. Where every row is a group of its own, this is Welch's comparison.
+
+    Args:
+        plain: what `compare_members` says of the same values, members and pool.
+        groups: (n,) group of each row, any integers.
+    Returns:
+        As `plain`, with other z, df, p and interval; NaN where a side has fewer than two groups or nothing varies.
+    """
+    rows = np.flatnonzero(pool)
+    _, index = np.unique(groups[rows], return_inverse=True)
+    size = np.bincount(index).astype(np.float64)
+    within = one_hot(index, len(size))
+    contexts = []
+    for k in range(members.shape[0]):
+        inside = members[:, rows][[k]].indices
+        touched, of = np.unique(index[inside], return_inverse=True)
+        contexts.append((inside, touched, one_hot(of, len(touched))))
+    centre = _mean_of_pool(values, pool)
+    error, df = np.full_like(plain.delta, np.nan), np.full_like(plain.delta, np.nan)
+    for start in range(0, values.shape[1], BLOCK):
+        block = slice(start, start + BLOCK)
+        u = values[rows, block].astype(np.float64) - centre[block]
+        total = within @ u
+        square, cross, count = np.square(total).sum(axis=0), size @ total, np.square(size).sum()
+        for k, (inside, touched, part) in enumerate(contexts):
+            n_in, n_out = len(inside), len(rows) - len(inside)
+            n_part = part.sum(axis=1)
+            g_in, g_out = len(touched), len(size) - int((n_part == size[touched]).sum())
+            if g_in < 2 or g_out < 2:
+                continue
+            of_part = part @ u[inside]
+            mean_in, mean_out = of_part.sum(axis=0) / n_in, (total.sum(axis=0) - of_part.sum(axis=0)) / n_out
+            dev_in = of_part - np.outer(n_part, mean_in)
+            dev_out = total[touched] - of_part - np.outer(size[touched] - n_part, mean_out)
+            # All groups as if they were outside, less those that are touched, plus what these have outside.
+            spread_out = square - 2 * mean_out * cross + mean_out**2 * count
+            spread_out -= np.square(total[touched] - np.outer(size[touched], mean_out)).sum(axis=0)
+            spread_out += np.square(dev_out).sum(axis=0)
+            spread_in = np.square(dev_in).sum(axis=0)
+            spread_in[spread_in <= ROUNDING * np.maximum(np.square(of_part).sum(axis=0), n_in * ROUNDING)] = 0.0
+            spread_out[spread_out <= ROUNDING * np.maximum(square, n_out * ROUNDING)] = 0.0
+            share_in = spread_in / n_in**2 * g_in / (g_in - 1)
+            share_out = spread_out / n_out**2 * g_out / (g_out - 1)
+            variance = share_in + share_out - 2 * (dev_in * dev_out).sum(axis=0) / (n_in * n_out)
+            good = (variance > 0) & (share_in + share_out > 0)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                error[k, block] = np.where(good, np.sqrt(variance), np.nan)
+                freedom = (share_in + share_out) ** 2 / (share_in**2 / (g_in - 1) + share_out**2 / (g_out - 1))
+                df[k, block] = np.where(good, freedom, np.nan)
+    return _tested(plain.delta, error, plain.d, df, plain.n_in, plain.n_out)
 
 
 def _mean_of_pool(values: np.ndarray, pool: np.ndarray) -> np.ndarray:

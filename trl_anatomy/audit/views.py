@@ -254,6 +254,7 @@ def feature_view(
     config: AuditConfig,
     *,
     min_concept: int | None = None,
+    groups: np.ndarray | None = None,
 ) -> FeatureView:
     """Group pairs by what is active in them, then test where each concept leans to chosen or to rejected.
 
@@ -262,13 +263,14 @@ def feature_view(
     Args:
         communities: feature ids of T1, T2, ...
         min_concept: features a concept needs for a kept hypothesis; default the setting.
+        groups: (n,) prompt of each pair, for errors robust to what pairs of one prompt share; default none repeats.
     Source: METHOD section 4.
     """
     least = config.min_concept if min_concept is None else min_concept
     scores = activity(harvest, communities, config.tau)
     contexts, notes = find_contexts(scores.s, config)
     sizes = np.array([len(c) for c in communities], dtype=np.int64)
-    table = compare_contexts(scores, contexts, sizes, least, config)
+    table = compare_contexts(scores, contexts, sizes, least, config, groups)
     used = {
         "n_contexts": int(contexts.max(initial=0)),
         "min_concept": least,
@@ -280,19 +282,24 @@ def feature_view(
 
 
 def compare_contexts(
-    scores: Disparity, contexts: np.ndarray, sizes: np.ndarray, min_concept: int, config: AuditConfig
+    scores: Disparity,
+    contexts: np.ndarray,
+    sizes: np.ndarray,
+    min_concept: int,
+    config: AuditConfig,
+    groups: np.ndarray | None = None,
 ) -> pa.Table:
     """Every (context, concept) of the feature-conditioned view against the other active pairs: `hypothesis_table`.
 
     Args:
         contexts: (n,) 0 silent, 1.. data clusters; sizes: features of each concept.
         min_concept: features a concept needs for a kept hypothesis.
+        groups: (n,) prompt of each pair.
     Source: METHOD section 4, steps 3 to 5.
     """
     members = stats.one_hot(contexts - 1, int(contexts.max(initial=0)))
-    return hypothesis_table(
-        scores, members, contexts > 0, config, names=("feature", "B", "T"), fit=sizes >= min_concept
-    )
+    fit = sizes >= min_concept
+    return hypothesis_table(scores, members, contexts > 0, config, names=("feature", "B", "T"), fit=fit, groups=groups)
 
 
 def hypothesis_table(
@@ -303,6 +310,7 @@ def hypothesis_table(
     *,
     names: tuple[str, str, str],
     fit: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
 ) -> pa.Table:
     """Every (context, concept) of a view against the rest of the pool.
 
@@ -316,6 +324,8 @@ def hypothesis_table(
         pool: (n,) bool, pairs that are compared.
         names: the view, and the letters of its contexts and concepts.
         fit: (n_concepts,) bool, concepts that may be kept; default all.
+        groups: (n,) prompt of each pair: z, p, q and intervals are robust to what pairs of one prompt share; default
+            every pair its own, which is Welch's test.
     Returns:
         Table of schema HYPOTHESES; cells without a test (a context of one pair, no variance anywhere) are left out.
     """
@@ -323,6 +333,9 @@ def hypothesis_table(
     if members.shape[0] == 0 or scores.u.shape[1] == 0:
         return HYPOTHESES.empty_table()
     welch, split = stats.compare_members(scores.u, members, pool, scores.rows % 2)
+    plain_z = welch.z
+    if groups is not None:
+        welch = stats.welch_of_groups(welch, scores.u, members, pool, groups)
     adjusted = stats.adjusted_difference(scores.u, scores.log_ratio, members, pool)
     k, m = np.nonzero(~np.isnan(welch.p))
     if len(k) == 0:
@@ -340,7 +353,7 @@ def hypothesis_table(
         large = np.flatnonzero(welch.n_in >= config.min_context)
         best = stats.swapped_best_z(scores.u, members[large], pool, config.permutations, config.seed)
         asked = np.isin(k, large)
-        swapped[asked] = stats.family_wise_p(cell["z"][asked], best)
+        swapped[asked] = stats.family_wise_p(plain_z[k, m][asked], best)
     cell["n_in"], cell["n_out"] = welch.n_in[k].astype(np.int64), welch.n_out[k].astype(np.int64)
     kept = split.consistent[k, m] & (cell["n_in"] >= config.min_context)
     if fit is not None:
