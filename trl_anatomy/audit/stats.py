@@ -233,8 +233,7 @@ def welch_of_groups(
     size = np.bincount(index).astype(np.float64)
     within = one_hot(index, len(size))
     contexts = []
-    for k in range(members.shape[0]):
-        inside = members[:, rows][[k]].indices
+    for inside in _lists(members[:, rows]):
         touched, of = np.unique(index[inside], return_inverse=True)
         contexts.append((inside, touched, one_hot(of, len(touched))))
     centre = _mean_of_pool(values, pool)
@@ -270,6 +269,11 @@ def welch_of_groups(
                 freedom = (share_in + share_out) ** 2 / (share_in**2 / (g_in - 1) + share_out**2 / (g_out - 1))
                 df[k, block] = np.where(good, freedom, np.nan)
     return _tested(plain.delta, error, plain.d, df, plain.n_in, plain.n_out)
+
+
+def _lists(members: sparse.csr_array) -> list[np.ndarray]:
+    """The members of each group."""
+    return np.split(members.indices, members.indptr[1:-1])[: members.shape[0]]
 
 
 def _mean_of_pool(values: np.ndarray, pool: np.ndarray) -> np.ndarray:
@@ -418,8 +422,9 @@ def swapped_best_z(
         (n_permutations,); 0 where no cell can be tested.
     """
     rows = np.flatnonzero(pool)
-    values = np.asarray(values, dtype=np.float64)[rows]
-    inside = [members[:, rows][[k]].indices for k in range(members.shape[0])]
+    values = np.asarray(values, dtype=np.float64)
+    values = values if pool.all() else values[rows]
+    inside = _lists(members[:, rows])
     shape = (len(inside), values.shape[1])
     if not all(shape):
         return np.zeros(n_permutations)
