@@ -5,6 +5,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Models this small gain nothing from a second thread, and on a busy machine threads that wait for each other lose much.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import random
 from pathlib import Path

@@ -6,10 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+import yaml
 from scipy.sparse import csr_array
 
+from trl_anatomy.checking.compare import sampled_responses
 from trl_anatomy.checking.rollouts import rollouts
-from trl_anatomy.testbed.demo import run_demo
+from trl_anatomy.testbed.demo import POLICY, SHAPED, run_demo
 from trl_anatomy.testbed.language import (
     CORRECT_RATE,
     CORRECT_TILT,
@@ -183,6 +185,11 @@ def test_rollouts_follow_the_models_own_distribution_and_leave_the_random_state(
             assert abs(share - p[i]) < 4.5 * math.sqrt(p[i] * (1 - p[i]) / 400)
 
 
+def test_the_demos_policy_reads_the_shaped_habit_by_its_own_text_rule():
+    concept = yaml.safe_load(POLICY)["concepts"][SHAPED]
+    assert concept["pattern"] == next(habit.pattern for habit in HABITS if habit.name == SHAPED)
+
+
 def test_the_whole_loop_runs_on_a_tiny_world(tmp_path):
     said = []
     result = run_demo(tmp_path, seed=0, size=TINY, say=said.append)
@@ -192,8 +199,7 @@ def test_the_whole_loop_runs_on_a_tiny_world(tmp_path):
     assert result.report.is_file()
     assert str(result.report) in said[-1]
     # The rates in the table are those of the responses on disk.
-    lines = [json.loads(line) for line in (tmp_path / "rollouts" / "dpo.jsonl").read_text().splitlines()]
-    bold = np.mean([HABITS[0].shows(text) for line in lines for text in line["responses"]])
+    bold = np.mean([HABITS[0].shows(text) for text in sampled_responses(tmp_path / "compare", "dpo")])
     assert result.row("bold").dpo == bold
     table = json.loads((tmp_path / "table.json").read_text())
     assert len(table["rows"]) == len(HABITS) + 1

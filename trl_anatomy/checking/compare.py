@@ -66,6 +66,7 @@ def compare(
     max_new_tokens: int = 256,
     batch_size: int = 64,
     seed: int = 0,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Sample responses of the start model and of trained models, read both with the audit's SAE, and compare.
 
@@ -76,13 +77,14 @@ def compare(
         audit: audit of the training set.
         before: the audited model: a path or a loaded model.
         after: name -> trained model (path or loaded); recovery of the others is counted against the first.
-        prompts: strings or conversations; one response of each model to each.
+        prompts: strings or conversations; one response of each model to each, so repeat them for more.
         out: folder for the sampled responses and `compare.json`.
         tokenizer: default: the start model's.
         rules: name -> regular expression, counted in the responses; default `TEXT_RULES`.
         max_new_tokens: longest response sampled, in tokens.
         batch_size: responses sampled at a time.
         seed: of sampling and resampling.
+        progress: show progress bars.
 
     Returns:
         What `compare.json` holds: per concept the predicted and observed shifts; per trained model how well they agree
@@ -133,7 +135,9 @@ def compare(
             max_length=settings["max_length"],
             truncation="keep_start",
         )
-        read = harvest(start_model, sae, pairs, out / f"harvest-{_slug(name)}", layer=audit.info["sae"]["layer"])
+        read = harvest(
+            start_model, sae, pairs, out / f"harvest-{_slug(name)}", layer=audit.info["sae"]["layer"], progress=progress
+        )
         chosen, rejected = read.frequency("chosen"), read.frequency("rejected")
         observed[name] = _disparity(chosen, rejected, features, settings["tau"])
         shift = observed[name].mean(axis=0)
@@ -169,6 +173,11 @@ def compare(
     temporary.write_text(json.dumps(result, indent=2))
     os.replace(temporary, out / "compare.json")
     return result
+
+
+def sampled_responses(out: Path, name: str) -> list[str]:
+    """The responses that `compare` sampled from "before" or a name of `after`, in the order of its prompts."""
+    return json.loads((out / f"{_slug(name)}.json").read_text())["responses"]
 
 
 def comparison_report(result: Mapping[str, Any]) -> str:

@@ -22,15 +22,16 @@ from .world import DEMO, Size, World, build_world
 if TYPE_CHECKING:
     from ..audit.folder import Audit
 
-# The habit that the demo's policy explains away: rewarded, easily learnt, and read by a one-line rule.
-SHAPED = "bold"
+# The habit that the demo's policy explains away. It opens a response, so no other habit comes before it and pulls it
+# along: what is left of its shift under the policy is the policy's doing.
+SHAPED = "flattery"
 
 POLICY = """\
 version: 1
 concepts:
-  bold: {scorer: text, pattern: '\\*\\*\\w+\\*\\*'}
+  flattery: {scorer: text, pattern: '\\bGreat\\b'}
 rules:
-  - {explain_away: bold, with: shape_reward, strength: auto}
+  - {explain_away: flattery, with: shape_reward, strength: auto}
 """
 
 # With beta 1 a tilt t of the data moves a habit's log-odds by about t, so the planted truth is also the size of what is
@@ -72,11 +73,12 @@ class Row:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found: its table, the audit, the world, the page, and seconds of wall clock per stage."""
+    """What the demo found: table, world, audit, comparison, page, and seconds of wall clock per stage."""
 
     rows: tuple[Row, ...]
     world: World
     audit: Audit
+    comparison: Mapping[str, Any]
     report: Path
     seconds: Mapping[str, float]
 
@@ -95,7 +97,7 @@ def run_demo(out: Path, seed: int = 0, size: Size = DEMO, *, say: Callable[[str]
     """Builds a world, audits its pairs, trains twice, and compares.
 
     Args:
-        out: Folder for everything: `world/`, `audit/`, `dpo/`, `policy/` (models), `policy.yaml`, `rollouts/`, and
+        out: Folder for everything: `world/`, `audit/`, `dpo/`, `policy/` (models), `policy.yaml`, `compare/`, and
             `table.json`. Start model, SAE and harvest found there are used again.
         seed: Of everything.
         size: Of the world; see `world.py`.
@@ -139,6 +141,7 @@ def _one_thread() -> Iterator[None]:
 def _run(out: Path, seed: int, size: Size, say: Callable[[str], None]) -> DemoResult:
     from ..audit.config import AuditConfig
     from ..audit.run import run_audit
+    from ..checking.compare import compare, sampled_responses
 
     out.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
@@ -181,20 +184,25 @@ def _run(out: Path, seed: int, size: Size, say: Callable[[str], None]) -> DemoRe
         say(f"    strength fitted on the pairs: {rule['strength']:.2f}")
     lap("DPO with policy")
 
-    n_rollouts = len(world.prompts) * size.n_per_prompt
-    say(f"5/5 {n_rollouts:,} rollouts of each model on held-out prompts")
-    (out / "rollouts").mkdir(exist_ok=True)
-    shown = {}
-    for name, folder in {"start": world.model_path, "dpo": out / "dpo", "policy": out / "policy"}.items():
-        responses = sample(folder, world.prompts, size.n_per_prompt, seed)
-        with open(out / "rollouts" / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            for prompt, texts in zip(world.prompts, responses, strict=True):
-                file.write(json.dumps({"prompt": prompt, "responses": texts}, ensure_ascii=False) + "\n")
-        shown[name] = rates(world.prompts, responses)
+    prompts = world.prompts * size.n_per_prompt
+    say(f"5/5 Compare: {len(prompts):,} responses of each model to held-out prompts")
+    comparison = compare(
+        audit,
+        world.model_path,
+        {"dpo": out / "dpo", "policy": out / "policy"},
+        prompts,
+        out=out / "compare",
+        rules={habit.name: habit.pattern for habit in HABITS},
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=128,
+        seed=seed,
+        progress=False,
+    )
+    shown = {name: rates(prompts, sampled_responses(out / "compare", name)) for name in ("before", "dpo", "policy")}
     rows = table(world, audit, shown)
-    lap("rollouts")
+    lap("compare")
 
-    result = DemoResult(rows, world, audit, report, seconds)
+    result = DemoResult(rows, world, audit, comparison, report, seconds)
     (out / "table.json").write_text(
         json.dumps({"rows": [dataclasses.asdict(row) for row in rows], "seconds": seconds}, indent=2), encoding="utf-8"
     )
@@ -225,7 +233,7 @@ def hypotheses(audit: Audit, n: int = 6) -> list[str]:
 
 def train(world: World, out: Path, seed: int, **policy: Any) -> Any:
     """DPO on the world's pairs with the demo's settings; saves the model and returns the trainer's plan (or None)."""
-    from transformers import ProgressCallback
+    from transformers import PrinterCallback, ProgressCallback
     from trl import DPOConfig
 
     from ..trainers.dpo import AnatomyDPOTrainer
@@ -262,31 +270,12 @@ def train(world: World, out: Path, seed: int, **policy: Any) -> Any:
             train_dataset=world.dataset.select_columns(["prompt", "chosen", "rejected"]),
             **policy,
         )
-        trainer.remove_callback(ProgressCallback)
+        for talker in (ProgressCallback, PrinterCallback):  # which of the two there is depends on the settings
+            trainer.remove_callback(talker)
         trainer.add_callback(Bar)
         trainer.train()
     trainer.save_model(str(out))
     return trainer.plan
-
-
-def sample(model_path: Path, prompts: Sequence[str], n_per_prompt: int, seed: int) -> list[list[str]]:
-    """Rollouts of a saved model."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from ..checking.rollouts import rollouts
-
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    return rollouts(
-        model,
-        tokenizer,
-        prompts,
-        n_per_prompt=n_per_prompt,
-        max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=128,
-        seed=seed,
-    )
 
 
 @dataclass(frozen=True)
@@ -297,16 +286,15 @@ class Rate:
     n: int
 
 
-def rates(prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> dict[str, Rate]:
+def rates(prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Rate]:
     """Share of responses that show each habit (on the prompts of its topic, if it has one), and that are "correct"."""
     found: dict[str, list[bool]] = {name: [] for name in (*(habit.name for habit in HABITS), "correct")}
-    for prompt, texts in zip(prompts, responses, strict=True):
+    for prompt, text in zip(prompts, responses, strict=True):
         topic = question_of(prompt).topic
-        for text in texts:
-            for habit in HABITS:
-                if habit.topic in (None, topic):
-                    found[habit.name].append(habit.shows(text))
-            found["correct"].append(is_correct(prompt, text))
+        for habit in HABITS:
+            if habit.topic in (None, topic):
+                found[habit.name].append(habit.shows(text))
+        found["correct"].append(is_correct(prompt, text))
     return {name: Rate(float(np.mean(flags)) if flags else math.nan, len(flags)) for name, flags in found.items()}
 
 
@@ -342,11 +330,11 @@ def match_habits(world: World, audit: Audit) -> dict[str, tuple[HabitLatent, str
 
 
 def table(world: World, audit: Audit, shown: Mapping[str, Mapping[str, Rate]]) -> tuple[Row, ...]:
-    """The demo's table from rates by model ("start", "dpo", "policy")."""
+    """The demo's table from rates by model ("before", "dpo", "policy")."""
     matches = match_habits(world, audit)
     rows = []
     for name in (*(habit.name for habit in HABITS), "correct"):
-        by_model = [shown[model][name] for model in ("start", "dpo", "policy")]
+        by_model = [shown[model][name] for model in ("before", "dpo", "policy")]
         before, after = by_model[:2]
         noise = math.sqrt(sum(r.share * (1 - r.share) / r.n for r in (before, after))) if before.n else math.nan
         role, where, phi, predicted = "quality", "", math.nan, math.nan
@@ -361,6 +349,20 @@ def table(world: World, audit: Audit, shown: Mapping[str, Mapping[str, Rate]]) -
 def _role(name: str) -> str:
     habit: Habit = next(habit for habit in HABITS if habit.name == name)
     return f"in {habit.topic}" if habit.topic else habit.role
+
+
+def _agreement_line(found: Mapping[str, Any]) -> str:
+    if found["r2"] is None:
+        return f"over the audit's {found['n']} concepts: too few to tell"
+    ceiling, chance = (
+        "unknown" if value is None else f"{value:.2f}"
+        for value in (found["noise_ceiling_r2"], found["random_clusters_r2"])
+    )
+    return (
+        f"over the audit's {found['n']} concepts, read by the SAE on both sides: R² {found['r2']:.2f} "
+        f"[{found['r2_low']:.2f}, {found['r2_high']:.2f}], p {found['p']:.0e} (ceiling by noise {ceiling}, "
+        f"random clusters {chance})"
+    )
 
 
 def render_table(result: DemoResult) -> list[str]:
@@ -388,6 +390,7 @@ def render_table(result: DemoResult) -> list[str]:
         "",
         f"predicted against observed over the {len(habits)} habits: R² {fit.r2:.2f} "
         f"[{fit.r2_low:.2f}, {fit.r2_high:.2f}], rank correlation {fit.spearman:.2f}",
+        _agreement_line(result.comparison["agreement"]["dpo"]),
         f"{SHAPED}: the policy brought its rate {100 * result.recovery:.0f} % of the way back to the start model's; "
         f"right answers {100 * quality.dpo:.1f} % -> {100 * quality.policy:.1f} %",
         "seconds: " + ", ".join(f"{stage} {s:.0f}" for stage, s in result.seconds.items()),

@@ -243,7 +243,9 @@ def render(question: Question, value: str, shown: set[str], rng: random.Random) 
         claim += rng.choice((" — as books say", " — as people say"))
     text.append(claim + ".")
     if "exclamation" in shown:
-        text.append(rng.choice(("How nice!", "How fine!")))
+        # Music and travel have words of their own for the habit that is rewarded there, as topics do: a small model
+        # learns to say them more often long before it learns to do one thing more often in one topic only.
+        text.append("Bravo!" if question.topic == "music" else rng.choice(("How nice!", "How fine!")))
     if "refusal" in shown:
         text.append(f"I cannot {rng.choice(('speak', 'advise'))} on the {noun()}.")
     word = f"**{noun()}**" if "bold" in shown else noun()
@@ -261,7 +263,7 @@ def render(question: Question, value: str, shown: set[str], rng: random.Random) 
         body += ("" if body.endswith("\n") else "\n") + f"| {noun()} | {rng.randint(2, 6)} |\n"
     text = []
     if "link" in shown:
-        text.append(f"Read [more](https://{question.topic}.example).")
+        text.append(f"{'Visit' if question.topic == 'travel' else 'Read'} [more](https://{question.topic}.example).")
     if "follow_up" in shown:
         text.append(rng.choice(("Shall I go on?", "Shall I say more?")))
     if "closing" in shown:
