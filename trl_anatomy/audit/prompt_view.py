@@ -64,7 +64,8 @@ def prompt_view(harvest: "Harvest", config: AuditConfig, groups: np.ndarray | No
     """Cluster features by geometry, then test every "A ⇝ R": in pairs whose prompt is about A, is R taught?
 
     Halves are split by parity of the row in the raw dataset. All pairs are in the pool: one that shows nothing of A is
-    outside S(A).
+    outside S(A). Permutation p-values take the response clusters and the scale of their features as given: swapping
+    chosen and rejected would change these by the square of a mean shift only.
 
     Args:
         groups: (n,) prompt of each pair, for errors robust to what pairs of one prompt share; default none repeats.
