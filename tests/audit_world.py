@@ -91,6 +91,9 @@ def make_world(n: int = 2000, seed: int = 0, null: bool = False) -> World:
         for side in ("chosen", "rejected"):
             noise = rng.random((n, len(habit["features"]))) < 0.97
             fired[side][:, habit["features"]] |= shown[side][name][:, None] & noise
+    about_rng = np.random.default_rng(seed + 1000)
+    for t, about in enumerate(TOPICS):
+        fired["prompt"][:, about["features"]] |= (topic == t)[:, None] & (about_rng.random((n, 4)) < 0.9)
     lengths = {span: rng.integers(20, 60, n).astype(np.int32) for span in SPANS}
     matrices, counts = {}, {}
     for span in SPANS:

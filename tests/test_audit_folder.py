@@ -51,12 +51,31 @@ def test_what_was_written_is_read_back(made, world):
 def test_features_and_rows_of_concepts_and_contexts(made, world):
     assert {tuple(made.features(name)) for name in made.concept_names} >= {h["features"] for h in HABITS.values()}
     rows = {name: made.rows_in(name) for name in made.info["contexts"]}
-    np.testing.assert_array_equal(np.sort(np.concatenate(list(rows.values()))), np.sort(world.rows))
+    data = np.concatenate([rows[name] for name in rows if name.startswith("B")])
+    np.testing.assert_array_equal(np.sort(data), np.sort(world.rows))
+    assert {name[0] for name in rows} == {"A", "B"}
     assert {name: len(r) for name, r in rows.items()} == {n: c["pairs"] for n, c in made.info["contexts"].items()}
     with pytest.raises(AnatomyError, match=r"found concept 'T99', allowed: T1, T2"):
         made.features("T99")
-    with pytest.raises(AnatomyError, match=r"found context 'A1', allowed: B0, B1, B2, B3, B4"):
-        made.rows_in("A1")
+    with pytest.raises(AnatomyError, match=r"found context 'B9', allowed: B0, B1, B2, B3, B4\."):
+        made.rows_in("B9")
+    with pytest.raises(AnatomyError, match=r"found context 'A99', allowed: A1, A2"):
+        made.rows_in("A99")
+    assert made.features("R1").tolist() == made.responses["features"][0].as_py()
+    with pytest.raises(AnatomyError, match=r"found concept 'R99', allowed: R1, R2"):
+        made.features("R99")
+
+
+def test_concepts_and_response_clusters_are_kept_apart(made):
+    written = pq.read_table(made.path / "concepts.parquet")
+    assert written.num_rows == made.concepts.num_rows + made.responses.num_rows
+    assert set(made.concepts["kind"].to_pylist()) == {"co-firing"}
+    assert set(made.responses["kind"].to_pylist()) == {"response-geometry"}
+    audit = load_audit(made.path)
+    np.testing.assert_allclose(audit.response_scores.u.mean(0), audit.responses["predicted"].to_numpy(), atol=1e-12)
+    assert set(audit.hypotheses["view"].to_pylist()) == {"feature", "prompt"}
+    named = {concept for table in (audit.concepts, audit.responses) for concept in table["concept"].to_pylist()}
+    assert set(audit.hypotheses["concept"].to_pylist()) <= named
 
 
 def test_pairs_name_their_strongest_concepts(made):
@@ -98,7 +117,8 @@ def test_another_schema_and_another_audit_are_refused(copy):
     with pytest.raises(AnatomyError, match="column 'p' must be double, found string"):
         load_audit(copy)
     pq.write_table(table.slice(1), copy / "concepts.parquet")
-    with pytest.raises(AnatomyError, match=r"5 rows, but audit.json counts 6"):
+    counts = f"{table.num_rows - 1} rows, but audit.json counts {table.num_rows}"
+    with pytest.raises(AnatomyError, match=counts):
         load_audit(copy)
 
 
@@ -136,6 +156,30 @@ def test_an_interrupted_write_leaves_an_unfinished_folder(copy, made, monkeypatc
         write_audit(copy, made.info, made.hypotheses, made.concepts, made.pairs)
     with pytest.raises(AnatomyError, match="the audit is not finished"):
         load_audit(copy)
+
+
+def test_pairs_of_one_prompt_are_taken_together(world):
+    """A prompt to every ten pairs: the intervals are those of the groups, and the reader is told."""
+    groups = np.arange(world.n_pairs) // 10
+    config = AuditConfig(n_contexts=4, bootstrap=200)
+
+    def texts(i):
+        return tuple(world.texts[i][side] for side in ("prompt", "chosen", "rejected"))
+
+    found = run.analyse(world, config, texts, groups)
+    assert found.pairs["prompt_group"].to_pylist() == groups.tolist()
+    assert found.info["counts"]["n_prompts"] == 200
+    assert any("2000 pairs share 200 prompts: intervals" in note for note in found.info["notes"])
+    apart = run.analyse(world, config, texts)
+    assert found.concepts["p"].to_pylist() != apart.concepts["p"].to_pylist()
+    deltas, errors = ({}, {})
+    for name, table in (("found", found.hypotheses), ("apart", apart.hypotheses)):
+        rows = sorted(table.to_pylist(), key=lambda h: (h["context"], h["concept"]))
+        deltas[name] = [h["delta"] for h in rows]
+        errors[name] = {view: [h["p"] for h in rows if h["view"] == view] for view in ("feature", "prompt")}
+    assert deltas["found"] == deltas["apart"]
+    assert all(errors["found"][view] != errors["apart"][view] for view in ("feature", "prompt"))
+    assert run.analyse(world, config, texts, np.arange(world.n_pairs)).concepts.equals(apart.concepts)
 
 
 # One run through a real (random) model, TRL's tokenisation and a sae-lens SAE on disk.
@@ -243,6 +287,9 @@ def test_a_run_from_files_to_page(setup):
     assert audit.info["data"]["tokens"] == plan["tokens"]
     assert audit.info["data"]["n_rows"] == 400
     assert run.dry_run(setup)["shards_done"] == 4
+
+    assert audit.info["counts"]["n_prompts"] == len(set(audit.pairs["prompt_group"].to_pylist())) == 2
+    assert any("399 pairs share 2 prompts, too few" in note for note in audit.info["notes"])
 
     # The planted habit, found and named: features that a bold word lights lean to chosen.
     best = max(audit.concepts.to_pylist(), key=lambda c: c["predicted"])

@@ -130,3 +130,80 @@ def test_spherical_kmeans_survives_duplicates_and_one_cluster():
     assert clusters.spherical_kmeans(x, 1)[0].tolist() == [0] * 15
     with pytest.raises(ValueError, match="k must be"):
         clusters.spherical_kmeans(x, 16)
+
+
+def varying(n=1500, groups=8, d=64, seed=0):
+    """(n, d) sparse values: the columns of a group rise together; the last four are empty, rare, constant, tiny."""
+    rng = np.random.default_rng(seed)
+    truth = np.arange(d) % groups
+    together = rng.random((n, groups)) < 0.2
+    x = (together[:, truth] & (rng.random((n, d)) < 0.8)) * rng.gamma(2.0, 1.0, (n, d)) + rng.normal(0, 0.05, (n, d))
+    x[:, -4:] = 0
+    x[:3, -3] = 1.0
+    x[:, -2] = 2.0
+    x[::2, -1] = 1e-5
+    return x, truth
+
+
+def test_column_moments_equal_dense_ones_and_add_up():
+    x, _ = varying()
+    x[x < 0.1] = 0
+    matrix = sparse.csr_array(x)
+    whole = clusters.ColumnMoments.of(matrix, matrix)
+    parts = clusters.ColumnMoments.of(matrix[:500], matrix[:500]) + clusters.ColumnMoments.of(
+        matrix[500:], matrix[500:]
+    )
+    for moments in (whole, parts):
+        np.testing.assert_allclose(moments.mean, x.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(moments.std, x.std(0), rtol=1e-9, atol=1e-9)
+        np.testing.assert_array_equal(moments.seen, (x != 0).sum(0))
+        kept = (x != 0).sum(0) >= 10
+        np.testing.assert_array_equal(moments.retained(10), np.flatnonzero(kept))
+        kept &= (x.std(0) >= 1e-3) & (np.abs(x).mean(0) >= 1e-4)
+        np.testing.assert_array_equal(moments.retained(10, 1e-3, 1e-4), np.flatnonzero(kept))
+
+
+def test_svd_of_the_centred_matrix_equals_the_dense_one():
+    x, _ = varying()
+    mean = x.mean(0) + 0.3  # any row may be taken off, not only the sample's own mean
+    sigma, vt = clusters.centred_svd(sparse.csr_array(x), mean, 6)
+    _, exact, exact_vt = np.linalg.svd(x - mean, full_matrices=False)
+    np.testing.assert_allclose(sigma, exact[:6], rtol=1e-3)
+    np.testing.assert_allclose(np.abs((vt * exact_vt[:6]).sum(1)), 1, atol=2e-2)
+    assert (np.sign(vt[np.arange(6), np.abs(vt).argmax(1)]) == 1).all()
+    full_sigma, full_vt = clusters.centred_svd(sparse.csr_array(x[:20]), mean, 20)  # nothing random is left
+    np.testing.assert_allclose(full_sigma, np.linalg.svd(x[:20] - mean, compute_uv=False), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(full_vt @ full_vt.T, np.eye(20), atol=1e-9)
+    with pytest.raises(ValueError, match="between 1 and 20"):
+        clusters.centred_svd(sparse.csr_array(x[:20]), mean, 21)
+
+
+def test_geometry_clusters_find_what_varies_together():
+    x, truth = varying()
+    matrix = sparse.csr_array(x)
+    moments = clusters.ColumnMoments.of(matrix, matrix)
+    retained = moments.retained(10, 1e-3)
+    found = clusters.geometry_clusters(matrix[::2], moments, retained, 8)
+    labels = np.full(x.shape[1], -1)
+    for k, features in enumerate(found):
+        assert (np.diff(features) > 0).all()
+        labels[features] = k
+    assert adjusted_rand_score(truth[retained], labels[retained]) > 0.99
+    assert (labels[np.setdiff1d(np.arange(x.shape[1]), retained)] == -1).all()
+    assert [len(c) for c in found] == sorted((len(c) for c in found), reverse=True)
+    again = clusters.geometry_clusters(matrix[::2], moments, retained, 8)
+    assert [c.tolist() for c in found] == [c.tolist() for c in again]
+    assert clusters.geometry_clusters(matrix, moments, retained[:0], 8) == []
+    assert sum(map(len, clusters.geometry_clusters(matrix[:5], moments, retained, 100))) == len(retained)
+
+
+def test_a_change_of_scale_changes_no_geometry_cluster():
+    """Columns are standardised, so the unit of a latent does not matter."""
+    x, _ = varying()
+    scaled = x * np.exp(np.random.default_rng(1).normal(0, 2, x.shape[1]))
+    groups = []
+    for values in (x, scaled):
+        matrix = sparse.csr_array(values)
+        moments = clusters.ColumnMoments.of(matrix, matrix)
+        groups.append(clusters.geometry_clusters(matrix, moments, np.arange(60), 8))
+    assert [c.tolist() for c in groups[0]] == [c.tolist() for c in groups[1]]

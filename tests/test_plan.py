@@ -282,12 +282,14 @@ def test_two_gates_of_one_concept_are_fitted_apart() -> None:
                 {"explain_away": "b", "with": "shape_reward", "where": {"column": "flag", "equals": 1}},
                 {"explain_away": "b", "with": "shape_reward", "where": {"prompt": "sonnet"}},
                 {"explain_away": "c", "with": "shape_reward", "where": {"data": "B3"}},
+                {"explain_away": "c", "with": "shape_reward", "where": {"prompts": "A3"}},
             ],
             [
                 r"rules\[0\]: where: no pair has topic = q \(the column holds, for example, 'x', 'y', 'z'\)",
                 r"rules\[1\]: where: no pair has flag = 1",
                 r"rules\[2\]: where: no pair has prompt ~ sonnet",
                 r"rules\[3\]: where: data: B3 is a context of an audit, and no audit was given",
+                r"rules\[4\]: where: prompts: A3 is a context of an audit, and no audit was given",
             ],
         ),
         (
@@ -427,6 +429,17 @@ def test_gate_on_a_context_of_the_audit(pairs: Pairs, audit: Audit) -> None:
     assert found.rules[0]["pairs"] == len(rows)
     with pytest.raises(AnatomyError, match=r"policy: rules\[0\]: .*found context 'B99', allowed: B"):
         plan_bold({"with": "shape_reward", "where": {"data": "B99"}}, pairs, audit)
+
+
+def test_gate_on_a_prompt_context_of_the_audit(pairs: Pairs, audit: Audit) -> None:
+    rows = audit.rows_in("A1")
+    assert 20 < len(rows) < 500
+    found = plan_bold({"with": "shape_reward", "strength": 2, "where": {"prompts": "A1"}}, pairs, audit)
+    assert set(np.flatnonzero(found.chosen_offset)) <= set(rows)
+    assert found.rules[0]["pairs"] == len(rows)
+    assert "prompts = A1" in plan_report(found)
+    with pytest.raises(AnatomyError, match=r"policy: rules\[0\]: .*found context 'A99', allowed: A1"):
+        plan_bold({"with": "shape_reward", "where": {"prompts": "A99"}}, pairs, audit)
 
 
 def test_an_audit_of_other_pairs_is_refused(pairs: Pairs, audit: Audit) -> None:

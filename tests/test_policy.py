@@ -221,8 +221,12 @@ BAD: dict[str, tuple[str, list[tuple[int, str, list[str]]]]] = {
         [(5, "rules[0].where", ["mean 'column'"]), (5, "rules[0].where", ["equals"])],
     ),
     "where prompts": (
-        TEXT + f"rules:\n  - {{{RULE}, where: {{prompts: A12}}}}\n",
-        [(5, "rules[0].where.prompts", ["not available in this version"])],
+        TEXT + f"rules:\n  - {{{RULE}, where: {{prompts: B12}}}}\n",
+        [(5, "rules[0].where.prompts", ["'B12'", "A12"])],
+    ),
+    "where data and prompts": (
+        TEXT + f"rules:\n  - {{{RULE}, where: {{data: B3, prompts: A3}}}}\n",
+        [(5, "rules[0].where", ["data, prompts"])],
     ),
     "where side": (
         TEXT + f"rules:\n  - {{{RULE}, where: {{side: chosen}}}}\n",
@@ -338,7 +342,14 @@ def test_problems_of_a_dict_name_the_key_path() -> None:
     assert "found a object" in problems_of({"version": object()})[0]
 
 
-@pytest.mark.parametrize("gates", [("{column: t, equals: a}", "{column: t, equals: b}"), ("{data: B1}", "{data: B2}")])
+@pytest.mark.parametrize(
+    "gates",
+    [
+        ("{column: t, equals: a}", "{column: t, equals: b}"),
+        ("{data: B1}", "{data: B2}"),
+        ("{prompts: A1}", "{data: B1}"),
+    ],
+)
 def test_gates_that_share_no_pair_do_not_fight(tmp_path: Path, gates: tuple[str, str]) -> None:
     text = TEXT + f"rules:\n  - {{{RULE}, where: {gates[0]}}}\n"
     text += f"  - {{amplify: dash, with: shape_reward, strength: 1, where: {gates[1]}}}\n"

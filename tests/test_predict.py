@@ -52,6 +52,29 @@ def test_concept_table_says_what_was_planted(world):
     np.testing.assert_allclose([row["q"] for row in table], q, rtol=1e-12)
 
 
+def test_pairs_of_one_prompt_count_as_one_observation(world):
+    """Every pair four times: by prompt, nothing is surer than with each pair once; by pair, all looks twice as sure."""
+    scores = views.activity(world, COMMUNITIES)
+    four = views.Disparity(
+        rows=np.tile(scores.rows, 4),
+        u=np.tile(scores.u, (4, 1)),
+        log_ratio=np.tile(scores.log_ratio, 4),
+        lengths={span: np.tile(x, 4) for span, x in scores.lengths.items()},
+        support=4 * scores.support,
+    )
+    config = AuditConfig(bootstrap=2000)
+    once, grouped, apart = (
+        predict.concept_table(s, COMMUNITIES, config, groups=groups).to_pydict()
+        for s, groups in ((scores, None), (four, np.tile(np.arange(world.n_pairs), 4)), (four, None))
+    )
+    np.testing.assert_allclose(grouped["p"], once["p"], rtol=1e-9)
+    np.testing.assert_allclose(grouped["detectable"], once["detectable"], rtol=1e-9)
+    for low, high in (("ci_low", "ci_high"), ("length_adjusted_low", "length_adjusted_high")):
+        width = [np.subtract(table[high], table[low]) for table in (once, grouped, apart)]
+        np.testing.assert_allclose(width[1], width[0], rtol=1e-3)
+        np.testing.assert_allclose(width[2], width[0] / 2, rtol=0.15)
+
+
 def test_few_pairs_are_too_few_to_tell():
     world = make_world(n=20)
     rows = predict.concept_table(views.activity(world, COMMUNITIES), COMMUNITIES, AuditConfig()).to_pylist()

@@ -11,10 +11,12 @@ import pytest
 import yaml
 from audit_world import make_audit, make_world, raw_dataset
 
+from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.labels import distinctive_terms, group_terms
 from trl_anatomy.audit.report import render, write_report
-from trl_anatomy.audit.report.page import clean, points, probability
+from trl_anatomy.audit.report.page import clean, deviations, points, probability
 from trl_anatomy.errors import AnatomyError
+from trl_anatomy.shaping.policy import ConceptPolicy
 
 MARKUP = "<script>alert(1)</script></style></pre></div><img src=x onerror=alert(1)>\"'>{{ 7*7 }}"
 HOSTILE = MARKUP + "\u202eevil\u202c\x00\x1b שלום"
@@ -117,6 +119,13 @@ def test_long_text_is_folded_and_complete(page):
 
 def test_snippet_is_a_policy_that_yaml_reads(audit, page):
     snippets = [html.unescape(s) for s in re.findall(r'<pre class="snippet" tabindex="0">(.*?)</pre>', page, re.S)]
+    prompted = [text for text in snippets if "where: {prompts: A" in text]
+    assert prompted
+    for text in prompted:
+        policy = ConceptPolicy.load(yaml.safe_load(text))
+        assert policy.rules[0].where.prompts in audit.info["contexts"]
+        assert next(iter(policy.concepts.values())).cluster in audit.responses["concept"].to_pylist()
+    snippets = [text for text in snippets if text not in prompted]
     assert len(snippets) == 3
     for text in snippets:
         policy = yaml.safe_load(text)
@@ -130,6 +139,21 @@ def test_snippet_is_a_policy_that_yaml_reads(audit, page):
     yaml.safe_load(gated[0].replace("  # - ", "  - "))
 
 
+def test_prompt_hypotheses_are_listed_with_their_words(audit, page):
+    section = page.split('id="prompts"')[1].split("</section>")[0]
+    text = " ".join(" ".join(Reader(section).text).split())
+    kept = [h for h in audit.hypotheses.to_pylist() if h["view"] == "prompt" and h["kept"] and h["q"] <= 0.05]
+    assert kept
+    for h in kept[:5]:
+        words = " · ".join(audit.info["contexts"][h["context"]]["terms"][:4])
+        assert f"When the prompt is about {h['context']} {words}" in text
+        label = audit.responses.to_pylist()[int(h["concept"][1:]) - 1]["label"]
+        side = "more" if h["lean"] == "chosen" else "less"
+        assert f"the response is taught {side} {h['concept']} {label or 'no distinctive words'}" in text
+        assert f"{deviations(h['mean_in'])} here, {deviations(h['mean_out'])} elsewhere" in text
+    assert f"{len(kept)} of " in text
+
+
 def test_without_the_dataset_rows_are_named(audit):
     page = render(audit)
     assert f"row {audit.concepts.to_pylist()[0]['telling_rows'][0]} of the dataset" in page
@@ -139,6 +163,19 @@ def test_without_the_dataset_rows_are_named(audit):
 def test_another_dataset_is_refused(audit, dataset):
     with pytest.raises(AnatomyError, match="has 4000 rows, found one of 10"):
         render(audit, dataset.select(range(10)))
+
+
+def test_permutation_p_values_are_shown_where_asked_for(audit, page, tmp_path):
+    assert "swap" not in page
+    config = AuditConfig(model="m", dataset="d", sae="s", out=str(tmp_path), n_contexts=4, permutations=199)
+    swapped = make_audit(tmp_path, make_world(), config)
+    concepts = swapped.concepts.to_pylist()
+    assert all(c["p_permutation"] == 1 / 200 for c in concepts if c["verdict"] in ("rises", "falls"))
+    text = " ".join(" ".join(Reader(render(swapped)).text).split())
+    assert "p 0.005 by 199 random swaps of chosen and rejected" in text
+    assert "by swaps p 0." in text
+    assert "p by swaps" in text
+    assert audit.concepts["p_permutation"].null_count == audit.concepts.num_rows
 
 
 def test_no_evidence_is_said_plainly(tmp_path):

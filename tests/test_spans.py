@@ -217,3 +217,13 @@ def test_flatten_text_keeps_tool_calls() -> None:
 def test_tiny_world_is_what_it_says() -> None:
     assert len(build_tokenizer()) <= tiny_config("llama").vocab_size
     assert build_tokenizer()("Why?")["input_ids"][0] == build_tokenizer().bos_token_id
+
+
+def test_pairs_of_one_prompt_share_a_group() -> None:
+    prompts = ["tell me", "tell me now", "tell me", "now", "tell me now", "tell me"]
+    data = Dataset.from_list([{"prompt": p, "chosen": f"a {i}", "rejected": "b"} for i, p in enumerate(prompts)])
+    groups = read_pairs(data, build_tokenizer()).prompt_groups
+    assert groups.dtype == np.int64
+    alike = [[p == q for q in prompts] for p in prompts]
+    np.testing.assert_array_equal(groups[:, None] == groups[None], alike)
+    np.testing.assert_array_equal(groups, read_pairs(data, build_tokenizer(), max_length=13).prompt_groups)

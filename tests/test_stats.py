@@ -1,7 +1,10 @@
 """Statistics against scipy and closed forms, one cell at a time, in float64."""
 
+import itertools
+
 import numpy as np
 import pytest
+from scipy import sparse
 from scipy import stats as reference
 
 from trl_anatomy.audit import stats
@@ -79,6 +82,38 @@ def test_split_halves_equal_a_loop(sample):
             assert split.consistent[g, column] == agree
             if not np.isnan(deltas).any():
                 assert split.delta_min[g, column] == pytest.approx(min(map(abs, deltas)), abs=1e-12)
+
+
+def test_overlapping_groups_equal_a_loop():
+    """Groups that share members, one empty, one of a single member, one that is the whole pool; ties everywhere."""
+    rng = np.random.default_rng(11)
+    n = 250
+    values = np.column_stack([rng.integers(-2, 3, n) / 4, rng.normal(0, 1, n) * (rng.random(n) < 0.1)])
+    parity, x, pool = rng.integers(0, 2, n), rng.normal(size=n), rng.random(n) < 0.9
+    inside = rng.random((6, n)) < np.array([0.5, 0.3, 0.1, 0.0, 0.0, 1.0])[:, None]
+    inside &= pool
+    inside[4, np.flatnonzero(pool)[0]] = True
+    members = sparse.csr_array(inside.astype(float))
+    welch, split = stats.compare_members(values, members, pool, parity)
+    adjusted = stats.adjusted_difference(values, x, members, pool)
+    for g in range(6):
+        outside = pool & ~inside[g]
+        for column in range(2):
+            a, b = values[inside[g], column], values[outside, column]
+            assert (welch.n_in[g], welch.n_out[g]) == (len(a), len(b))
+            if len(a) < 2 or len(b) < 2:
+                assert np.isnan(welch.p[g, column])
+                continue
+            test = reference.ttest_ind(a, b, equal_var=False)
+            np.testing.assert_allclose([welch.z[g, column], welch.p[g, column]], test, **TOLERANCE)
+            pooled = ((len(a) - 1) * a.var(ddof=1) + (len(b) - 1) * b.var(ddof=1)) / (len(a) + len(b) - 2)
+            np.testing.assert_allclose(welch.d[g, column], (a.mean() - b.mean()) / np.sqrt(pooled), **TOLERANCE)
+            for half, delta in enumerate((split.delta_a, split.delta_b)):
+                means = [values[side & (parity == half), column].mean() for side in (inside[g], outside)]
+                np.testing.assert_allclose(delta[g, column], means[0] - means[1], **TOLERANCE)
+            design = np.column_stack([np.ones(pool.sum()), inside[g][pool], x[pool]])
+            solution = np.linalg.lstsq(design, values[pool, column], rcond=None)[0]
+            np.testing.assert_allclose(adjusted[g, column], solution[1], **TOLERANCE)
 
 
 def test_a_single_context_has_no_outside():
@@ -176,8 +211,8 @@ def test_length_adjustment_without_any_length_difference():
 def test_adjusted_difference_equals_least_squares(sample):
     values, groups, n_groups, _ = sample
     x = np.random.default_rng(9).normal(size=len(values)) + 0.3 * groups
-    adjusted = stats.adjusted_difference(values, x, groups, n_groups)
-    pool = groups >= 0
+    pool, members = groups >= 0, stats.one_hot(groups, n_groups)
+    adjusted = stats.adjusted_difference(values, x, members, pool)
     for g in range(n_groups):
         if not (groups == g).any():
             assert np.isnan(adjusted[g]).all()
@@ -186,4 +221,148 @@ def test_adjusted_difference_equals_least_squares(sample):
         solution = np.linalg.lstsq(design, values[pool], rcond=None)[0]
         np.testing.assert_allclose(adjusted[g], solution[1], **TOLERANCE)
     plain = stats.compare_groups(values, groups, n_groups, np.zeros(len(values)))[0].delta
-    np.testing.assert_allclose(stats.adjusted_difference(values, np.zeros(len(values)), groups, n_groups), plain)
+    np.testing.assert_allclose(stats.adjusted_difference(values, np.zeros(len(values)), members, pool), plain)
+
+
+def all_signs(n):
+    return np.array(list(itertools.product([1.0, -1.0], repeat=n)))
+
+
+def test_swapped_mean_equals_full_enumeration():
+    """Over all 2^10 swaps the share is known; many random ones come close, and none is below 1 / (1 + swaps)."""
+    rng = np.random.default_rng(12)
+    values = np.column_stack([rng.normal(0.6, 1, 10), rng.choice([-1.0, 0.0, 1.0], 10), np.ones(10), np.zeros(10)])
+    exact = (np.abs(all_signs(10) @ values) >= np.abs(values.sum(0)) - 1e-9).mean(0)
+    found = stats.swapped_mean_p(values, 20_000, seed=1)
+    np.testing.assert_allclose(found[:3], exact[:3], atol=4 * np.sqrt(0.25 / 20_000))
+    assert np.isnan(found[3])
+    np.testing.assert_array_equal(found, stats.swapped_mean_p(values, 20_000, seed=1, chunk_bytes=8 * 10 * 7))
+    assert stats.swapped_mean_p(np.ones((60, 1)), 99, seed=0) == pytest.approx(0.01)
+
+
+def test_best_z_of_swaps_equals_a_loop(sample):
+    values, groups, n_groups, _ = sample
+    members, pool = stats.one_hot(groups, n_groups), groups >= 0
+    best = stats.swapped_best_z(values, members, pool, 25, seed=2)
+    again = stats.swapped_best_z(values, members, pool, 25, seed=2, chunk_bytes=1)
+    np.testing.assert_allclose(best, again, **TOLERANCE)
+    [signs] = stats.random_signs(int(pool.sum()), 25, 2, 25)
+    for swap, sign in enumerate(signs):
+        swapped = values.copy()
+        swapped[pool] *= sign[:, None]
+        z = stats.compare_members(swapped, members, pool, np.zeros(len(values)))[0].z
+        np.testing.assert_allclose(best[swap], np.nanmax(np.abs(z)), rtol=1e-6)
+    assert (stats.swapped_best_z(values, members[:0], pool, 5) == 0).all()
+
+
+def test_family_wise_p_counts_the_swaps_that_do_as_well():
+    best = np.array([1.0, 2.0, 3.0, 4.0])
+    np.testing.assert_allclose(stats.family_wise_p(np.array([0.5, -2.0, 3.5, 9.0]), best), [1, 0.8, 0.4, 0.2])
+    assert np.isnan(stats.family_wise_p(np.array([np.nan]), best)).all()
+
+
+@pytest.fixture
+def clustered():
+    """Groups of 1 to 5 rows that share most of their value; group ids are arbitrary and unsorted."""
+    rng = np.random.default_rng(13)
+    groups = np.repeat(rng.choice(10**9, 120, replace=False), rng.integers(1, 6, 120))
+    _, index = np.unique(groups, return_inverse=True)
+    shared = rng.normal(0.3, 1, (120, 2))[index]
+    values = shared + rng.normal(0, 0.2, shared.shape)
+    order = rng.permutation(len(groups))
+    return values[order], groups[order], rng.normal(0.2, 0.4, len(groups))[order]
+
+
+def test_cluster_robust_mean_equals_a_loop(clustered):
+    values, groups, _ = clustered
+    mean, error, p = stats.mean_test(values, groups)
+    n, names = len(values), np.unique(groups)
+    meat = np.zeros(2)
+    for group in names:
+        meat += (values[groups == group] - values.mean(0)).sum(0) ** 2
+    expected = np.sqrt(meat * len(names) / (len(names) - 1)) / n
+    np.testing.assert_allclose(error, expected, **TOLERANCE)
+    np.testing.assert_allclose(mean, values.mean(0), **TOLERANCE)
+    np.testing.assert_allclose(p, 2 * reference.t.sf(np.abs(mean / expected), len(names) - 1), **TOLERANCE)
+    plain = stats.mean_test(values)[1]
+    assert (error > 1.4 * plain).all()  # rows of a group tell almost the same
+    np.testing.assert_allclose(stats.mean_test(values, np.arange(n))[1], plain, **TOLERANCE)
+    assert np.isnan(stats.mean_test(values, np.zeros(n, int))[2]).all()
+
+
+def test_cluster_bootstrap_equals_resampling_whole_groups(clustered):
+    """The same draws, made by hand: groups with all their rows; then its width against the cluster-robust error."""
+    values, groups, _ = clustered
+    low, high = stats.bootstrap_mean(values, 400, seed=3, groups=groups)
+    names, rng, means = np.unique(groups), np.random.default_rng(3), []
+    for _ in range(400):
+        drawn = rng.integers(0, len(names), len(names))
+        means.append(np.concatenate([values[groups == names[g]] for g in drawn]).mean(0))
+    np.testing.assert_allclose([low, high], np.quantile(means, [0.025, 0.975], axis=0), **TOLERANCE)
+    low, high = stats.bootstrap_mean(values, 4000, seed=3, groups=groups)
+    np.testing.assert_allclose((high - low) / 2, 1.98 * stats.mean_test(values, groups)[1], rtol=0.08)
+    cells = stats.bootstrap_mean(values, 4000, seed=3, groups=groups, max_units=60)
+    np.testing.assert_allclose(cells[1] - cells[0], high - low, rtol=0.3)
+    alone = stats.bootstrap_mean(values, 300, seed=3, groups=np.arange(len(values)))
+    np.testing.assert_allclose(alone, stats.bootstrap_mean(values, 300, seed=3), rtol=0, atol=1e-12)
+
+
+def test_length_adjusted_mean_with_groups_equals_a_clustered_sandwich(clustered):
+    values, groups, x = clustered
+    intercept, low, high = stats.length_adjusted_mean(values, x, groups=groups)
+    n, names = len(x), np.unique(groups)
+    design = np.column_stack([np.ones(n), x])
+    bread = np.linalg.inv(design.T @ design)
+    for column in range(2):
+        solution = np.linalg.lstsq(design, values[:, column], rcond=None)[0]
+        residual = values[:, column] - design @ solution
+        scores = np.stack([design[groups == g].T @ residual[groups == g] for g in names])
+        correction = len(names) / (len(names) - 1) * (n - 1) / (n - 2)
+        error = np.sqrt((bread @ scores.T @ scores @ bread)[0, 0] * correction)
+        half = reference.t.ppf(0.975, len(names) - 2) * error
+        np.testing.assert_allclose([intercept[column], low[column]], [solution[0], solution[0] - half], **TOLERANCE)
+        np.testing.assert_allclose(high[column], solution[0] + half, **TOLERANCE)
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["whole groups", "groups on both sides"])
+def test_comparison_of_groups_equals_an_explicit_sandwich(clustered, cut):
+    """Least squares on (1, inside) written out, with the correction a side; contexts overlap."""
+    values, groups, _ = clustered
+    values = np.column_stack([values, np.zeros(len(values)), values[:, 0] > 1.2])
+    rng = np.random.default_rng(14)
+    pool = rng.random(len(values)) < 0.95
+    by_group = dict(zip(np.unique(groups), rng.random((120, 4)).tolist(), strict=True))
+    chance = rng.random((4, len(values))) if cut else np.array([by_group[g] for g in groups]).T
+    inside = (chance < np.array([[0.5], [0.3], [0.05], [0.0]])) & pool
+    members = sparse.csr_array(inside.astype(float))
+    plain, _ = stats.compare_members(values, members, pool, np.zeros(len(values)))
+    found = stats.welch_of_groups(plain, values, members, pool, groups)
+    for k in range(3):
+        outside = pool & ~inside[k]
+        for column in (0, 1, 3):
+            u, shares, freedom, both = values[:, column], [], [], np.zeros(len(u_names := np.unique(groups)))
+            for side, sign in ((inside[k], 1), (outside, -1)):
+                sums = np.array([(u[side & (groups == g)] - u[side].mean()).sum() for g in u_names]) / side.sum()
+                n_groups = len(np.unique(groups[side]))
+                shares.append((sums**2).sum() * n_groups / (n_groups - 1))
+                freedom.append(n_groups - 1)
+                both = both * sums * -1 if sign < 0 else sums
+            variance = sum(shares) + 2 * both.sum()
+            df = sum(shares) ** 2 / sum(v**2 / f for v, f in zip(shares, freedom, strict=True))
+            z = plain.delta[k, column] / np.sqrt(variance)
+            np.testing.assert_allclose(found.z[k, column], z, **TOLERANCE)
+            np.testing.assert_allclose(found.df[k, column], df, **TOLERANCE)
+            np.testing.assert_allclose(found.p[k, column], 2 * reference.t.sf(abs(z), df), **TOLERANCE)
+    np.testing.assert_array_equal(found.delta, plain.delta)
+    assert np.isnan(found.p[:, 2]).all()  # a column that never varies
+    assert np.isnan(found.p[3]).all()  # an empty context
+    assert cut or (np.abs(found.z[:2, :2]) < np.abs(plain.z[:2, :2])).all()
+
+
+def test_comparison_of_single_rows_is_welch(sample):
+    values, groups, n_groups, parity = sample
+    members, pool = stats.one_hot(groups, n_groups), groups >= 0
+    plain, _ = stats.compare_members(values, members, pool, parity)
+    found = stats.welch_of_groups(plain, values, members, pool, np.arange(len(values)) * 7 - 50)
+    for name in ("z", "df", "p", "ci_low", "ci_high"):
+        np.testing.assert_allclose(getattr(found, name), getattr(plain, name), rtol=1e-8, atol=1e-9)

@@ -1,4 +1,6 @@
-"""Groups of features that fire together, and groups of pairs that look alike."""
+"""Groups of features that fire or vary together, and groups of pairs that look alike."""
+
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
@@ -8,6 +10,10 @@ from scipy.stats import chi2
 CHANCE = 0.01
 # Cells of a block of the co-firing table held at once: 4 M float64 are 32 MB.
 BLOCK_CELLS = 4_000_000
+# Randomised SVD: columns drawn beyond the components wanted, and power iterations.
+OVERSAMPLES, POWER = 10, 2
+# A standard deviation below this divides as if it were this (METHOD section 3b).
+STD_FLOOR = 1e-6
 
 
 def _entropy(p: np.ndarray) -> np.ndarray:
@@ -228,3 +234,128 @@ def _seed_centroids(x: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarr
         chosen.append(int(drawn[best]))
         distance = candidates[best]
     return x[chosen].copy()
+
+
+@dataclass(frozen=True)
+class ColumnMoments:
+    """Moments of the columns of a sparse matrix, zeros included; each array is (n_columns,) float64.
+
+    Attributes:
+        n: rows.
+        seen: rows in which the column fires at all.
+        total, square, size: sums of values, of their squares, of their magnitudes.
+    """
+
+    n: int
+    seen: np.ndarray
+    total: np.ndarray
+    square: np.ndarray
+    size: np.ndarray
+
+    @classmethod
+    def of(cls, values: sparse.csr_array, fired: sparse.csr_array) -> "ColumnMoments":
+        """Of `values` (n, n_columns); a stored entry of `fired` says that the column was seen in the row."""
+
+        def sums(data: np.ndarray) -> np.ndarray:
+            return np.bincount(values.indices, weights=data, minlength=values.shape[1])
+
+        data = values.data.astype(np.float64)
+        seen = np.bincount(fired.indices, minlength=fired.shape[1]).astype(np.float64)
+        return cls(values.shape[0], seen, sums(data), sums(data * data), sums(np.abs(data)))
+
+    def __add__(self, other: "ColumnMoments") -> "ColumnMoments":
+        return ColumnMoments(
+            self.n + other.n, *(getattr(self, k) + getattr(other, k) for k in ("seen", "total", "square", "size"))
+        )
+
+    @property
+    def mean(self) -> np.ndarray:
+        return self.total / max(1, self.n)
+
+    @property
+    def std(self) -> np.ndarray:
+        """Population standard deviation, not floored."""
+        return np.sqrt(np.maximum(0.0, self.square / max(1, self.n) - self.mean**2))
+
+    def retained(self, min_seen: int, min_std: float = 0.0, min_size: float = 0.0) -> np.ndarray:
+        """Columns seen in `min_seen` rows, of this standard deviation and mean magnitude at least; ascending ids."""
+        sizes = self.size / max(1, self.n)
+        return np.flatnonzero((self.seen >= min_seen) & (self.std >= min_std) & (sizes >= min_size))
+
+
+def centred_svd(
+    x: sparse.csr_array, mean: np.ndarray, n_components: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Leading singular values and right singular vectors of `x - mean`, which is never made dense.
+
+    Randomised range finder with power iterations (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1).
+
+    Args:
+        x: (n, n_columns) sparse, in the precision that is to be used; mean: (n_columns,) taken off every row.
+        n_components: at most min(n, n_columns).
+    Returns:
+        sigma (n_components,) descending; vt (n_components, n_columns). Signs are such that the largest entry of each
+        vector is positive.
+    """
+    n, n_columns = x.shape
+    if not 1 <= n_components <= min(n, n_columns):
+        raise ValueError(f"n_components must be between 1 and {min(n, n_columns)}, found {n_components}")
+    width = min(n_components + OVERSAMPLES, n, n_columns)
+    transposed, mean = x.T.tocsr(), mean.astype(x.dtype)
+
+    def forward(v: np.ndarray) -> np.ndarray:
+        return x @ v - mean @ v
+
+    def backward(q: np.ndarray) -> np.ndarray:
+        return transposed @ q - np.outer(mean, q.sum(axis=0))
+
+    basis = np.linalg.qr(forward(np.random.default_rng(seed).normal(size=(n_columns, width)).astype(x.dtype)))[0]
+    for _ in range(POWER):
+        basis = np.linalg.qr(forward(np.linalg.qr(backward(basis))[0]))[0]
+    _, sigma, vt = np.linalg.svd(backward(basis).T, full_matrices=False)
+    sigma, vt = sigma[:n_components], vt[:n_components]
+    largest = np.abs(vt).argmax(axis=1)
+    return sigma, vt * np.sign(vt[np.arange(len(vt)), largest])[:, None]
+
+
+def geometry_clusters(
+    sample: sparse.csr_array,
+    moments: ColumnMoments,
+    retained: np.ndarray,
+    n_clusters: int,
+    *,
+    n_components: int = 128,
+    seed: int = 0,
+) -> list[np.ndarray]:
+    """Latents grouped by how they vary together: prompt clusters A1, A2, ... or response clusters R1, R2, ...
+
+    Columns are standardised by the moments of the full data; the embedding of latent f is column f of Σ Vᵀ, brought to
+    unit length. Grouped by `spherical_kmeans` where the published run used MiniBatchKMeans: on 12,000 embeddings drawn
+    around 512 directions its adjusted Rand index is .90 and .92 (two seeds; MiniBatchKMeans with its defaults: .36 and
+    .38), and with 30 or 60 clusters the two are alike.
+
+    Args:
+        sample: (n_sample, d_sae) sampled rows of the prompt matrix or of the response deltas.
+        moments: of all rows.
+        retained: (L,) feature ids to group.
+        n_clusters: at most; fewer where embeddings coincide. At least 1.
+        n_components: at most; no more than the sample has rows or the retained latents number.
+    Returns:
+        Arrays of feature ids (ascending), largest cluster first. A latent that never varies in the sample is in none.
+    Source: METHOD section 3b.
+    """
+    if len(retained) == 0 or sample.shape[0] == 0:
+        return []
+    scale = 1 / np.maximum(moments.std[retained], STD_FLOOR)
+    x = sparse.csr_array(sample[:, retained])
+    # Single precision is enough for directions, and faster.
+    x = sparse.csr_array((np.float32(x.data * scale[x.indices]), x.indices, x.indptr), shape=x.shape)
+    sigma, vt = centred_svd(x, moments.mean[retained] * scale, min(n_components, *x.shape), seed)
+    embedding = (sigma[:, None] * vt).T.astype(np.float64)
+    norm = np.linalg.norm(embedding, axis=1)
+    used = norm > 1e-6 * norm.max()
+    if not used.any():
+        return []
+    labels, _ = spherical_kmeans(_unit(embedding[used]), min(n_clusters, int(used.sum())), seed=seed)
+    groups = (retained[used][labels == label] for label in range(labels.max() + 1))
+    return [group for group in groups if len(group)]

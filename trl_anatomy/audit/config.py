@@ -7,6 +7,8 @@ from typing import Any
 from ..errors import AnatomyError
 
 RANKINGS = ("delta_min", "delta", "d", "z")
+POOLINGS = ("freq", "max")
+PROMPT_SCORES = ("fired", "raw")
 TRUNCATIONS = ("keep_start", "keep_end", "drop")
 
 
@@ -64,8 +66,49 @@ class AuditConfig:
         default=5.0, metadata={"help": "Pairs with less activity than this percentile are not grouped or tested."}
     )
     min_context: int = field(default=25, metadata={"help": "Pairs a context needs for a kept hypothesis."})
+    pooling: str = field(
+        default="freq",
+        metadata={"help": "What the prompt-conditioned view compares: freq (share of tokens that fire) or max."},
+    )
+    prompt_score: str = field(
+        default="fired",
+        metadata={
+            "help": "How a prompt scores on a prompt cluster: fired (share of its features) or raw (mean value)."
+        },
+    )
+    n_geometry: int = field(
+        default=512,
+        metadata={"help": "Prompt clusters and response clusters, each. Scaled down to 8 retained features a cluster."},
+    )
+    geometry_components: int = field(
+        default=128, metadata={"help": "Components that describe a feature when prompt or response clusters are made."}
+    )
+    geometry_rows: int = field(
+        default=30_000, metadata={"help": "Pairs from which prompt and response clusters are made, at most."}
+    )
+    min_seen: int = field(
+        default=200,
+        metadata={
+            "help": "Pairs in which a feature must fire to be in a prompt or response cluster. Below 20,000 pairs: a "
+            "hundredth of them, at least min_context."
+        },
+    )
+    min_delta_std: float = field(
+        default=1e-3, metadata={"help": "Least standard deviation of a feature's difference, chosen minus rejected."}
+    )
+    min_delta_size: float = field(
+        default=1e-4, metadata={"help": "Least mean size of a feature's difference, chosen minus rejected."}
+    )
+    n_top: int = field(
+        default=250,
+        metadata={"help": "Pairs whose prompts score highest make a prompt context. At most a quarter of the pairs."},
+    )
     rank_by: str = field(default="delta_min", metadata={"help": "Ranking of kept hypotheses: delta_min, delta, d, z."})
     bootstrap: int = field(default=1000, metadata={"help": "Resamples of pairs for intervals of the predicted shift."})
+    permutations: int = field(
+        default=0,
+        metadata={"help": "Random swaps of chosen and rejected for permutation p-values; 0 for none, else 99 or more."},
+    )
     alpha: float = field(default=0.05, metadata={"help": "False discovery rate below which a shift is called found."})
 
     def __post_init__(self) -> None:
@@ -85,7 +128,17 @@ class AuditConfig:
             (self.n_contexts >= 1, "n_contexts", "at least 1"),
             (0 <= self.silent_percentile < 100, "silent_percentile", "at least 0 and below 100"),
             (self.min_context >= 2, "min_context", "at least 2"),
+            (self.pooling in POOLINGS, "pooling", f"one of {', '.join(POOLINGS)}"),
+            (self.prompt_score in PROMPT_SCORES, "prompt_score", f"one of {', '.join(PROMPT_SCORES)}"),
+            (self.n_geometry >= 1, "n_geometry", "at least 1"),
+            (self.geometry_components >= 1, "geometry_components", "at least 1"),
+            (self.geometry_rows >= 2, "geometry_rows", "at least 2"),
+            (self.min_seen >= 1, "min_seen", "at least 1"),
+            (self.min_delta_std >= 0, "min_delta_std", "at least 0"),
+            (self.min_delta_size >= 0, "min_delta_size", "at least 0"),
+            (self.n_top >= 2, "n_top", "at least 2"),
             (self.bootstrap >= 100, "bootstrap", "at least 100"),
+            (self.permutations == 0 or self.permutations >= 99, "permutations", "0 or at least 99"),
             (0 < self.alpha < 1, "alpha", "above 0 and below 1"),
         ]
         for good, name, allowed in checks:

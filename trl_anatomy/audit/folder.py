@@ -11,12 +11,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from scipy import sparse
 
 from ..errors import AnatomyError
-from .predict import CONCEPTS
-from .views import HYPOTHESES, Activity, activity
+from .predict import CO_FIRING, CONCEPTS, RESPONSE_GEOMETRY
+from .prompt_view import response_scores
+from .trace import hypotheses_of, to_columns, trace
+from .views import HYPOTHESES, Activity, Disparity, activity
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from ..reading.harvest import Harvest
     from ..reading.spans import Pairs
 
@@ -27,6 +32,7 @@ FORMAT = 1
 PAIRS = pa.schema(
     [
         ("row", pa.int64()),
+        ("prompt_group", pa.int64()),
         ("contexts", pa.list_(pa.string())),
         ("activity", pa.float32()),
         ("prompt_tokens", pa.int32()),
@@ -47,9 +53,12 @@ class Audit:
         path: the audit folder.
         info: what was run (`audit.json`).
         hypotheses: a row per tested (context, concept).
-        concepts: a row per concept T1, T2, ...
-        pairs: a row per pair; `row` is its index into the raw dataset, `contexts` the contexts it belongs to (B0 is the
-            silent bucket), `concepts` and `scores` its strongest concepts and their disparity u.
+        concepts: a row per concept T1, T2, ... (kind "co-firing").
+        responses: a row per response cluster R1, R2, ... of the prompt-conditioned view (kind "response-geometry");
+            `concepts.parquet` holds both.
+        pairs: a row per pair; `row` is its index into the raw dataset, `prompt_group` the same number for pairs of one
+            prompt, `contexts` the contexts it belongs to (B0 is the silent bucket; A1, A2, ... are prompt contexts: a
+            pair may be in several or none), `concepts` and `scores` its strongest concepts and their disparity u.
     """
 
     def __init__(
@@ -58,7 +67,8 @@ class Audit:
         self.path = path
         self.info = info
         self.hypotheses = hypotheses
-        self.concepts = concepts
+        self.concepts = concepts.filter(pc.equal(concepts["kind"], CO_FIRING))
+        self.responses = concepts.filter(pc.equal(concepts["kind"], RESPONSE_GEOMETRY))
         self.pairs = pairs
 
     def __repr__(self) -> str:
@@ -98,17 +108,19 @@ class Audit:
         return [np.asarray(features, dtype=np.int64) for features in self.concepts["features"].to_pylist()]
 
     def features(self, concept: str) -> np.ndarray:
-        """Feature ids of a concept such as "T3".
+        """Feature ids of a concept such as "T3", or of a response cluster such as "R3".
 
         Raises:
             AnatomyError: the audit has no such concept.
         """
-        if concept not in self.concept_names:
-            raise AnatomyError(f"{self.path}: found concept {concept!r}, allowed: {_listed(self.concept_names)}.")
-        return self.communities[self.concept_names.index(concept)]
+        table = self.responses if concept.startswith("R") else self.concepts
+        names = table["concept"].to_pylist()
+        if concept not in names:
+            raise AnatomyError(f"{self.path}: found concept {concept!r}, allowed: {_listed(names)}.")
+        return np.asarray(table["features"][names.index(concept)].as_py(), dtype=np.int64)
 
     def rows_in(self, context: str) -> np.ndarray:
-        """Rows of the raw dataset in a context such as "B12", ascending.
+        """Rows of the raw dataset in a context such as "B12" or "A12", ascending.
 
         Raises:
             AnatomyError: the audit has no such context.
@@ -118,7 +130,9 @@ class Audit:
             pc.equal(flat.flatten(), context).to_numpy(zero_copy_only=False)
         ]
         if len(inside) == 0:
-            names = sorted(pc.unique(flat.flatten()).to_pylist(), key=lambda name: (name[0], int(name[1:])))
+            names = pc.unique(flat.flatten()).to_pylist()
+            alike = [name for name in names if name[0] == context[:1]]
+            names = sorted(alike or names, key=lambda name: (name[0], int(name[1:])))
             raise AnatomyError(f"{self.path}: found context {context!r}, allowed: {_listed(names)}.")
         return np.sort(self.pairs["row"].to_numpy()[inside])
 
@@ -143,6 +157,24 @@ class Audit:
         """Disparity, activity and intensity of every pair, computed again from the harvest."""
         return activity(self.harvest, self.communities, self.info["settings"]["tau"])
 
+    @cached_property
+    def response_scores(self) -> Disparity:
+        """Scores of every pair on the response clusters R1, R2, ..., computed again from the harvest."""
+        features = [np.asarray(ids, dtype=np.int64) for ids in self.responses["features"].to_pylist()]
+        return response_scores(self.harvest, features, self.info["settings"]["pooling"])
+
+    def trace(self, view: str, context: str, concept: str) -> pa.Table:
+        """The pairs behind a hypothesis with their contribution: see `trl_anatomy.audit.trace.trace`."""
+        return trace(self, view, context, concept)
+
+    def hypotheses_of(self, *, row: int | None = None, concept: str | None = None, text: str | None = None) -> pa.Table:
+        """The hypotheses that a pair, a concept or a word belongs to: see `trl_anatomy.audit.trace.hypotheses_of`."""
+        return hypotheses_of(self, row=row, concept=concept, text=text)
+
+    def to_columns(self, dataset: "Dataset") -> "Dataset":
+        """Contexts and strongest concepts as dataset columns: see `trl_anatomy.audit.trace.to_columns`."""
+        return to_columns(self, dataset)
+
     def disparity(self) -> tuple[np.ndarray, list[str]]:
         """u (n_pairs, K) of every pair and concept, and the names of the concepts."""
         return self.activity.u, self.concept_names
@@ -153,11 +185,19 @@ def _listed(names: list[str]) -> str:
     return shown if len(names) <= 10 else f"{shown}, ... {names[-1]}"
 
 
-def pairs_table(scores: Activity, contexts: np.ndarray, n_strongest: int = 5) -> pa.Table:
+def pairs_table(
+    scores: Activity,
+    contexts: np.ndarray,
+    prompt_members: sparse.csr_array | None = None,
+    prompt_groups: np.ndarray | None = None,
+    n_strongest: int = 5,
+) -> pa.Table:
     """A row per pair: contexts, tokens, overall activity, and the concepts with the largest |u|.
 
     Args:
         contexts: (n,) 0 silent, 1.. data clusters.
+        prompt_members: (n_prompt_contexts, n) of ones, the pairs of A1, A2, ...
+        prompt_groups: (n,) int64, the same number for pairs of one prompt; default every pair its own.
     Returns:
         Table of schema PAIRS.
     """
@@ -169,12 +209,17 @@ def pairs_table(scores: Activity, contexts: np.ndarray, n_strongest: int = 5) ->
     value = np.take_along_axis(scores.u, strongest, axis=1)
     keep = value != 0
     offsets = pa.array(np.r_[0, keep.sum(axis=1).cumsum()].astype(np.int32))
+    inside = [[f"B{k}"] for k in contexts]
+    if prompt_members is not None:
+        for k, pair in zip(*prompt_members.nonzero(), strict=True):
+            inside[pair].append(f"A{k + 1}")
     names = np.array([f"T{m + 1}" for m in range(n_concepts)], dtype=object)
     chosen_names = pa.array(names[strongest[keep]].tolist(), pa.string())
     return pa.table(
         {
             "row": scores.rows,
-            "contexts": [[f"B{k}"] for k in contexts],
+            "prompt_group": np.arange(len(contexts)) if prompt_groups is None else prompt_groups,
+            "contexts": inside,
             "activity": np.linalg.norm(scores.s.astype(np.float64), axis=1).astype(np.float32),
             **{f"{span}_tokens": scores.lengths[span].astype(np.int32) for span in ("prompt", "chosen", "rejected")},
             "concepts": pa.ListArray.from_arrays(offsets, chosen_names),
@@ -196,14 +241,16 @@ def write_audit(
     path.mkdir(parents=True, exist_ok=True)
     tables = {"hypotheses": hypotheses, "concepts": concepts, "pairs": pairs}
     info = {"format": FORMAT, **info}
-    info["counts"] = {**info.get("counts", {}), **{name: table.num_rows for name, table in tables.items()}}
+    audit = Audit(path, info, hypotheses, concepts, pairs)
+    counted = {"hypotheses": hypotheses, "concepts": audit.concepts, "responses": audit.responses, "pairs": pairs}
+    info["counts"] = {**info.get("counts", {}), **{name: table.num_rows for name, table in counted.items()}}
     (path / INFO).unlink(missing_ok=True)
     for name, table in tables.items():
         file = path / f"{name}.parquet"
         pq.write_table(table, partial := _partial(file), compression="zstd")
         os.replace(partial, file)
     write_atomically(path / INFO, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
-    return Audit(path, info, hypotheses, concepts, pairs)
+    return audit
 
 
 def _partial(file: Path) -> Path:
@@ -248,10 +295,12 @@ def load_audit(path: str | Path) -> Audit:
                     f"{file}: column {column.name!r} must be {column.type}, found {found}. The folder was written by "
                     "another version; run the audit again."
                 )
-        if table.num_rows != info["counts"].get(name):
+        counts = info["counts"]
+        wanted = counts.get(name, 0) + (counts.get("responses", 0) if name == "concepts" else 0)
+        if table.num_rows != wanted:
             raise AnatomyError(
-                f"{file}: {table.num_rows} rows, but {INFO} counts {info['counts'].get(name)}: the files are of "
-                "different audits. Run the audit again."
+                f"{file}: {table.num_rows} rows, but {INFO} counts {wanted}: the files are of different audits. Run "
+                "the audit again."
             )
         tables[name] = table
     return Audit(path, info, **tables)

@@ -47,19 +47,30 @@ def distinctive_terms(
 
 
 def group_terms(texts: Sequence[str], groups: np.ndarray, n_groups: int, *, n_terms: int = 5) -> list[list[str]]:
+    """`member_terms` of groups that do not overlap.
+
+    Args:
+        groups: (n,) group of each text, 0..n_groups-1.
+    """
+    members = sparse.csr_array((np.ones(len(texts)), (groups, np.arange(len(texts)))), shape=(n_groups, len(texts)))
+    return member_terms(texts, members, n_terms=n_terms)
+
+
+def member_terms(texts: Sequence[str], members: sparse.csr_array, *, n_terms: int = 5) -> list[list[str]]:
     """Terms whose mean tf-idf inside a group exceeds the mean over all texts most.
 
     Args:
-        texts: n texts; groups: (n,) group of each, 0..n_groups-1.
+        texts: n texts; members: (n_groups, n) of ones and zeros, groups may overlap.
     Returns:
         n_groups lists of terms, the strongest first; a group of no text has none.
     """
     matrix, names = _weighted(texts)
-    one_hot = sparse.csr_array((np.ones(len(texts)), (groups, np.arange(len(texts)))), shape=(n_groups, len(texts)))
-    size = np.maximum(1, np.bincount(groups, minlength=n_groups))
+    size = np.maximum(1, members.sum(axis=1))
     overall = np.asarray(matrix.mean(axis=0)).ravel()
-    inside = one_hot @ matrix
-    return [_best(inside[[k]].toarray().ravel() / size[k] - overall, names, n_terms, 1e-9) for k in range(n_groups)]
+    inside = sparse.csr_array(members @ matrix)
+    return [
+        _best(inside[[k]].toarray().ravel() / size[k] - overall, names, n_terms, 1e-9) for k in range(members.shape[0])
+    ]
 
 
 def _weighted(texts: Sequence[str]) -> tuple[sparse.csr_array, list[str]]:

@@ -10,7 +10,11 @@ from scipy import stats as distributions
 
 from . import stats
 from .config import AuditConfig
-from .views import Activity, concept_activity
+from .views import Disparity, concept_activity
+
+# Kinds of concepts, and the letters of their names.
+CO_FIRING, RESPONSE_GEOMETRY = "co-firing", "response-geometry"
+LETTERS = {CO_FIRING: "T", RESPONSE_GEOMETRY: "R"}
 
 # Verdicts on a concept, in the words of the page.
 RISES, FALLS, NO_EVIDENCE, TOO_FEW = "rises", "falls", "no evidence", "too few pairs to tell"
@@ -27,6 +31,7 @@ CONCEPTS = pa.schema(
         ("ci_high", pa.float64()),
         ("p", pa.float64()),
         ("q", pa.float64()),
+        ("p_permutation", pa.float64()),
         ("length_adjusted", pa.float64()),
         ("length_adjusted_low", pa.float64()),
         ("length_adjusted_high", pa.float64()),
@@ -60,17 +65,20 @@ def predicted_shift(u: np.ndarray, weights: np.ndarray | None = None) -> np.ndar
 
 
 def concept_table(
-    scores: Activity,
+    scores: Disparity,
     communities: Sequence[np.ndarray],
     config: AuditConfig,
     *,
     terms: Sequence[Sequence[str]] | None = None,
     n_telling: int = 3,
+    kind: str = CO_FIRING,
+    groups: np.ndarray | None = None,
 ) -> pa.Table:
     """A row per concept: predicted shift with interval, test, length-adjusted shift, support, verdict.
 
     - predicted: mean of u over all pairs; ci: percentile bootstrap over pairs; p: t-test of a zero mean; q: over all
       concepts.
+    - p_permutation: the same by random swaps of chosen and rejected, exact; null if none was asked for.
     - length_adjusted: mean of u left when chosen and rejected are equally long, with interval.
     - detectable: smallest shift that these pairs would show at 5 % with 80 % power: 2.8 standard errors.
     - support: pairs in which the concept fires at all; differ: pairs in which u is not zero.
@@ -81,15 +89,21 @@ def concept_table(
 
     Args:
         terms: distinctive terms of each concept, for its label.
+        groups: (n,) prompt of each pair: pairs of one prompt are resampled together, and errors of means are robust
+            to what they share; default every pair its own.
+        kind: CO_FIRING, or RESPONSE_GEOMETRY, whose u is in standard deviations of a feature's difference.
     Returns:
-        Table of schema CONCEPTS, in the order T1, T2, ...
+        Table of schema CONCEPTS, in the order T1, T2, ... or R1, R2, ...
     """
     u = scores.u
     predicted = predicted_shift(u)
-    _, error, p = stats.mean_test(u)
+    _, error, p = stats.mean_test(u, groups)
     q = stats.benjamini_hochberg(p)
-    low, high = stats.bootstrap_mean(u, config.bootstrap, config.seed)
-    adjusted, adjusted_low, adjusted_high = stats.length_adjusted_mean(u, scores.log_ratio)
+    low, high = stats.bootstrap_mean(u, config.bootstrap, config.seed, groups=groups)
+    adjusted, adjusted_low, adjusted_high = stats.length_adjusted_mean(u, scores.log_ratio, groups=groups)
+    swapped = np.full(len(communities), np.nan)
+    if config.permutations:
+        swapped = stats.swapped_mean_p(u, config.permutations, config.seed)
     differ = (u != 0).sum(axis=0)
     verdicts = []
     for m in range(len(communities)):
@@ -102,8 +116,8 @@ def concept_table(
     labels = [" · ".join(list(t)[:4]) for t in terms] if terms is not None else [""] * len(communities)
     return pa.table(
         {
-            "concept": [f"T{m + 1}" for m in range(len(communities))],
-            "kind": ["co-firing"] * len(communities),
+            "concept": [f"{LETTERS[kind]}{m + 1}" for m in range(len(communities))],
+            "kind": [kind] * len(communities),
             "label": labels,
             "features": [np.asarray(c, dtype=np.int32) for c in communities],
             "n_features": [len(c) for c in communities],
@@ -112,6 +126,7 @@ def concept_table(
             "ci_high": high,
             "p": p,
             "q": q,
+            "p_permutation": pa.array(swapped, from_pandas=True),
             "length_adjusted": adjusted,
             "length_adjusted_low": adjusted_low,
             "length_adjusted_high": adjusted_high,
@@ -126,7 +141,7 @@ def concept_table(
     )
 
 
-def _telling(scores: Activity, concept: int, predicted: float, n: int) -> list[int]:
+def _telling(scores: Disparity, concept: int, predicted: float, n: int) -> list[int]:
     side = -1.0 if predicted < 0 else 1.0
     u = side * scores.u[:, concept]
     best = np.sort(u[u > 0])[::-1][:n]

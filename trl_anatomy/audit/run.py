@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from scipy import sparse
 
 from ..errors import AnatomyError
 from .clusters import cofiring_communities, live_features
 from .config import AuditConfig
 from .folder import Audit, pairs_table, write_audit
-from .labels import distinctive_terms, group_terms
-from .predict import concept_table
+from .labels import distinctive_terms, group_terms, member_terms
+from .predict import RESPONSE_GEOMETRY, concept_table
+from .prompt_view import PromptView, prompt_view
 from .views import FeatureView, feature_view, fired_responses, sizes_for
 
 if TYPE_CHECKING:
@@ -27,8 +29,12 @@ if TYPE_CHECKING:
 
 # A live feature fires in at least so many responses, and stays silent in as many.
 MIN_COUNT = 10
+# With fewer prompts, errors between prompts can not be estimated.
+MIN_PROMPTS = 20
 # Pairs whose text is read for labels.
 LABEL_PAIRS = 20_000
+# Pairs of a prompt context whose text is read in any case.
+LABEL_MEMBERS = 30
 
 _FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _PACKAGES = ("trl", "transformers", "torch", "sae-lens", "datasets", "numpy", "scipy", "scikit-learn", "scikit-network")
@@ -200,7 +206,7 @@ def run_audit(
             shard_pairs=config.shard_pairs,
             progress=progress,
         )
-    findings = analyse(read, config, pairs.texts)
+    findings = analyse(read, config, pairs.texts, pairs.prompt_groups)
     tokens = {span: int(length.sum()) for span, length in read.lengths.items()}
     info = {
         "versions": _versions(),
@@ -246,13 +252,20 @@ class Findings:
     timings: dict[str, float]
 
 
-def analyse(read: "Harvest", config: AuditConfig, texts: Callable[[int], tuple[str, str, str]]) -> Findings:
+def analyse(
+    read: "Harvest",
+    config: AuditConfig,
+    texts: Callable[[int], tuple[str, str, str]],
+    prompt_groups: np.ndarray | None = None,
+) -> Findings:
     """Communities, contexts, tests and predicted shifts of a harvest. Needs no model.
 
     Args:
         texts: index of a pair -> its prompt, chosen and rejected text, for labels.
+        prompt_groups: (n_pairs,) int64, the same number for pairs of one prompt; default every pair its own.
     """
     timings: dict[str, float] = {}
+    groups, note = _shared_prompts(prompt_groups)
     with _timed(timings, "communities"):
         fired = fired_responses(read, config.tau, config.community_pairs, config.seed)
         n_live = len(live_features(fired, MIN_COUNT))
@@ -266,30 +279,57 @@ def analyse(read: "Harvest", config: AuditConfig, texts: Callable[[int], tuple[s
             seed=config.seed,
         )
     with _timed(timings, "view"):
-        view = feature_view(read, communities, config, min_concept=sizes.min_concept)
+        view = feature_view(read, communities, config, min_concept=sizes.min_concept, groups=groups)
+    with _timed(timings, "prompt_view"):
+        prompts = prompt_view(read, config, groups)
     with _timed(timings, "labels"):
-        terms, contexts = _describe(texts, view, config.seed)
+        terms, response_terms, contexts = _describe(texts, view, prompts, config.seed)
     with _timed(timings, "predict"):
-        concepts = concept_table(view.activity, communities, config, terms=terms)
-    notes = [*sizes.notes, *view.notes]
+        responses = prompts.geometry.responses
+        concepts = [
+            concept_table(view.activity, communities, config, terms=terms, groups=groups),
+            concept_table(
+                prompts.scores, responses, config, terms=response_terms, kind=RESPONSE_GEOMETRY, groups=groups
+            ),
+        ]
+    notes = [*sizes.notes, *view.notes, *prompts.notes, *note]
     if not communities:
         notes.append("No features fire together often enough to form a concept: this audit can not tell anything.")
     return Findings(
-        hypotheses=view.hypotheses,
-        concepts=concepts,
-        pairs=pairs_table(view.activity, view.contexts),
+        hypotheses=pa.concat_tables([view.hypotheses, prompts.hypotheses]),
+        concepts=pa.concat_tables(concepts),
+        pairs=pairs_table(view.activity, view.contexts, prompts.members, prompt_groups),
         info={
             "settings_used": {
                 "min_community": sizes.min_community,
                 "resolution": sizes.resolution,
                 **view.settings_used,
+                **prompts.settings_used,
             },
             "notes": notes,
             "contexts": contexts,
-            "counts": {"n_live": n_live, "n_features_in_concepts": sum(map(len, communities))},
+            "counts": {
+                "n_prompts": read.n_pairs if prompt_groups is None else len(np.unique(prompt_groups)),
+                "n_live": n_live,
+                "n_features_in_concepts": sum(map(len, communities)),
+            },
         },
         timings=timings,
     )
+
+
+def _shared_prompts(prompt_groups: np.ndarray | None) -> tuple[np.ndarray | None, list[str]]:
+    """Groups of pairs to be taken together: None where no prompt repeats; and what to tell the reader."""
+    n_prompts = 0 if prompt_groups is None else len(np.unique(prompt_groups))
+    if prompt_groups is None or n_prompts == len(prompt_groups):
+        return None, []
+    shared = f"{len(prompt_groups)} pairs share {n_prompts} prompts"
+    if n_prompts < MIN_PROMPTS:
+        return None, [
+            f"{shared}, too few to tell how much depends on the prompt: intervals and tests take every pair by itself "
+            "and hold for these prompts only."
+        ]
+    return prompt_groups, [f"{shared}: intervals and tests take the pairs of a prompt together."]
 
 
 @contextmanager
@@ -300,17 +340,34 @@ def _timed(timings: dict[str, float], name: str) -> Iterator[None]:
 
 
 def _describe(
-    texts: Callable[[int], tuple[str, str, str]], view: FeatureView, seed: int
-) -> tuple[list[list[str]], dict[str, dict[str, Any]]]:
-    """Distinctive terms of every concept; size and prompt terms of every context."""
-    drawn = np.arange(len(view.contexts))
-    if len(drawn) > LABEL_PAIRS:
-        drawn = np.sort(np.random.default_rng(seed).choice(len(drawn), LABEL_PAIRS, replace=False))
-    prompts, chosen, rejected = zip(*(texts(int(i)) for i in drawn), strict=True)
+    texts: Callable[[int], tuple[str, str, str]], view: FeatureView, prompts: PromptView, seed: int
+) -> tuple[list[list[str]], list[list[str]], dict[str, dict[str, Any]]]:
+    """Distinctive terms of every concept and response cluster; size, prompt terms and features of every context."""
+    n = len(view.contexts)
+    drawn = np.arange(n)
+    if n > LABEL_PAIRS:
+        rng = np.random.default_rng(seed)
+        # Prompt contexts are small: a draw of all pairs would miss most of them.
+        about = [rng.permutation(prompts.members[[k]].indices)[:LABEL_MEMBERS] for k in range(prompts.members.shape[0])]
+        drawn = np.unique(np.concatenate([rng.choice(n, LABEL_PAIRS, replace=False), *about]))
+    prompt, chosen, rejected = zip(*(texts(int(i)) for i in drawn), strict=True)
     size = np.bincount(view.contexts)
-    about = group_terms(prompts, view.contexts[drawn], len(size))
-    contexts = {f"B{k}": {"pairs": int(n), "terms": about[k]} for k, n in enumerate(size)}
-    return distinctive_terms(chosen, rejected, view.activity.u[drawn]), contexts
+    terms = group_terms(prompt, view.contexts[drawn], len(size))
+    contexts: dict[str, dict[str, Any]] = {f"B{k}": {"pairs": int(n), "terms": terms[k]} for k, n in enumerate(size)}
+    terms = member_terms(prompt, sparse.csr_array(prompts.members[:, drawn]))
+    for k, features in enumerate(prompts.geometry.prompts):
+        pairs = int(prompts.members.indptr[k + 1] - prompts.members.indptr[k])
+        contexts[f"A{k + 1}"] = {"pairs": pairs, "terms": terms[k], "features": features.tolist()}
+    return (
+        distinctive_terms(chosen, rejected, view.activity.u[drawn]),
+        distinctive_terms(chosen, rejected, _clear(prompts.scores.u[drawn])),
+        contexts,
+    )
+
+
+def _clear(u: np.ndarray) -> np.ndarray:
+    """Scores with those below a concept's own standard deviation set to 0: nearly every pair moves a little."""
+    return np.where(np.abs(u) >= u.std(axis=0), u, 0.0)
 
 
 def _versions() -> dict[str, str]:

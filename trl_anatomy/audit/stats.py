@@ -4,7 +4,7 @@ Nothing here knows models, datasets or files. A missing answer (an empty group, 
 never a silent zero.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,12 @@ class Moments:
     total: np.ndarray
     square: np.ndarray
 
+    def __getitem__(self, groups: slice) -> "Moments":
+        return Moments(self.n[groups], self.total[groups], self.square[groups])
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(self.n + other.n, self.total + other.total, self.square + other.square)
+
     def __sub__(self, other: "Moments") -> "Moments":
         return Moments(self.n - other.n, self.total - other.total, self.square - other.square)
 
@@ -50,38 +56,49 @@ class Moments:
             return np.where(n > 1, spread / (n - 1), np.nan)
 
 
-def group_moments(values: np.ndarray, groups: np.ndarray, n_groups: int, centre: np.ndarray | float = 0.0) -> Moments:
-    """Sums and sums of squares of `values - centre` within groups, by sparse products over blocks of columns.
+def one_hot(groups: np.ndarray, n_groups: int) -> sparse.csr_array:
+    """(n_groups, n) membership matrix of ones; rows of a negative group are in none."""
+    rows = np.flatnonzero(groups >= 0)
+    return sparse.csr_array((np.ones(len(rows)), (groups[rows], rows)), shape=(n_groups, len(groups)))
+
+
+def member_moments(values: np.ndarray, members: sparse.csr_array, centre: np.ndarray | float = 0.0) -> Moments:
+    """Sums and sums of squares of `values - centre` over the members of each group, by sparse products.
 
     Args:
-        values: (n, n_columns).
-        groups: (n,) group of each row, 0..n_groups-1; rows of a negative group are left out.
+        values: (n, n_columns), taken in blocks of columns.
+        members: (n_groups, n) of ones and zeros; groups may overlap.
         centre: (n_columns,) taken off first: it keeps the later subtraction of squares accurate.
     """
-    rows = np.flatnonzero(groups >= 0)
     return Moments(
-        n=np.bincount(groups[rows], minlength=n_groups).astype(np.float64),
-        total=_group_sums(values, groups, n_groups, centre, lambda x: x),
-        square=_group_sums(values, groups, n_groups, centre, np.square),
+        n=members.sum(axis=1).astype(np.float64),
+        total=_sums(values, members, centre, lambda x: x),
+        square=_sums(values, members, centre, np.square),
     )
 
 
-def _group_sums(
+def group_moments(values: np.ndarray, groups: np.ndarray, n_groups: int, centre: np.ndarray | float = 0.0) -> Moments:
+    """`member_moments` of groups that do not overlap.
+
+    Args:
+        groups: (n,) group of each row, 0..n_groups-1; rows of a negative group are left out.
+    """
+    return member_moments(values, one_hot(groups, n_groups), centre)
+
+
+def _sums(
     values: np.ndarray,
-    groups: np.ndarray,
-    n_groups: int,
+    members: sparse.csr_array,
     centre: np.ndarray | float,
     of: Callable[[np.ndarray], np.ndarray],
 ) -> np.ndarray:
-    """(n_groups, n_columns): sums within groups of a function of the centred values."""
-    rows = np.flatnonzero(groups >= 0)
-    one_hot = sparse.csr_array((np.ones(len(rows)), (groups[rows], rows)), shape=(n_groups, len(values)))
+    """(n_groups, n_columns): sums over members of a function of the centred values."""
     n_columns = values.shape[1]
     centre = np.broadcast_to(centre, n_columns)
-    sums = np.empty((n_groups, n_columns))
+    sums = np.empty((members.shape[0], n_columns))
     for start in range(0, n_columns, BLOCK):
         block = slice(start, start + BLOCK)
-        sums[:, block] = one_hot @ of(values[:, block].astype(np.float64) - centre[block])
+        sums[:, block] = members @ of(values[:, block].astype(np.float64) - centre[block])
     return sums
 
 
@@ -116,16 +133,33 @@ def welch(inside: Moments, outside: Moments, level: float = 0.95) -> Welch:
     var_in, var_out = inside.variance, outside.variance
     with np.errstate(invalid="ignore", divide="ignore"):
         share_in, share_out = var_in / n_in, var_out / n_out
-        error = np.sqrt(share_in + share_out)
-        error = np.where(error > 0, error, np.nan)
-        z = delta / error
+        error = _welch_error(inside, outside)
         df = (share_in + share_out) ** 2 / (share_in**2 / (n_in - 1) + share_out**2 / (n_out - 1))
         pooled = ((n_in - 1) * var_in + (n_out - 1) * var_out) / (n_in + n_out - 2)
         d = delta / np.where(pooled > 0, np.sqrt(pooled), np.nan)
-    df = np.where(np.isnan(error), np.nan, df)
+    return _tested(delta, error, d, np.where(np.isnan(error), np.nan, df), inside.n, outside.n, level)
+
+
+def _tested(
+    delta: np.ndarray,
+    error: np.ndarray,
+    d: np.ndarray,
+    df: np.ndarray,
+    n_in: np.ndarray,
+    n_out: np.ndarray,
+    level: float = 0.95,
+) -> Welch:
+    z = delta / error
     p = 2 * distributions.t.sf(np.abs(z), df)
     half = distributions.t.ppf(0.5 + level / 2, df) * error
-    return Welch(delta, z, d, df, p, delta - half, delta + half, inside.n, outside.n)
+    return Welch(delta, z, d, df, p, delta - half, delta + half, n_in, n_out)
+
+
+def _welch_error(inside: Moments, outside: Moments) -> np.ndarray:
+    """(n_groups, n_columns) standard error of the difference of means; NaN where it can not be told."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        error = np.sqrt(inside.variance / inside.n[:, None] + outside.variance / outside.n[:, None])
+        return np.where(error > 0, error, np.nan)
 
 
 @dataclass(frozen=True)
@@ -144,32 +178,107 @@ class SplitHalf:
 def compare_groups(
     values: np.ndarray, groups: np.ndarray, n_groups: int, parity: np.ndarray, epsilon: float = 1e-6
 ) -> tuple[Welch, SplitHalf]:
-    """Every group against the rest, for every column, with split halves, in two passes over the data.
+    """`compare_members` of groups that do not overlap, against all other rows that belong to a group.
+
+    Args:
+        groups: (n,) 0..n_groups-1; rows of a negative group belong to neither side.
+    """
+    return compare_members(values, one_hot(groups, n_groups), groups >= 0, parity, epsilon)
+
+
+def compare_members(
+    values: np.ndarray, members: sparse.csr_array, pool: np.ndarray, parity: np.ndarray, epsilon: float = 1e-6
+) -> tuple[Welch, SplitHalf]:
+    """Every group against the rest of the pool, for every column, with split halves, in two passes over the data.
 
     Args:
         values: (n, n_columns).
-        groups: (n,) 0..n_groups-1; rows of a negative group belong to neither side.
+        members: (n_groups, n) of ones and zeros, within the pool; groups may overlap.
+        pool: (n,) bool; other rows belong to neither side.
         parity: (n,) 0 or 1: the half each row belongs to.
         epsilon: an effect of this size or less counts as none in a half.
-    Source: METHOD section 4, steps 3 and 4.
+    Source: METHOD section 4, steps 3 and 4; section 5.
     """
-    centre = _mean_of_used(values, groups)
-    halves = [group_moments(values, np.where(parity == half, groups, -1), n_groups, centre) for half in (0, 1)]
-    inside = Moments(*(getattr(halves[0], name) + getattr(halves[1], name) for name in ("n", "total", "square")))
-
-    def rest(part: Moments) -> Moments:
-        return Moments(*(getattr(part, name).sum(axis=0, keepdims=True) for name in ("n", "total", "square"))) - part
-
-    delta_a, delta_b = (half.mean - rest(half).mean for half in halves)
+    centre = _mean_of_pool(values, pool)
+    with_all = sparse.csr_array(sparse.vstack([members, sparse.csr_array(pool[None].astype(np.float64))]))
+    inside, outside = [], []
+    for half in (0, 1):
+        moments = member_moments(values, sparse.csr_array(with_all.multiply((parity == half)[None])), centre)
+        inside.append(moments[:-1])
+        outside.append(moments[-1:] - moments[:-1])
+    delta_a, delta_b = (a.mean - b.mean for a, b in zip(inside, outside, strict=True))
     with np.errstate(invalid="ignore"):
         consistent = (np.abs(delta_a) > epsilon) & (np.abs(delta_b) > epsilon) & (delta_a * delta_b > 0)
     split = SplitHalf(delta_a, delta_b, np.minimum(np.abs(delta_a), np.abs(delta_b)), consistent)
-    return welch(inside, rest(inside)), split
+    return welch(inside[0] + inside[1], outside[0] + outside[1]), split
 
 
-def _mean_of_used(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """(n_columns,) mean over the rows that belong to a group; zeros if none does."""
-    used = (groups >= 0).astype(np.float64)
+def welch_of_groups(
+    plain: Welch, values: np.ndarray, members: sparse.csr_array, pool: np.ndarray, groups: np.ndarray
+) -> Welch:
+    """The same comparison where rows of one group (pairs of one prompt) may depend on each other.
+
+    The standard error is cluster-robust: a group's deviations from the mean of its side are added up before they are
+    squared, with the G/(G-1) correction a side; a group on both sides brings in a covariance. Degrees of freedom as
+    Welch-Satterthwaite, from numbers of groups. Where every row is a group of its own, this is Welch's comparison.
+
+    Args:
+        plain: what `compare_members` says of the same values, members and pool.
+        groups: (n,) group of each row, any integers.
+    Returns:
+        As `plain`, with other z, df, p and interval; NaN where a side has fewer than two groups or nothing varies.
+    """
+    rows = np.flatnonzero(pool)
+    _, index = np.unique(groups[rows], return_inverse=True)
+    size = np.bincount(index).astype(np.float64)
+    within = one_hot(index, len(size))
+    contexts = []
+    for inside in _lists(members[:, rows]):
+        touched, of = np.unique(index[inside], return_inverse=True)
+        contexts.append((inside, touched, one_hot(of, len(touched))))
+    centre = _mean_of_pool(values, pool)
+    error, df = np.full_like(plain.delta, np.nan), np.full_like(plain.delta, np.nan)
+    for start in range(0, values.shape[1], BLOCK):
+        block = slice(start, start + BLOCK)
+        u = values[rows, block].astype(np.float64) - centre[block]
+        total = within @ u
+        square, cross, count = np.square(total).sum(axis=0), size @ total, np.square(size).sum()
+        for k, (inside, touched, part) in enumerate(contexts):
+            n_in, n_out = len(inside), len(rows) - len(inside)
+            n_part = part.sum(axis=1)
+            g_in, g_out = len(touched), len(size) - int((n_part == size[touched]).sum())
+            if g_in < 2 or g_out < 2:
+                continue
+            of_part = part @ u[inside]
+            mean_in, mean_out = of_part.sum(axis=0) / n_in, (total.sum(axis=0) - of_part.sum(axis=0)) / n_out
+            dev_in = of_part - np.outer(n_part, mean_in)
+            dev_out = total[touched] - of_part - np.outer(size[touched] - n_part, mean_out)
+            # All groups as if they were outside, less those that are touched, plus what these have outside.
+            spread_out = square - 2 * mean_out * cross + mean_out**2 * count
+            spread_out -= np.square(total[touched] - np.outer(size[touched], mean_out)).sum(axis=0)
+            spread_out += np.square(dev_out).sum(axis=0)
+            spread_in = np.square(dev_in).sum(axis=0)
+            spread_in[spread_in <= ROUNDING * np.maximum(np.square(of_part).sum(axis=0), n_in * ROUNDING)] = 0.0
+            spread_out[spread_out <= ROUNDING * np.maximum(square, n_out * ROUNDING)] = 0.0
+            share_in = spread_in / n_in**2 * g_in / (g_in - 1)
+            share_out = spread_out / n_out**2 * g_out / (g_out - 1)
+            variance = share_in + share_out - 2 * (dev_in * dev_out).sum(axis=0) / (n_in * n_out)
+            good = (variance > 0) & (share_in + share_out > 0)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                error[k, block] = np.where(good, np.sqrt(variance), np.nan)
+                freedom = (share_in + share_out) ** 2 / (share_in**2 / (g_in - 1) + share_out**2 / (g_out - 1))
+                df[k, block] = np.where(good, freedom, np.nan)
+    return _tested(plain.delta, error, plain.d, df, plain.n_in, plain.n_out)
+
+
+def _lists(members: sparse.csr_array) -> list[np.ndarray]:
+    """The members of each group."""
+    return np.split(members.indices, members.indptr[1:-1])[: members.shape[0]]
+
+
+def _mean_of_pool(values: np.ndarray, pool: np.ndarray) -> np.ndarray:
+    """(n_columns,) mean over the rows of the pool; zeros if it is empty."""
+    used = pool.astype(np.float64)
     return used @ values / max(1.0, used.sum())
 
 
@@ -183,24 +292,41 @@ def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
     return q
 
 
-def mean_test(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def mean_test(values: np.ndarray, groups: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean, standard error and two-sided one-sample t-test of a zero mean, per column.
+
+    Rows of one group may depend on each other: the error is the cluster-robust one (Liang and Zeger 1986, with the
+    G/(G-1) correction, G groups, t with G-1 degrees of freedom). Where every row is a group of its own, this is the
+    plain t-test.
 
     Args:
         values: (n, n_columns).
+        groups: (n,) group of each row, any integers; default every row its own.
     Returns:
-        mean, error, p: each (n_columns,). error and p are NaN below two rows; p is NaN where nothing varies.
+        mean, error, p: each (n_columns,). error and p are NaN below two groups; p is NaN where nothing varies.
     """
     values = np.asarray(values, dtype=np.float64)
-    n = len(values)
-    if n < 2:
+    if len(values) == 0:
         empty = np.full(values.shape[1], np.nan)
-        return (values[0] if n else empty), empty, empty
+        return empty, empty, empty
     mean = values.mean(axis=0)
-    error = np.sqrt(np.square(values - mean).sum(axis=0) / (n - 1) / n)
+    residual = _within(groups, len(values)) @ (values - mean)
+    n_groups = len(residual)
+    if n_groups < 2:
+        empty = np.full(values.shape[1], np.nan)
+        return mean, empty, empty
+    error = np.sqrt(np.square(residual).sum(axis=0) * n_groups / (n_groups - 1)) / len(values)
     with np.errstate(invalid="ignore", divide="ignore"):
         t = np.where(error > ROUNDING, mean / error, np.nan)
-    return mean, error, 2 * distributions.t.sf(np.abs(t), n - 1)
+    return mean, error, 2 * distributions.t.sf(np.abs(t), n_groups - 1)
+
+
+def _within(groups: np.ndarray | None, n: int) -> sparse.csr_array:
+    """(n_groups, n): sums over the rows of each group; the identity without groups."""
+    if groups is None:
+        return sparse.csr_array(sparse.eye_array(n, format="csr"))
+    _, index = np.unique(groups, return_inverse=True)
+    return one_hot(index, int(index.max(initial=-1)) + 1)
 
 
 def bootstrap_mean(
@@ -210,14 +336,16 @@ def bootstrap_mean(
     level: float = 0.95,
     max_units: int = 20_000,
     chunk_bytes: int = 64 << 20,
+    groups: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile bootstrap interval of the column means, resampling rows (pairs).
+    """Percentile bootstrap interval of the column means, resampling rows (pairs), or groups of rows together.
 
-    Above `max_units` rows, rows are first put at random into `max_units` cells of (almost) equal size and cells are
-    resampled: the variance estimated is the same, the work stays bounded.
+    Above `max_units` groups, groups are first put at random into `max_units` cells of (almost) equally many and cells
+    are resampled: the variance estimated is the same, the work stays bounded.
 
     Args:
         values: (n, n_columns).
+        groups: (n,) group of each row, any integers; default every row its own.
         chunk_bytes: bound on the matrix of resampling counts held at a time.
     Returns:
         low, high: each (n_columns,); NaN without rows.
@@ -228,11 +356,10 @@ def bootstrap_mean(
         empty = np.full(values.shape[1], np.nan)
         return empty, empty
     rng = np.random.default_rng(seed)
-    size = np.ones(n)
-    if n > max_units:
-        cell = rng.permutation(n) % max_units
-        one_hot = sparse.csr_array((size, (cell, np.arange(n))), shape=(max_units, n))
-        values, size = one_hot @ values, np.bincount(cell, minlength=max_units).astype(np.float64)
+    units = _within(groups, n)
+    if units.shape[0] > max_units:
+        units = one_hot(rng.permutation(units.shape[0]) % max_units, max_units) @ units
+    values, size = units @ values, units.sum(axis=1)
     units = len(values)
     means = np.empty((n_resamples, values.shape[1]))
     step = max(1, chunk_bytes // (8 * units))
@@ -246,26 +373,115 @@ def bootstrap_mean(
     return low, high
 
 
+def random_signs(n: int, n_permutations: int, seed: int, step: int) -> Iterator[np.ndarray]:
+    """Blocks (at most `step`, n) of independent signs, +1 or -1; the stream does not depend on `step`."""
+    rng = np.random.default_rng(seed)
+    for start in range(0, n_permutations, step):
+        yield np.where(rng.random((min(step, n_permutations - start), n)) < 0.5, 1.0, -1.0)
+
+
+def swapped_mean_p(values: np.ndarray, n_permutations: int, seed: int = 0, chunk_bytes: int = 64 << 20) -> np.ndarray:
+    """Permutation p-value of each column's mean: chosen and rejected swapped at random in every pair.
+
+    A swap turns the sign of the pair's row. If the labels are arbitrary, the data as they are and the data after any
+    swaps are equally likely, so the test is exact, whatever the distribution.
+
+    Args:
+        values: (n, n_columns), chosen minus rejected.
+        chunk_bytes: bound on the signs held at a time.
+    Returns:
+        (n_columns,) two-sided: (1 + swaps with a mean at least as large) / (1 + n_permutations); NaN without rows or
+        where no pair differs.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    observed = np.abs(values.sum(axis=0))
+    count = np.zeros(values.shape[1])
+    slack = _slack(np.abs(values).sum(axis=0))
+    for signs in random_signs(len(values), n_permutations, seed, max(1, chunk_bytes // (8 * max(1, len(values))))):
+        count += (np.abs(signs @ values) >= observed - slack).sum(axis=0)
+    return np.where((values != 0).any(axis=0), (1 + count) / (1 + n_permutations), np.nan)
+
+
+def swapped_best_z(
+    values: np.ndarray,
+    members: sparse.csr_array,
+    pool: np.ndarray,
+    n_permutations: int,
+    seed: int = 0,
+    chunk_bytes: int = 64 << 20,
+) -> np.ndarray:
+    """The largest |Welch z| over all groups and columns, for each random swap of chosen and rejected.
+
+    The share of swaps whose largest |z| reaches that of a cell is the cell's family-wise p-value (Westfall and Young
+    1993, single step): the chance that any cell at all would look as good if the labels were arbitrary.
+
+    Args:
+        values: (n, n_columns), chosen minus rejected; members, pool: as in `compare_members`; all groups count.
+        chunk_bytes: bound on the signs and on each array of z held at a time.
+    Returns:
+        (n_permutations,); 0 where no cell can be tested.
+    """
+    rows = np.flatnonzero(pool)
+    values = np.asarray(values, dtype=np.float64)
+    values = values if pool.all() else values[rows]
+    inside = _lists(members[:, rows])
+    shape = (len(inside), values.shape[1])
+    if not all(shape):
+        return np.zeros(n_permutations)
+    n = np.array([len(part) for part in inside], dtype=np.float64)
+    square = np.stack([np.square(values[part]).sum(axis=0) for part in inside])
+    every = Moments(
+        np.full(shape[0], float(len(rows))), np.zeros(shape), np.tile(np.square(values).sum(axis=0), (shape[0], 1))
+    )
+    best = []
+    step = max(1, chunk_bytes // (8 * max(len(rows), shape[0] * shape[1])))
+    for signs in random_signs(len(rows), n_permutations, seed, step):
+        totals = np.stack([signs[:, part] @ values[part] for part in inside], axis=1)
+        for total, overall in zip(totals, signs @ values, strict=True):
+            part = Moments(n, total, square)
+            rest = Moments(every.n, np.tile(overall, (shape[0], 1)), every.square) - part
+            z = (part.mean - rest.mean) / _welch_error(part, rest)
+            best.append(np.nanmax(np.abs(z), initial=0.0))
+    return np.array(best)
+
+
+def family_wise_p(z: np.ndarray, best: np.ndarray) -> np.ndarray:
+    """(1 + swaps whose `best` reaches |z|) / (1 + swaps), for each z; NaN stays NaN. Same shape as `z`."""
+    least = np.sort(best)
+    size = np.abs(z)
+    reached = len(best) - np.searchsorted(least, size - _slack(size), side="left")
+    return np.where(np.isnan(z), np.nan, (1 + reached) / (1 + len(best)))
+
+
+def _slack(size: np.ndarray) -> np.ndarray:
+    """Rounding of a sum of this size: equal results summed in another order count as equal."""
+    return 1e-9 * np.nan_to_num(size)
+
+
 def length_adjusted_mean(
-    values: np.ndarray, log_ratio: np.ndarray, level: float = 0.95
+    values: np.ndarray, log_ratio: np.ndarray, level: float = 0.95, groups: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean of each column that is left when chosen and rejected are equally long.
 
     The intercept of a least-squares line of the column on log(length chosen / length rejected), with a t interval
-    from heteroscedasticity-consistent errors (White's sandwich with the n/(n-2) correction, "HC1").
+    from cluster-robust errors (sandwich over groups, with the G/(G-1) · (n-1)/(n-2) correction, "CR1"). Where every row
+    is a group of its own, these are White's heteroscedasticity-consistent errors ("HC1").
 
     Args:
         values: (n, n_columns).
         log_ratio: (n,).
+        groups: (n,) group of each row, any integers; default every row its own.
     Returns:
         intercept, low, high: each (n_columns,). If every ratio is 1 this is the plain mean; if every ratio is the
-        same other number, or there are fewer than three rows, NaN.
+        same other number, or there are fewer than three groups, NaN.
     """
     values = np.asarray(values, dtype=np.float64)
     x = np.asarray(log_ratio, dtype=np.float64)
     n = len(values)
     missing = np.full(values.shape[1], np.nan)
-    if n < 3:
+    within = _within(groups, n)
+    n_groups = within.shape[0]
+    if n_groups < 3:
         return missing, missing, missing
     constant = np.ptp(x) <= ROUNDING
     if constant and np.abs(x).max() > ROUNDING:
@@ -274,43 +490,45 @@ def length_adjusted_mean(
     inverse = np.linalg.inv(design.T @ design)
     coefficients = inverse @ (design.T @ values)
     residual = values - design @ coefficients
-    # The intercept is a weighted sum of the rows, so its sandwich variance is the weighted sum of squared residuals.
-    influence = design @ inverse[0]
-    df = n - design.shape[1]
-    error = np.sqrt(np.square(influence) @ np.square(residual) * n / df)
-    half = distributions.t.ppf(0.5 + level / 2, df) * error
+    # The intercept is a weighted sum of the rows, so its sandwich variance is the sum of squares of the groups' shares.
+    influence = within @ (residual * (design @ inverse[0])[:, None])
+    n_fitted = design.shape[1]
+    correction = n_groups / (n_groups - 1) * (n - 1) / (n - n_fitted)
+    error = np.sqrt(np.square(influence).sum(axis=0) * correction)
+    half = distributions.t.ppf(0.5 + level / 2, n_groups - n_fitted) * error
     return coefficients[0], coefficients[0] - half, coefficients[0] + half
 
 
-def adjusted_difference(values: np.ndarray, covariate: np.ndarray, groups: np.ndarray, n_groups: int) -> np.ndarray:
-    """Difference between each group and the rest at equal covariate (analysis of covariance).
+def adjusted_difference(
+    values: np.ndarray, covariate: np.ndarray, members: sparse.csr_array, pool: np.ndarray
+) -> np.ndarray:
+    """Difference between each group and the rest of the pool at equal covariate (analysis of covariance).
 
     The coefficient of "inside" in the least-squares fit of each column on (1, inside, covariate), from sums.
 
     Args:
-        values: (n, n_columns); covariate: (n,); groups: (n,), a negative group belongs to neither side.
+        values: (n, n_columns); covariate: (n,); members, pool: as in `compare_members`.
     Returns:
         (n_groups, n_columns); NaN where a side is empty. Where the covariate never varies within the sides, the plain
         difference if its means agree, else NaN.
     """
     x = np.asarray(covariate, dtype=np.float64)[:, None]
-    x = x - _mean_of_used(x, groups)
-    centre = _mean_of_used(values, groups)
-    first = group_moments(values, groups, n_groups, centre)
-    second = group_moments(x, groups, n_groups)
-    cross = _group_sums(values, groups, n_groups, centre, lambda y: y * x)
-    within_xy, within_xx = np.zeros_like(cross), np.zeros((n_groups, 1))
+    x = x - _mean_of_pool(x, pool)
+    centre = _mean_of_pool(values, pool)
+    with_all = sparse.csr_array(sparse.vstack([members, sparse.csr_array(pool[None].astype(np.float64))]))
+    first = member_moments(values, with_all, centre)
+    second = member_moments(x, with_all)
+    cross = _sums(values, with_all, centre, lambda y: y * x)
+    inside = first[:-1], second[:-1], cross[:-1]
+    outside = first[-1:] - first[:-1], second[-1:] - second[:-1], cross[-1:] - cross[:-1]
+    within_xy, within_xx = np.zeros_like(inside[2]), np.zeros((members.shape[0], 1))
     with np.errstate(invalid="ignore", divide="ignore"):
-        for n, sum_y, sum_x, sum_xy, sum_xx in (
-            (first.n, first.total, second.total, cross, second.square),
-            (first.n.sum() - first.n, *(t.sum(0) - t for t in (first.total, second.total, cross, second.square))),
-        ):
-            within_xy += sum_xy - sum_x * sum_y / n[:, None]
-            within_xx += sum_xx - sum_x**2 / n[:, None]
-        rest_n = (first.n.sum() - first.n)[:, None]
-        gap_x = second.mean - (second.total.sum(0) - second.total) / rest_n
-        delta = first.mean - (first.total.sum(0) - first.total) / rest_n
-        varies = within_xx > ROUNDING * np.maximum(second.square.sum(), ROUNDING)
+        for of_y, of_x, sum_xy in (inside, outside):
+            within_xy += sum_xy - of_x.total * of_y.total / of_y.n[:, None]
+            within_xx += of_x.square - of_x.total**2 / of_y.n[:, None]
+        gap_x = inside[1].mean - outside[1].mean
+        delta = inside[0].mean - outside[0].mean
+        varies = within_xx > ROUNDING * np.maximum(second.square[-1:], ROUNDING)
         slope = np.where(varies, within_xy / np.where(varies, within_xx, 1.0), 0.0)
         result = delta - slope * gap_x
     return np.where(varies | (np.abs(gap_x) <= ROUNDING) | np.isnan(delta), result, np.nan)

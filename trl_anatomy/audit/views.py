@@ -34,6 +34,7 @@ HYPOTHESES = pa.schema(
         ("delta_length_adjusted", pa.float64()),
         ("p", pa.float64()),
         ("q", pa.float64()),
+        ("p_permutation", pa.float64()),
         ("ci_low", pa.float64()),
         ("ci_high", pa.float64()),
         ("n_in", pa.int64()),
@@ -127,15 +128,13 @@ def concept_activity(frequency: sparse.csr_array, communities: Sequence[np.ndarr
 
 
 @dataclass(frozen=True)
-class Activity:
-    """Per pair and concept, METHOD section 4; K concepts.
+class Disparity:
+    """Per pair and concept, how far the concept favours chosen; K concepts.
 
     Attributes:
         rows: (n,) int64 row of the raw dataset.
-        u: (n, K) float64 in [-1, 1], signed disparity: share of the concept's features that fire in chosen, minus
-            the same for rejected. What is tested.
-        s: (n, K) float32 symmetric activity: summed firing frequencies of both responses. Used to group pairs only.
-        v: (n, K) float32 signed intensity: summed frequencies, chosen minus rejected. Drill-down only.
+        u: (n, K) float64, what is tested. Of a co-firing concept: share of its features that fire in chosen, minus the
+            same for rejected, in [-1, 1] (METHOD section 4).
         log_ratio: (n,) float64, log of chosen over rejected length in tokens.
         lengths: span -> (n,) int64 tokens.
         support: (K,) int64 pairs in which a feature of the concept fires in either response.
@@ -143,11 +142,27 @@ class Activity:
 
     rows: np.ndarray
     u: np.ndarray
-    s: np.ndarray
-    v: np.ndarray
     log_ratio: np.ndarray
     lengths: dict[str, np.ndarray]
     support: np.ndarray
+
+
+@dataclass(frozen=True)
+class Activity(Disparity):
+    """The disparity of co-firing concepts with what groups pairs and what is for drill-down (METHOD section 4).
+
+    Attributes:
+        s: (n, K) float32 symmetric activity: summed firing frequencies of both responses. Used to group pairs only.
+        v: (n, K) float32 signed intensity: summed frequencies, chosen minus rejected. Drill-down only.
+    """
+
+    s: np.ndarray
+    v: np.ndarray
+
+
+def log_length_ratio(lengths: dict[str, np.ndarray]) -> np.ndarray:
+    """(n,) float64: log of chosen over rejected tokens; an empty span counts as one token."""
+    return np.log(np.maximum(lengths["chosen"], 1)) - np.log(np.maximum(lengths["rejected"], 1))
 
 
 def activity(harvest: "Harvest", communities: Sequence[np.ndarray], tau: float = 0.01) -> Activity:
@@ -171,13 +186,12 @@ def activity(harvest: "Harvest", communities: Sequence[np.ndarray], tau: float =
         for span in lengths:
             lengths[span].append(np.asarray(shard.lengths[span], dtype=np.int64))
     tokens = {span: np.concatenate(parts) for span, parts in lengths.items()}
-    ratio = np.log(np.maximum(tokens["chosen"], 1)) - np.log(np.maximum(tokens["rejected"], 1))
     return Activity(
         rows=np.concatenate(rows),
         u=np.concatenate(u),
         s=np.concatenate(s),
         v=np.concatenate(v),
-        log_ratio=ratio,
+        log_ratio=log_length_ratio(tokens),
         lengths=tokens,
         support=support,
     )
@@ -240,6 +254,7 @@ def feature_view(
     config: AuditConfig,
     *,
     min_concept: int | None = None,
+    groups: np.ndarray | None = None,
 ) -> FeatureView:
     """Group pairs by what is active in them, then test where each concept leans to chosen or to rejected.
 
@@ -248,13 +263,14 @@ def feature_view(
     Args:
         communities: feature ids of T1, T2, ...
         min_concept: features a concept needs for a kept hypothesis; default the setting.
+        groups: (n,) prompt of each pair, for errors robust to what pairs of one prompt share; default none repeats.
     Source: METHOD section 4.
     """
     least = config.min_concept if min_concept is None else min_concept
     scores = activity(harvest, communities, config.tau)
     contexts, notes = find_contexts(scores.s, config)
     sizes = np.array([len(c) for c in communities], dtype=np.int64)
-    table = compare_contexts(scores, contexts, sizes, least, config)
+    table = compare_contexts(scores, contexts, sizes, least, config, groups)
     used = {
         "n_contexts": int(contexts.max(initial=0)),
         "min_concept": least,
@@ -266,35 +282,82 @@ def feature_view(
 
 
 def compare_contexts(
-    scores: Activity, contexts: np.ndarray, sizes: np.ndarray, min_concept: int, config: AuditConfig
+    scores: Disparity,
+    contexts: np.ndarray,
+    sizes: np.ndarray,
+    min_concept: int,
+    config: AuditConfig,
+    groups: np.ndarray | None = None,
 ) -> pa.Table:
-    """Every (context, concept) against the other active pairs (METHOD section 4, steps 3 to 5).
+    """Every (context, concept) of the feature-conditioned view against the other active pairs: `hypothesis_table`.
 
-    q is over all testable cells, before the keep rules. `lean` is the side that the concept favours inside the context
-    compared with outside: a concept that is rewarded everywhere but absent from a context leans to rejected there, with
-    `mean_in` near zero. `rank` counts kept hypotheses of that side from 1.
+    Args:
+        contexts: (n,) 0 silent, 1.. data clusters; sizes: features of each concept.
+        min_concept: features a concept needs for a kept hypothesis.
+        groups: (n,) prompt of each pair.
+    Source: METHOD section 4, steps 3 to 5.
+    """
+    members = stats.one_hot(contexts - 1, int(contexts.max(initial=0)))
+    fit = sizes >= min_concept
+    return hypothesis_table(scores, members, contexts > 0, config, names=("feature", "B", "T"), fit=fit, groups=groups)
 
+
+def hypothesis_table(
+    scores: Disparity,
+    members: sparse.csr_array,
+    pool: np.ndarray,
+    config: AuditConfig,
+    *,
+    names: tuple[str, str, str],
+    fit: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
+) -> pa.Table:
+    """Every (context, concept) of a view against the rest of the pool.
+
+    q is over all testable cells of the view, before the keep rules. `lean` is the side that the concept favours inside
+    the context compared with outside: a concept that is rewarded everywhere but absent from a context leans to rejected
+    there, with `mean_in` near zero. `rank` counts kept hypotheses of that side from 1. `p_permutation` is family-wise,
+    over all cells of the view in contexts of `min_context` pairs or more; null for the others or if none was asked for.
+
+    Args:
+        members: (n_contexts, n) of ones and zeros, within the pool; contexts may overlap.
+        pool: (n,) bool, pairs that are compared.
+        names: the view, and the letters of its contexts and concepts.
+        fit: (n_concepts,) bool, concepts that may be kept; default all.
+        groups: (n,) prompt of each pair: z, p, q and intervals are robust to what pairs of one prompt share; default
+            every pair its own, which is Welch's test.
     Returns:
         Table of schema HYPOTHESES; cells without a test (a context of one pair, no variance anywhere) are left out.
     """
-    n_contexts = int(contexts.max(initial=0))
-    if n_contexts == 0 or len(sizes) == 0:
+    view, context, concept = names
+    if members.shape[0] == 0 or scores.u.shape[1] == 0:
         return HYPOTHESES.empty_table()
-    welch, split = stats.compare_groups(scores.u, contexts - 1, n_contexts, scores.rows % 2)
-    adjusted = stats.adjusted_difference(scores.u, scores.log_ratio, contexts - 1, n_contexts)
+    welch, split = stats.compare_members(scores.u, members, pool, scores.rows % 2)
+    plain_z = welch.z
+    if groups is not None:
+        welch = stats.welch_of_groups(welch, scores.u, members, pool, groups)
+    adjusted = stats.adjusted_difference(scores.u, scores.log_ratio, members, pool)
     k, m = np.nonzero(~np.isnan(welch.p))
     if len(k) == 0:
         return HYPOTHESES.empty_table()
     cell: dict[str, np.ndarray] = {
         name: getattr(welch, name)[k, m] for name in ("delta", "z", "d", "p", "ci_low", "ci_high")
     }
-    cell["mean_in"] = stats.group_moments(scores.u, contexts - 1, n_contexts).mean[k, m]
+    cell["mean_in"] = stats.member_moments(scores.u, members).mean[k, m]
     cell["mean_out"] = cell["mean_in"] - cell["delta"]
     cell |= {name: getattr(split, name)[k, m] for name in ("delta_a", "delta_b", "delta_min")}
     cell["delta_length_adjusted"] = adjusted[k, m]
     cell["q"] = stats.benjamini_hochberg(cell["p"])
+    swapped = np.full(len(k), np.nan)
+    if config.permutations:
+        large = np.flatnonzero(welch.n_in >= config.min_context)
+        best = stats.swapped_best_z(scores.u, members[large], pool, config.permutations, config.seed)
+        asked = np.isin(k, large)
+        swapped[asked] = stats.family_wise_p(plain_z[k, m][asked], best)
     cell["n_in"], cell["n_out"] = welch.n_in[k].astype(np.int64), welch.n_out[k].astype(np.int64)
-    kept = split.consistent[k, m] & (cell["n_in"] >= config.min_context) & (sizes[m] >= min_concept)
+    kept = split.consistent[k, m] & (cell["n_in"] >= config.min_context)
+    if fit is not None:
+        kept &= fit[m]
     key = np.abs(cell[config.rank_by])
     order = np.lexsort((m, k, -key, ~kept))
     rank = np.zeros(len(k), dtype=np.int32)
@@ -302,10 +365,11 @@ def compare_contexts(
         mine = order[(kept & side)[order]]
         rank[mine] = np.arange(1, len(mine) + 1)
     columns: dict[str, Any] = {name: values[order] for name, values in cell.items()}
-    columns["view"] = ["feature"] * len(k)
-    columns["context"] = [f"B{i + 1}" for i in k[order]]
-    columns["concept"] = [f"T{i + 1}" for i in m[order]]
+    columns["view"] = [view] * len(k)
+    columns["context"] = [f"{context}{i + 1}" for i in k[order]]
+    columns["concept"] = [f"{concept}{i + 1}" for i in m[order]]
     columns["kept"] = kept[order]
     columns["lean"] = np.where(cell["delta"][order] > 0, "chosen", "rejected").tolist()
+    columns["p_permutation"] = pa.array(swapped[order], from_pandas=True)
     columns["rank"] = pa.array(rank[order], mask=~kept[order])
     return pa.table({name: columns[name] for name in HYPOTHESES.names}, schema=HYPOTHESES)

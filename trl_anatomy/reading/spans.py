@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,6 +73,15 @@ class Pairs:
             digest.update(values.tobytes() + offsets.tobytes())
         digest.update(self.rows.tobytes())
         return digest.hexdigest()[:32]
+
+    @cached_property
+    def prompt_groups(self) -> np.ndarray:
+        """(n_pairs,) int64: a hash of each pair's prompt tokens before truncation; pairs of one prompt share it."""
+        values, offsets = self._flat["prompt"]
+        hashes = (
+            hashlib.blake2b(values[start:stop].tobytes(), digest_size=8).digest() for start, stop in pairwise(offsets)
+        )
+        return np.frombuffer(b"".join(hashes), dtype="<i8").astype(np.int64)
 
     @cached_property
     def _flat(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -33,7 +33,7 @@ SCORERS: Mapping[str, Mapping[str, Field]] = {
         "features": FEATURES,
         "sae": Field("{path: FOLDER} or {release: NAME, id: NAME}", lambda value: value),
         "audit": TEXT,
-        "cluster": name_like(r"T\d+", "a cluster of the audit, such as T17"),
+        "cluster": name_like(r"[TR]\d+", "a cluster of the audit, such as T17 or R5"),
         "layer": LAYER,
         "reduce": _REDUCE,
     },
@@ -336,14 +336,14 @@ class _Reader:
             return None
         self.known(entries, path, tuple(WHERE_FIELDS), WHERE_LATER)
         given = set(entries) & set(WHERE_FIELDS)
-        ways = ({"column", "equals"}, {"column", "in"}, {"data"}, {"prompt"})
+        ways = ({"column", "equals"}, {"column", "in"}, {"data"}, {"prompts"}, {"prompt"})
         if given not in ways and not set(entries) & set(WHERE_LATER):
             self.problems.add(value.line, path, f"found {', '.join(sorted(given)) or 'no gate'}, allowed: {WAYS}.")
         values = self.values(entries, path, WHERE_FIELDS)
         if len(self.problems.entries) > before:
             return None
         held = (values["equals"],) if "equals" in values else values.get("in", ())
-        return Where(values.get("column"), held, values.get("data"), values.get("prompt"))
+        return Where(values.get("column"), held, values.get("data"), values.get("prompt"), values.get("prompts"))
 
     def fights(self, rules: list[tuple[int, Located, Intervention]]) -> None:
         """Note pairs of rules that pull one concept both ways for the same pairs."""

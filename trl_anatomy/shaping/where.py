@@ -19,20 +19,22 @@ FIELDS: Mapping[str, Field] = {
     "equals": SCALAR,
     "in": SCALARS,
     "data": name_like(r"B\d+", "a context of the audit, such as B12"),
+    "prompts": name_like(r"A\d+", "a prompt context of the audit, such as A12"),
     "prompt": PATTERN,
 }
-LATER = ("prompts", "side")
-WAYS = "one of {column, equals}, {column, in}, {data} or {prompt}"
+LATER = ("side",)
+WAYS = "one of {column, equals}, {column, in}, {data}, {prompts} or {prompt}"
 
 
 @dataclass(frozen=True)
 class Where:
-    """A gate: exactly one of `column` (with `values`), `data`, `prompt` is set.
+    """A gate: exactly one of `column` (with `values`), `data`, `prompts`, `prompt` is set.
 
     Args:
         column: a column of the dataset.
         values: the gate is open where the column holds one of these.
         data: a context of the audit ("B12").
+        prompts: a prompt context of the audit ("A12"): the pairs whose prompts are most about it.
         prompt: a regular expression that is searched for in the prompt's text.
     """
 
@@ -40,17 +42,21 @@ class Where:
     values: tuple[str | int | float | bool | None, ...] = ()
     data: str | None = None
     prompt: str | None = None
+    prompts: str | None = None
 
     def __post_init__(self) -> None:
-        if sum(part is not None for part in (self.column, self.data, self.prompt)) != 1:
-            raise AnatomyError("where: give exactly one of column (with values), data, prompt.")
+        if sum(part is not None for part in (self.column, self.data, self.prompts, self.prompt)) != 1:
+            raise AnatomyError("where: give exactly one of column (with values), data, prompts, prompt.")
         if (self.column is not None) != bool(self.values):
             raise AnatomyError("where: column and values belong together.")
 
     def __str__(self) -> str:
         if self.column is not None:
             return f"{self.column} = {' | '.join(map(str, self.values))}"
-        return f"data = {self.data}" if self.data is not None else f"prompt ~ {self.prompt}"
+        for key, context in (("data", self.data), ("prompts", self.prompts)):
+            if context is not None:
+                return f"{key} = {context}"
+        return f"prompt ~ {self.prompt}"
 
     def mask(self, pairs: "Pairs", audit: "Audit | None") -> np.ndarray:
         """(n_pairs,) bool: where the gate is open.
@@ -67,10 +73,11 @@ class Where:
             held = pairs.raw.with_format(None).select_columns([self.column])[:][self.column]
             mask = np.fromiter((any(_equal(held[row], v) for v in self.values) for row in pairs.rows), bool, len(pairs))
             seen = "" if mask.any() else _examples(held)
-        elif self.data is not None:
+        elif (context := self.data or self.prompts) is not None:
             if audit is None:
-                raise AnatomyError(f"where: data: {self.data} is a context of an audit, and no audit was given.")
-            mask = np.isin(pairs.rows, np.asarray(audit.rows_in(self.data), dtype=np.int64))
+                key = "data" if self.data is not None else "prompts"
+                raise AnatomyError(f"where: {key}: {context} is a context of an audit, and no audit was given.")
+            mask = np.isin(pairs.rows, np.asarray(audit.rows_in(context), dtype=np.int64))
             seen = ""
         else:
             pattern = re.compile(str(self.prompt))

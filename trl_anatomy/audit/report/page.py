@@ -60,7 +60,13 @@ def render(audit: Audit, raw_dataset: "Dataset | None" = None) -> str:
 @cache
 def _template() -> Any:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"points": points, "number": number, "probability": probability, "clean": clean}
+    environment.filters |= {
+        "points": points,
+        "deviations": deviations,
+        "number": number,
+        "probability": probability,
+        "clean": clean,
+    }
     return environment.from_string(_read("page.html"))
 
 
@@ -108,6 +114,18 @@ def points(value: float | None, sign: bool = True) -> str:
     return text.replace("-", "−") if float(text) else "0.0"
 
 
+def deviations(value: float | None) -> str:
+    """A number of standard deviations, with a true minus sign.
+
+    >>> deviations(0.4134), deviations(-0.001)
+    ('+0.41', '0.00')
+    """
+    if value is None or math.isnan(value):
+        return "n/a"
+    text = f"{value:+.2f}"
+    return text.replace("-", "−") if float(text) else "0.00"
+
+
 def number(value: int) -> str:
     """An integer with thousands apart."""
     return f"{value:,}"
@@ -136,11 +154,17 @@ def _view(audit: Audit, raw: "Dataset | None") -> dict[str, Any]:
         known = not any(value is None or math.isnan(value) for value in (low, high))
         concept["only_length"] = known and (low <= 0 <= high or concept["length_adjusted"] * concept["predicted"] < 0)
 
-    kept = sorted((h for h in audit.hypotheses.to_pylist() if h["kept"]), key=lambda h: h["rank"])
+    by_name |= {concept["concept"]: concept for concept in audit.responses.to_pylist()}
+    all_kept = sorted((h for h in audit.hypotheses.to_pylist() if h["kept"]), key=lambda h: h["rank"])
     described = info.get("contexts", {})
-    for hypothesis in kept:
+    for hypothesis in all_kept:
         hypothesis["about"] = described.get(hypothesis["context"], {}).get("terms", [])
         hypothesis["label"] = by_name[hypothesis["concept"]]["label"]
+    kept = [h for h in all_kept if h["view"] == "feature"]
+    prompted = [h for h in all_kept if h["view"] == "prompt" and h["q"] <= info["settings"]["alpha"]]
+    shown = {lean: [h for h in prompted if h["lean"] == lean][:N_HYPOTHESES] for lean in ("chosen", "rejected")}
+    for hypothesis in [*shown["chosen"], *shown["rejected"]]:
+        hypothesis["snippet"] = snippet(audit, hypothesis["concept"], gate=f"{{prompts: {hypothesis['context']}}}")
     cards = found[:N_CARDS]
     for concept in cards:
         mine = [h for h in kept if h["concept"] == concept["concept"]]
@@ -172,6 +196,8 @@ def _view(audit: Audit, raw: "Dataset | None") -> dict[str, Any]:
             lean: [h for h in kept if h["lean"] == lean and h["q"] <= info["settings"]["alpha"]][:N_HYPOTHESES]
             for lean in ("chosen", "rejected")
         },
+        "prompted": shown,
+        "n_prompted": len(prompted),
         "n_significant": sum(h["q"] <= info["settings"]["alpha"] for h in kept),
         "settings": {
             **info["settings"],
@@ -224,8 +250,13 @@ def _pair(concept: dict[str, Any], raw: "Dataset | None") -> dict[str, Any] | No
     }
 
 
-def snippet(audit: Audit, concept: str, contexts: list[str] | None = None) -> str:
-    """A policy that explains a concept away, ready to copy; the context in which it holds most as a comment."""
+def snippet(audit: Audit, concept: str, contexts: list[str] | None = None, gate: str | None = None) -> str:
+    """A policy that explains a concept away, ready to copy.
+
+    Args:
+        contexts: the context in which it holds most comes first; it becomes a comment.
+        gate: what the rule's `where` says; without it the rule acts everywhere.
+    """
     # A JSON string is a YAML string, whatever the path holds.
     path = json.dumps(re.sub(r"[\x00-\x1f]", "", str(audit.path)), ensure_ascii=False)
     name = f"habit_{concept.lower()}"
@@ -235,7 +266,7 @@ def snippet(audit: Audit, concept: str, contexts: list[str] | None = None) -> st
         "concepts:",
         f"  {name}: {{scorer: features, audit: {path}, cluster: {concept}}}",
         "rules:",
-        f"  - {{{rule}}}",
+        f"  - {{{rule}, where: {gate}}}" if gate else f"  - {{{rule}}}",
     ]
     if contexts:
         lines += ["  # only where it holds most:", f"  # - {{{rule}, where: {{data: {contexts[0]}}}}}"]
