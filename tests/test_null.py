@@ -1,12 +1,13 @@
 """Shuffled labels: nothing may be found more often than the false discovery rate allows.
 
-The rate is meant to be 5 % at most, and runs are few, so the seeds are fixed. Over 1,000 other seeds the prompt view
-reported something in 3.8 % of runs; the feature view did in 5.0 % of 400; a shift had q < 0.05 in 4.8 % of 1,200.
+The rate is meant to be 5 %. A hundred runs cannot tell 5 % from 8 %, so they are held to what a true rate of 5 %
+exceeds once in a hundred times; `benchmarks/null.py` counts many runs, and its result is the figure to quote.
 """
 
 import numpy as np
 import pytest
 from audit_world import HABITS, TOPICS, make_world
+from scipy.stats import binom
 
 from trl_anatomy.audit import stats
 from trl_anatomy.audit.config import AuditConfig
@@ -15,6 +16,7 @@ from trl_anatomy.audit.prompt_view import prompt_view
 from trl_anatomy.audit.views import feature_view
 
 RUNS = 100
+MOST = int(binom.ppf(0.99, RUNS, 0.05))
 COMMUNITIES = [np.array(group["features"]) for group in (*HABITS.values(), *TOPICS)]
 CONFIG = AuditConfig(n_contexts=6, bootstrap=100, min_context=25, permutations=99)
 
@@ -24,7 +26,7 @@ def runs():
     """Of small worlds in which chosen and rejected were swapped at random in every pair: all tables of both views."""
     found = []
     for seed in range(RUNS):
-        world = make_world(n=500, seed=1000 + seed, null=True)
+        world = make_world(n=500, seed=seed, null=True)
         view = feature_view(world, COMMUNITIES, CONFIG, min_concept=2)
         prompts = prompt_view(world, CONFIG)
         concepts = concept_table(view.activity, COMMUNITIES, CONFIG)
@@ -44,8 +46,8 @@ def test_hardly_any_run_reports_anything(runs, name):
             reported += any(row["kept"] and row["q"] < 0.05 for row in rows)
             swapped += min(row["p_permutation"] for row in rows if row["p_permutation"] is not None) < 0.05
         least.append(min(row["q"] for row in rows))
-    assert reported <= 0.05 * RUNS
-    assert swapped <= 0.1 * RUNS  # 5 %, and more than two binomial standard errors
+    assert reported <= MOST
+    assert swapped <= MOST
     assert np.min(least) < 0.9  # there was something to be found by chance
 
 
