@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=500, help="pairs of a world (default 500)")
     parser.add_argument("--results", default="benchmarks/results/null.json")
     args = parser.parse_args()
+    Path(args.results).parent.mkdir(parents=True, exist_ok=True)
     reported = {"feature view": 0, "prompt view": 0, "concept shifts": 0}
     for seed in tqdm(range(args.runs)):
         world = make_world(n=args.pairs, seed=10_000 + seed, null=True)

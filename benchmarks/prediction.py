@@ -53,6 +53,7 @@ def record(result: DemoResult) -> dict:
             "n": len(concepts),
             "mean disparity": found["r2"],
             "mean disparity, interval": [found["r2_low"], found["r2_high"]],
+            "start model tilted by the fitted reward": found["tilt_r2"],
             "length-adjusted disparity": r2(np.array([row["length_adjusted"] for row in table]), observed),
             "baseline: correlation with the longer response": r2(by_length, observed),
             "baseline: how often the concept fires": r2(support, observed),
@@ -112,6 +113,7 @@ def main() -> None:
     parser.add_argument("--out", default="benchmark-worlds", help="folder for the worlds; finished stages are kept")
     parser.add_argument("--results", default="benchmarks/results/prediction.json")
     args = parser.parse_args()
+    Path(args.results).parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict] = {}
     for seed in range(args.seeds):
         found[str(seed)] = record(run_demo(Path(args.out) / str(seed), seed=seed))

@@ -30,7 +30,14 @@ def test_report_names_every_model_and_hides_rules_that_never_hold():
             }
         ],
         "agreement": {
-            name: {"r2": None, "n": 1, "n_prompts": 10, "noise_ceiling_r2": None, "random_clusters_r2": None}
+            name: {
+                "r2": None,
+                "n": 1,
+                "n_prompts": 10,
+                "noise_ceiling_r2": None,
+                "random_clusters_r2": None,
+                "tilt_r2": None,
+            }
             for name in ("dpo", "policy")
         },
         "rates": [

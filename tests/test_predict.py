@@ -26,6 +26,40 @@ def test_weights_scale_the_pull_of_pairs():
     assert np.isnan(predict.predicted_shift(u[:0])).all()
 
 
+def test_tilted_shift_of_independent_concepts_is_their_logistic_one():
+    """Independent binary concepts with coefficient w shift from p to sigmoid(logit p + w), prompt by prompt or not."""
+    rng = np.random.default_rng(0)
+    p, w = np.array([0.2, 0.5, 0.9, 0.4]), np.array([1.5, -1.0, 1.0, 0.0])
+    logit = np.log(p / (1 - p))
+    n = 60_000
+    chosen, rejected = (rng.random((n, 4)) < 1 / (1 + np.exp(-(logit + side * w / 2))) for side in (1, -1))
+    u = chosen.astype(float) - rejected
+    before = (rng.random((n, 4)) < p).astype(float)
+    expected = 1 / (1 + np.exp(-(logit + w))) - p
+    np.testing.assert_allclose(predict.tilted_shift(u, before), expected, atol=0.015)
+    np.testing.assert_allclose(
+        predict.tilted_shift(u, before, np.repeat(np.arange(n // 300), 300)), expected, atol=0.015
+    )
+    # One response to each prompt leaves nothing to tilt within a prompt: all together then.
+    np.testing.assert_array_equal(predict.tilted_shift(u, before, np.arange(n)), predict.tilted_shift(u, before))
+
+
+def test_tilt_within_a_prompt_leaves_alone_what_the_prompt_decides():
+    """A concept that comes with the prompt is rewarded across prompts only by accident; training can not add it."""
+    prompts = np.repeat(np.arange(50), 20)
+    before = np.stack([(prompts % 2).astype(float), np.random.default_rng(1).random(1000) < 0.5], axis=1)
+    u = np.tile([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]], (100, 1))
+    shift = predict.tilted_shift(u, before, prompts)
+    assert shift[0] == pytest.approx(0, abs=1e-12)
+    assert shift[1] > 0.1
+    assert predict.tilted_shift(u, before)[0] > 0.1
+
+
+def test_tilted_shift_without_pairs_or_responses_is_none():
+    assert predict.tilted_shift(np.zeros((0, 3)), np.ones((5, 3))).tolist() == [0, 0, 0]
+    assert predict.tilted_shift(np.ones((5, 3)), np.zeros((0, 3))).tolist() == [0, 0, 0]
+
+
 def test_concept_table_says_what_was_planted(world):
     scores = views.activity(world, COMMUNITIES)
     table = predict.concept_table(scores, COMMUNITIES, AuditConfig(bootstrap=500)).to_pylist()

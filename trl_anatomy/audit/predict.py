@@ -155,6 +155,44 @@ def _telling(scores: Disparity, concept: int, predicted: float, n: int) -> list[
     return scores.rows[candidates[order[:n]]].tolist()
 
 
+def tilted_shift(u: np.ndarray, before: np.ndarray, prompt_groups: np.ndarray | None = None) -> np.ndarray:
+    """Shift that the optimum of training would show in the start model's own responses: the exponential tilt.
+
+    The reward is read from the pairs as a sum of concepts, r(y) = w · c(y), with w the joint Bradley-Terry coefficients
+    of the disparities (logistic, no intercept, ridge of unit strength); the start model's responses are then reweighted
+    by exp(r), the optimum of DPO at beta 1. Unlike the mean disparity this knows which concepts come together in the
+    start model, and that a habit which is always there can not become more frequent.
+
+    Args:
+        u: (n_pairs, K) signed disparity.
+        before: (n_responses, K) activity of the concepts in responses of the start model (`concept_activity`).
+        prompt_groups: (n_responses,) int, equal for responses to one prompt: the tilt is then taken prompt by prompt.
+            None, or one response to each prompt: over all responses together.
+
+    Returns:
+        (K,) mean activity under the tilt, minus the mean.
+
+    Source: METHOD section 1 (the tilt), section 12 (predicted shift, first order; this is the whole tilt).
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    if not len(u) or not len(before) or not u.any():
+        return np.zeros(u.shape[1])
+    mirrored, label = np.concatenate([u, -u]), np.repeat([1, 0], len(u))
+    # Each pair counts once: the mirror image repeats it.
+    fit = LogisticRegression(C=1.0, fit_intercept=False, max_iter=1000)
+    reward = before @ fit.fit(mirrored, label, sample_weight=np.full(len(label), 0.5)).coef_[0]
+    _, group = np.unique(np.zeros(len(before)) if prompt_groups is None else prompt_groups, return_inverse=True)
+    size = np.bincount(group)
+    if len(size) == len(before):
+        group, size = np.zeros(len(before), dtype=np.int64), np.array([len(before)])
+    highest = np.full(len(size), -np.inf)
+    np.maximum.at(highest, group, reward)
+    weight = np.exp(reward - highest[group])
+    weight *= size[group] / np.bincount(group, weights=weight)[group]
+    return (weight[:, None] * before).mean(axis=0) - before.mean(axis=0)
+
+
 def observed_shift(
     before: sparse.csr_array, after: sparse.csr_array, communities: Sequence[np.ndarray], tau: float = 0.01
 ) -> np.ndarray:

@@ -89,7 +89,8 @@ def compare(
     Returns:
         What `compare.json` holds: per concept the predicted and observed shifts; per trained model how well they agree
         (R² and rank correlation with intervals, a permutation p-value, the noise floor from split prompts, the same for
-        size-matched random clusters); per text rule the rates before and after with intervals, and recovery.
+        size-matched random clusters, and R² of the start model's tilt as the other prediction); per text rule the rates
+        before and after with intervals, and recovery.
 
     Raises:
         AnatomyError: no prompt, no trained model, a model that cannot be loaded or is not the one audited.
@@ -126,6 +127,7 @@ def compare(
     predicted = np.array([row["predicted"] for row in concepts], dtype=np.float64)
     control = _random_features(audit.harvest, features, settings["tau"], seed)
     control_predicted = _mean_disparity(audit.harvest, control, settings["tau"])
+    disparity, _ = audit.disparity()
     sae = load_sae(audit.info["sae"]["source"], device=str(next(start_model.parameters()).device))
     observed: dict[str, np.ndarray] = {}
     agreements: dict[str, dict[str, Any]] = {}
@@ -147,6 +149,7 @@ def compare(
             **agreement(predicted, shift, seed=seed).to_dict(),
             "noise_ceiling_r2": _split_half_reliability(observed[name], seed),
             "random_clusters_r2": agreement(control_predicted, control_shift, seed=seed).to_dict()["r2"],
+            "tilt_r2": _tilt_agreement(disparity, chosen, rejected, features, settings["tau"], pairs.prompt_groups),
             "n_prompts": len(pairs),
             "left_out": pairs.left_out,
         }
@@ -198,7 +201,8 @@ def comparison_report(result: Mapping[str, Any]) -> str:
             f"\n{name}: R² {figures['r2']:.2f} [{figures['r2_low']:.2f}, {figures['r2_high']:.2f}],"
             f" rank correlation {figures['spearman']:.2f}, permutation p {figures['p']:.2g}, {figures['n']} concepts;"
             f" at most {_shown(figures['noise_ceiling_r2'])} can be seen with {figures['n_prompts']} prompts;"
-            f" random clusters of the same sizes: {_shown(figures['random_clusters_r2'])}."
+            f" random clusters of the same sizes: {_shown(figures['random_clusters_r2'])};"
+            f" predicted by tilting the start model's responses instead: {_shown(figures['tilt_r2'])}."
         )
     lines.append("\nShare of responses in which a text rule holds:")
     lines.append(f"  {'rule':<16} {'before':>7} " + " ".join(f"{name[:14]:>14}" for name in names))
@@ -297,6 +301,33 @@ def _random_features(read: Harvest, features: Sequence[np.ndarray], tau: float, 
             fires[frequency.indices[frequency.data > tau]] = True
     live, rng = np.flatnonzero(fires), np.random.default_rng(seed)
     return [rng.choice(live, size=min(len(cluster), len(live)), replace=False) for cluster in features]
+
+
+def _tilt_agreement(
+    disparity: np.ndarray,
+    after: sp.csr_array,
+    before: sp.csr_array,
+    features: Sequence[np.ndarray],
+    tau: float,
+    prompt_groups: np.ndarray,
+) -> float | None:
+    """R² of the other prediction, the start model's own responses tilted by the reward fitted on the pairs.
+
+    Tilt and observed shift come from different prompts, since both hold the start model's mean and would share its
+    noise: half the prompts predict the other half, both ways, and the mean is given. None below three concepts.
+    """
+    from ..audit.predict import agreement, tilted_shift
+    from ..audit.views import concept_activity
+
+    start, trained = (concept_activity(frequency, features, tau) for frequency in (before, after))
+    half = np.unique(prompt_groups, return_inverse=True)[1] % 2 == 0
+    found = []
+    for told, seen in ((half, ~half), (~half, half)):
+        if not told.any() or not seen.any():
+            return None
+        tilted = tilted_shift(disparity, start[told], prompt_groups[told])
+        found.append(agreement(tilted, (trained - start)[seen].mean(axis=0), n_bootstrap=1, n_permutations=1).r2)
+    return None if np.isnan(found).any() else float(np.mean(found))
 
 
 def _split_half_reliability(u: np.ndarray, seed: int) -> float | None:

@@ -354,14 +354,14 @@ def _role(name: str) -> str:
 def _agreement_line(found: Mapping[str, Any]) -> str:
     if found["r2"] is None:
         return f"over the audit's {found['n']} concepts: too few to tell"
-    ceiling, chance = (
+    ceiling, chance, tilt = (
         "unknown" if value is None else f"{value:.2f}"
-        for value in (found["noise_ceiling_r2"], found["random_clusters_r2"])
+        for value in (found["noise_ceiling_r2"], found["random_clusters_r2"], found["tilt_r2"])
     )
     return (
         f"over the audit's {found['n']} concepts, read by the SAE on both sides: R² {found['r2']:.2f} "
         f"[{found['r2_low']:.2f}, {found['r2_high']:.2f}], p {found['p']:.0e} (ceiling by noise {ceiling}, "
-        f"random clusters {chance})"
+        f"random clusters {chance}); from the tilted start model {tilt}"
     )
 
 
