@@ -33,3 +33,16 @@ def test_recipes_hold_only_keys_that_their_command_knows():
         parser = import_module(f"trl.scripts.{kind}").make_parser()
         known = {field.name for settings in parser.dataclass_types for field in fields(settings)}
         assert set(yaml.safe_load((recipes / f"{kind}.yaml").read_text())) <= known
+
+
+def test_sections_that_docstrings_name_are_on_the_method_page():
+    headings = re.findall(r"(?m)^(?:## (\d+)|\*\*(\d+[ab])\.)", (ROOT / "docs" / "method.md").read_text())
+    there = {number or part for number, part in headings}
+    named = {
+        (path.name, section)
+        for path in (ROOT / "trl_anatomy").rglob("*.py")
+        for found in re.findall(r"method\.md sections? ([\d]+[ab]?(?:(?:, | and | to )\d+[ab]?)*)", path.read_text())
+        for section in re.findall(r"\d+[ab]?", found)
+    }
+    assert len(named) > 10
+    assert {section for _, section in named} <= there, sorted(item for item in named if item[1] not in there)

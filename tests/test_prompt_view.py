@@ -71,7 +71,7 @@ def test_clusters_hold_the_retained_features(case):
 
 
 def explicit(harvest, config, prompts, responses):
-    """Scores of METHOD section 5 as it writes them, dense, in float64."""
+    """Scores of method.md section 5 as it writes them, dense, in float64."""
     factor = 1 if config.pooling == "freq" else 3
     dense = {span: factor * x.astype(np.float64) for span, x in harvest.dense.items()}
     value = (dense["prompt"] > 0).astype(float) if config.prompt_score == "fired" else dense["prompt"]

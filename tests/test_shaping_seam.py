@@ -106,7 +106,7 @@ def wpo_weight(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def formula(name: str, logratio: Tensor, offset: Tensor, length: Tensor, logps: Tensor) -> Tensor:
-    """The shaped loss of METHOD section 8, per pair, from (2, batch) tensors (chosen, rejected)."""
+    """The shaped loss of method.md section 8, per pair, from (2, batch) tensors (chosen, rejected)."""
     r = BETA * logratio + offset
     d = r[0] - r[1]
     if name == "sigmoid":

@@ -12,7 +12,7 @@ CHANCE = 0.01
 BLOCK_CELLS = 4_000_000
 # Randomised SVD: columns drawn beyond the components wanted, and power iterations.
 OVERSAMPLES, POWER = 10, 2
-# A standard deviation below this divides as if it were this (METHOD section 3b).
+# A standard deviation below this divides as if it were this (method.md section 3b).
 STD_FLOOR = 1e-6
 
 
@@ -29,7 +29,7 @@ def binary_information(both: np.ndarray, n_a: np.ndarray, n_b: np.ndarray, n: in
         both: samples in which both fire; n_a, n_b: in which each fires; n: all samples. Same (broadcast) shape.
     Returns:
         information in nats; the same over sqrt(H_a * H_b), in [0, 1], 0 where one of the two never varies.
-    Source: METHOD section 3a.
+    Source: method.md section 3a.
     """
     information = np.zeros(np.broadcast_shapes(np.shape(both), np.shape(n_a), np.shape(n_b)))
     a, b = n_a / n, n_b / n
@@ -69,7 +69,7 @@ def cofiring_graph(fired: sparse.csr_array, live: np.ndarray, edge_share: float 
         live: (L,) feature ids.
     Returns:
         Symmetric (L, L), diagonal empty.
-    Source: METHOD section 3a.
+    Source: method.md section 3a.
     """
     n = fired.shape[0]
     size = len(live)
@@ -135,7 +135,7 @@ def cofiring_communities(
         seed: order in which Leiden visits the features; the result is deterministic.
     Returns:
         Arrays of feature ids (ascending), largest community first, ties by smallest id.
-    Source: METHOD section 3a.
+    Source: method.md section 3a.
     """
     from sknetwork.clustering import Leiden
 
@@ -170,7 +170,7 @@ def spherical_kmeans(
     Returns:
         labels (n,) int64, numbered from the largest cluster down; centroids (k, n_columns) of unit length.
         A cluster that runs empty restarts at the row that fits its own centroid worst.
-    Source: METHOD section 4, step 2.
+    Source: method.md section 4, step 2.
     """
     n = x.shape[0]
     if not 1 <= k <= n:
@@ -342,7 +342,7 @@ def geometry_clusters(
         n_components: at most; no more than the sample has rows or the retained latents number.
     Returns:
         Arrays of feature ids (ascending), largest cluster first. A latent that never varies in the sample is in none.
-    Source: METHOD section 3b.
+    Source: method.md section 3b.
     """
     if len(retained) == 0 or sample.shape[0] == 0:
         return []

@@ -1,4 +1,4 @@
-"""Settings of an audit. The published value is the default (METHOD); every field is a flag of `trl-anatomy audit`."""
+"""Settings of an audit, with the published values as defaults; every field is a flag of `trl-anatomy audit`."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

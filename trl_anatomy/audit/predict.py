@@ -1,4 +1,4 @@
-"""What training will shift, what it did shift, and how well the two agree (METHOD sections 4 and 7)."""
+"""What training will shift, what it did shift, and how well the two agree (method.md sections 4 and 7)."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -56,7 +56,7 @@ def predicted_shift(u: np.ndarray, weights: np.ndarray | None = None) -> np.ndar
             pair of weight 0 teaches nothing and takes no part of its pull to the others.
     Returns:
         (K,); NaN without pairs.
-    Source: METHOD section 4 (mean of u), section 12 (weights under a policy).
+    Source: method.md section 4 (mean of u), section 12 (weights under a policy).
     """
     u = np.asarray(u, dtype=np.float64)
     if len(u) == 0:
@@ -172,7 +172,7 @@ def tilted_shift(u: np.ndarray, before: np.ndarray, prompt_groups: np.ndarray | 
     Returns:
         (K,) mean activity under the tilt, minus the mean.
 
-    Source: METHOD section 1 (the tilt), section 12 (predicted shift, first order; this is the whole tilt).
+    Source: method.md section 1 (the tilt), section 12 (predicted shift, first order; this is the whole tilt).
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -202,7 +202,7 @@ def observed_shift(
         before, after: (n_responses, d_sae) firing frequencies; the number of responses may differ.
     Returns:
         (K,): mean share of the concept's features that fire, after minus before.
-    Source: METHOD section 7.
+    Source: method.md section 7.
     """
     means = [concept_activity(frequency, communities, tau).mean(axis=0) for frequency in (before, after)]
     return means[1] - means[0]
@@ -214,7 +214,7 @@ class Agreement:
 
     Attributes:
         n: concepts compared (those finite in both).
-        r2: squared Pearson correlation: how well a straight line fits. This is the "R²" that METHOD section 7 reports.
+        r2: squared Pearson correlation: how well a straight line fits. The "R²" of method.md section 7.
         r2_identity: 1 - sum (observed - predicted)² / sum (observed - mean)²: how well the prediction fits as it is,
             without a line; may be negative.
         pearson, spearman: correlation and rank correlation.
@@ -248,7 +248,7 @@ def agreement(
     n_permutations: int = 10_000,
     seed: int = 0,
 ) -> Agreement:
-    """Compare predicted with observed shifts (METHOD section 7).
+    """Compare predicted with observed shifts (method.md section 7).
 
     Args:
         predicted, observed: (K,). Concepts that are NaN in either are left out.

@@ -1,4 +1,4 @@
-"""When the prompt is about A, what is the response taught? The prompt-conditioned view (METHOD sections 3b and 5)."""
+"""The prompt-conditioned view: when the prompt is about A, what is the response taught? (method.md section 5)"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ def prompt_view(harvest: "Harvest", config: AuditConfig, groups: np.ndarray | No
 
     Args:
         groups: (n,) prompt of each pair, for errors robust to what pairs of one prompt share; default none repeats.
-    Source: METHOD section 5.
+    Source: method.md section 5.
     """
     geometry = find_geometry(harvest, config)
     scores = response_scores(harvest, geometry.responses, config.pooling, geometry.scale)
@@ -92,7 +92,7 @@ def prompt_view(harvest: "Harvest", config: AuditConfig, groups: np.ndarray | No
 
 
 def find_geometry(harvest: "Harvest", config: AuditConfig) -> Geometry:
-    """Geometry clusters of prompts and of response deltas, made apart (METHOD section 3b).
+    """Geometry clusters of prompts and of response deltas, made apart (method.md section 3b).
 
     One pass: moments of all pairs, and the sampled rows. The harvest is read shard by shard; the sample is what stays
     in memory.
@@ -151,7 +151,7 @@ def prompt_scores(harvest: "Harvest", prompts: Sequence[np.ndarray], config: Aud
 
     The mean over the cluster's features of "fires in the prompt", or of its pooled value where `prompt_score` is raw.
 
-    Source: METHOD section 5.
+    Source: method.md section 5.
     """
     members = _means(prompts, harvest.d_sae)
     parts = []
@@ -172,7 +172,7 @@ def top_pairs(scores: np.ndarray, n_top: int, seed: int = 0) -> sparse.csr_array
         scores: (n, K).
     Returns:
         (K, n) of ones; a row may hold fewer than `n_top`, or none.
-    Source: METHOD section 5.
+    Source: method.md section 5.
     """
     n, n_clusters = scores.shape
     luck = np.random.default_rng(seed).permutation(n)
@@ -192,7 +192,7 @@ def response_scores(
 ) -> Disparity:
     """How far each pair favours each response cluster: u, in standard deviations of a feature's difference.
 
-    The mean over the cluster's features of (chosen - rejected) / standard deviation. METHOD section 5 also takes off
+    The mean over the cluster's features of (chosen - rejected) / standard deviation. method.md section 5 also takes off
     the mean over all pairs, which shifts every pair alike and so leaves every comparison of pairs as it is. Left in,
     the mean of u is the shift that training is predicted to cause, as in the feature-conditioned view.
 

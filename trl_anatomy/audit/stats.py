@@ -123,7 +123,7 @@ class Welch:
 
 
 def welch(inside: Moments, outside: Moments, level: float = 0.95) -> Welch:
-    """Welch's unequal-variance comparison from sufficient statistics (METHOD section 4, step 3).
+    """Welch's unequal-variance comparison from sufficient statistics (method.md section 4, step 3).
 
     `delta` needs one member a side; everything else needs two members a side and some variance: a context that
     shows no variance inside or outside can not be tested, so its p is NaN rather than 0.
@@ -197,7 +197,7 @@ def compare_members(
         pool: (n,) bool; other rows belong to neither side.
         parity: (n,) 0 or 1: the half each row belongs to.
         epsilon: an effect of this size or less counts as none in a half.
-    Source: METHOD section 4, steps 3 and 4; section 5.
+    Source: method.md section 4, steps 3 and 4; section 5.
     """
     centre = _mean_of_pool(values, pool)
     with_all = sparse.csr_array(sparse.vstack([members, sparse.csr_array(pool[None].astype(np.float64))]))

@@ -1,4 +1,4 @@
-"""Where in the data is a concept rewarded or punished? The feature-conditioned view (METHOD section 4)."""
+"""Where in the data is a concept rewarded or punished? The feature-conditioned view (method.md section 4)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -134,7 +134,7 @@ class Disparity:
     Attributes:
         rows: (n,) int64 row of the raw dataset.
         u: (n, K) float64, what is tested. Of a co-firing concept: share of its features that fire in chosen, minus the
-            same for rejected, in [-1, 1] (METHOD section 4).
+            same for rejected, in [-1, 1] (method.md section 4).
         log_ratio: (n,) float64, log of chosen over rejected length in tokens.
         lengths: span -> (n,) int64 tokens.
         support: (K,) int64 pairs in which a feature of the concept fires in either response.
@@ -149,7 +149,7 @@ class Disparity:
 
 @dataclass(frozen=True)
 class Activity(Disparity):
-    """The disparity of co-firing concepts with what groups pairs and what is for drill-down (METHOD section 4).
+    """The disparity of co-firing concepts with what groups pairs and what is for drill-down (method.md section 4).
 
     Attributes:
         s: (n, K) float32 symmetric activity: summed firing frequencies of both responses. Used to group pairs only.
@@ -168,7 +168,7 @@ def log_length_ratio(lengths: dict[str, np.ndarray]) -> np.ndarray:
 def activity(harvest: "Harvest", communities: Sequence[np.ndarray], tau: float = 0.01) -> Activity:
     """Disparity, symmetric activity and intensity of every concept in every pair, shard by shard.
 
-    Source: METHOD section 4.
+    Source: method.md section 4.
     """
     members = membership(communities, harvest.d_sae)
     rows, u, s, v = [], [], [], []
@@ -217,7 +217,7 @@ class FeatureView:
 
 
 def find_contexts(s: np.ndarray, config: AuditConfig) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Silent bucket and data clusters (METHOD section 4, steps 1 and 2).
+    """Silent bucket and data clusters (method.md section 4, steps 1 and 2).
 
     Args:
         s: (n, K) symmetric activity.
@@ -264,7 +264,7 @@ def feature_view(
         communities: feature ids of T1, T2, ...
         min_concept: features a concept needs for a kept hypothesis; default the setting.
         groups: (n,) prompt of each pair, for errors robust to what pairs of one prompt share; default none repeats.
-    Source: METHOD section 4.
+    Source: method.md section 4.
     """
     least = config.min_concept if min_concept is None else min_concept
     scores = activity(harvest, communities, config.tau)
@@ -295,7 +295,7 @@ def compare_contexts(
         contexts: (n,) 0 silent, 1.. data clusters; sizes: features of each concept.
         min_concept: features a concept needs for a kept hypothesis.
         groups: (n,) prompt of each pair.
-    Source: METHOD section 4, steps 3 to 5.
+    Source: method.md section 4, steps 3 to 5.
     """
     members = stats.one_hot(contexts - 1, int(contexts.max(initial=0)))
     fit = sizes >= min_concept

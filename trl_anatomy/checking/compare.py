@@ -1,4 +1,4 @@
-"""Predicted against observed: what the audit said training would change, and what it did change (METHOD section 7)."""
+"""Predicted against observed: what the audit said training would change, and what it did (method.md section 7)."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def rate_interval(hits: np.ndarray, confidence: float = 0.95) -> tuple[float, fl
 
 
 def recovery(start: float, trained: float, shaped: float) -> float:
-    """Share of the way back to the start model that a policy achieves (METHOD section 10).
+    """Share of the way back to the start model that a policy achieves (method.md section 10).
 
     0 is the rate of plain training, 1 the rate of the start model; above 1 is too far. NaN where training moved
     nothing.

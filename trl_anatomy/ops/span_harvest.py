@@ -9,7 +9,7 @@ from torch import Tensor
 def span_harvest(
     h: Tensor, encode: Callable[[Tensor], Tensor], bounds: Sequence[int], chunk_bytes: int = 64 << 20
 ) -> tuple[Tensor, Tensor]:
-    """Largest activation and number of firing tokens of every latent, per span (METHOD section 2).
+    """Largest activation and number of firing tokens of every latent, per span (method.md section 2).
 
     Tokens are encoded in chunks of at most `chunk_bytes` of dense activations (never less than one token), and each
     chunk is folded into the spans it touches.

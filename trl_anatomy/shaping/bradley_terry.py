@@ -37,7 +37,7 @@ def fit_strengths(gaps: np.ndarray, names: Sequence[str], offset: np.ndarray | N
         AnatomyError: no finite maximum (the gaps never point the other way: separation), or one that hardly any pair
             pins down; a column of zeros; columns that cannot be told apart.
 
-    Source: METHOD section 12, calibrated strength.
+    Source: method.md section 12, calibrated strength.
 
     Example:
         >>> fit = fit_strengths(np.array([[1.0]] * 3 + [[-1.0]]), ["bold"])  # three to one: λ = log 3

@@ -70,7 +70,7 @@ def plan_policy(policy: ConceptPolicy, pairs: "Pairs", scores: "Scores", *, audi
             responses alike, a strength that cannot be fitted.
         AnatomyError: the audit was made from other pairs, a score is not finite, or no pair is left.
 
-    Source: METHOD sections 8 and 12.
+    Source: method.md sections 8 and 12.
     """
     if audit is not None:
         audit.check_pairs(pairs)

@@ -19,7 +19,7 @@ class AuditCallback(TrainerCallback):
     `trainer.log`. To W&B, where `report_to` names it and a run exists: `audit/hypotheses/step_N` and
     `audit/concepts/step_N` tables (N = the global step, so that a resumed run does not hide the first tables), the page
     as `audit/report/step_N`, and the folder as an artifact of type "audit", without `harvest/`, which can be tens of
-    gigabytes. PRODUCT section 8.
+    gigabytes.
 
     Args:
         audit: an Audit, the path of an audit folder, or None to report the plan only.

@@ -24,7 +24,7 @@ class AnatomyDPOTrainer(ShapedSeams, DPOTrainer):
     """`trl.DPOTrainer` that audits its data and shapes its signal by a concept policy.
 
     Without a policy (None, empty, or concepts without rules) it is TRL's trainer, number for number. With
-    `shape_reward` rules the loss becomes `-log σ(β·D + o(chosen) - o(rejected))` (METHOD.md section 8, "reward
+    `shape_reward` rules the loss becomes `-log σ(β·D + o(chosen) - o(rejected))` (method.md section 8, "reward
     shaping"; other losses: `trl_anatomy.trainers.loss_support`), by shifting the reference log-probability of y by
     -o(y)/β before TRL's own loss runs. With `filter_pairs` rules the dropped rows never reach TRL. Evaluation is
     unshaped.

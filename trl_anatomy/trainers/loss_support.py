@@ -1,6 +1,6 @@
 """What shifting the reference does to each of TRL's DPO losses: one table for the refusals and for the documentation.
 
-The shift replaces the reference log-probability of a response y by itself minus o(y)/beta (METHOD.md section 8). Every
+The shift replaces the reference log-probability of a response y by itself minus o(y)/beta (method.md section 8). Every
 verdict below is tested against an explicit float64 formula in tests/test_shaping_seam.py.
 """
 

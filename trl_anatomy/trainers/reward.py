@@ -20,7 +20,7 @@ class AnatomyRewardTrainer(ShapedSeams, RewardTrainer):
 
     Without a policy (None, empty, or concepts without rules) it is TRL's trainer, number for number. With
     `shape_reward` rules the training loss is `-log σ(r⁺ - r⁻ - margin)` with
-    `margin = user_margin - (o(chosen) - o(rejected))` (METHOD.md section 8), through TRL's `margin`. Evaluation keeps
+    `margin = user_margin - (o(chosen) - o(rejected))` (method.md section 8), through TRL's `margin`. Evaluation keeps
     the user's margin only. TRL logs `margin` and `accuracy` of the unshaped rewards; the shaped margin and accuracy
     come under `rewards_shaped/*`.
 

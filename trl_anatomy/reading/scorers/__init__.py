@@ -1,7 +1,7 @@
 """Concept scorers, one file each.
 
 A text rule scores a response's text. Every other scorer gives each token of a response a number from the hidden state
-at one layer of the frozen start model, and a reduction over the response's tokens (METHOD section 9).
+at one layer of the frozen start model, and a reduction over the response's tokens (method.md section 9).
 """
 
 from typing import Any, Protocol, TypeAlias

@@ -23,7 +23,7 @@ _CARD_FILE = "card.json"
 
 
 class DirectionScorer:
-    """Token score: the projection of the hidden state on a unit vector (METHOD section 9, difference of means).
+    """Token score: the projection of the hidden state on a unit vector (method.md section 9, difference of means).
 
     Args:
         vector: (d_model,) any length but zero; it is normed.

@@ -1,4 +1,4 @@
-"""filter_pairs: the pairs that show a concept most do not enter training (METHOD section 8, example filter)."""
+"""filter_pairs: the pairs that show a concept most do not enter training (method.md section 8, example filter)."""
 
 import zlib
 from collections.abc import Mapping

@@ -28,7 +28,7 @@ class ShapeReward:
     Raises:
         AnatomyError: a value out of range, or amplify with strength "auto".
 
-    Source: METHOD section 8 (loss: reward shaping), section 12 (calibrated strength).
+    Source: method.md section 8 (loss: reward shaping), section 12 (calibrated strength).
     """
 
     verb: ClassVar[str] = "shape_reward"
