@@ -218,16 +218,17 @@ def hypotheses(audit: Audit, n: int = 6) -> list[str]:
     for c in sorted(concepts, key=lambda c: -abs(c["predicted"]))[:n]:
         interval = f"[{c['ci_low']:+.3f}, {c['ci_high']:+.3f}]"
         lines.append(f"  {c['concept']:<4} {c['verdict']:<6} {c['predicted']:+.3f} {interval:<17} {c['label']}")
-    labels = {c["concept"]: c["label"] for c in audit.concepts.to_pylist()}
+    labels = {c["concept"]: c["label"] for table in (audit.concepts, audit.responses) for c in table.to_pylist()}
     contexts = audit.info.get("contexts", {})
     kept = sorted((h for h in audit.hypotheses.to_pylist() if h["kept"]), key=lambda h: h["rank"])
-    lines.append("and where it differs from elsewhere:")
-    for h in kept[: n // 2]:
-        about = " · ".join(contexts.get(h["context"], {}).get("terms", [])[:3])
-        lines.append(
-            f"  {h['context']:<4} ({about}): {h['concept']} ({labels[h['concept']]}) "
-            f"{h['mean_in']:+.2f} here, {h['mean_out']:+.2f} elsewhere, q {h['q']:.0e}"
-        )
+    for view, heading in (("feature", "and where it differs from elsewhere:"), ("prompt", "and by what is asked:")):
+        lines.append(heading)
+        for h in [h for h in kept if h["view"] == view][: n // 2]:
+            about = " · ".join(contexts.get(h["context"], {}).get("terms", [])[:3])
+            lines.append(
+                f"  {h['context']:<4} ({about}): {h['concept']} ({labels[h['concept']]}) "
+                f"{h['mean_in']:+.2f} here, {h['mean_out']:+.2f} elsewhere, q {h['q']:.0e}"
+            )
     return lines
 
 
