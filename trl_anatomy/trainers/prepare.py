@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoTokenizer, ProcessorMixin
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ..errors import AnatomyError
+from ..reading.forward import frozen
 from .callback import AuditCallback
 from .seams import COLUMNS
 
@@ -46,19 +47,6 @@ def generators_restored() -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)  # noqa: NPY002
-
-
-@contextmanager
-def in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients, every submodule's own mode restored after."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def bind(init: Callable[..., None], trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -167,7 +155,7 @@ class Start:
         placed = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
         if not placed and distributed in ("NO", "MULTI_GPU", "MULTI_CPU"):
             model = model.to(config.device)
-        self._stack.enter_context(in_eval_mode(model))
+        self._stack.enter_context(frozen(model))
         return model
 
 
