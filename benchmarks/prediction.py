@@ -40,13 +40,6 @@ def record(result: DemoResult) -> dict:
     support = np.array([row["support"] for row in table], dtype=float)
     habits = [row for row in result.rows if row.role != "quality"]
     seen = np.array([row.observed for row in habits])
-    data = result.world.dataset
-    text_gap = np.array(
-        [
-            np.mean(np.array(data[f"chosen_{row.habit}"], float) - np.array(data[f"rejected_{row.habit}"], float))
-            for row in habits
-        ]
-    )
     steered = [row for row in habits if row.role in ("rewarded", "punished")]
     return {
         "concepts": {
@@ -65,7 +58,6 @@ def record(result: DemoResult) -> dict:
         "habits": {
             "n": len(habits),
             "best latent's disparity": r2(np.array([row.predicted for row in habits]), seen),
-            "text rule's gap in the data (not the audit: the truth as planted)": r2(text_gap, seen),
             "signs right (rewarded and punished)": sum(row.predicted * row.observed > 0 for row in steered),
             "signs asked (rewarded and punished)": len(steered),
         },
@@ -88,7 +80,6 @@ def record(result: DemoResult) -> dict:
             }
             for row in result.rows
         ],
-        "seconds": dict(result.seconds),
     }
 
 
