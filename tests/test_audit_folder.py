@@ -286,6 +286,8 @@ def test_a_run_from_files_to_page(setup):
     assert state == random_state()
     assert audit.info["data"]["tokens"] == plan["tokens"]
     assert audit.info["data"]["n_rows"] == 400
+    assert 5 < audit.info["sae"]["l0"] <= 6
+    assert (audit.info["sae"]["neuronpedia_id"], audit.info["sae"]["card_l0"]) == (None, None)
     assert run.dry_run(setup)["shards_done"] == 4
 
     assert audit.info["counts"]["n_prompts"] == len(set(audit.pairs["prompt_group"].to_pylist())) == 2

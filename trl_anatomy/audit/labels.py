@@ -1,6 +1,7 @@
 """Names for concepts, for finding one's way only: no test ever reads them."""
 
 from collections.abc import Sequence
+from urllib.parse import quote
 
 import numpy as np
 from scipy import sparse
@@ -8,6 +9,15 @@ from scipy import sparse
 # Words, or runs of signs: habits such as bold, bullets or dashes are made of signs.
 TERM = r"(?u)[^\W_]+|[^\w\s]+"
 MAX_TERM = 30
+
+
+def neuronpedia_url(neuronpedia_id: str, latent: int) -> str:
+    """Address of a latent's page on Neuronpedia, for an SAE of that id.
+
+    >>> neuronpedia_url("gemma-2-2b/12-gemmascope-res-16k", 7)
+    'https://www.neuronpedia.org/gemma-2-2b/12-gemmascope-res-16k/7'
+    """
+    return f"https://www.neuronpedia.org/{quote(neuronpedia_id)}/{latent}"
 
 
 def distinctive_terms(

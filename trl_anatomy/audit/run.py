@@ -208,6 +208,10 @@ def run_audit(
         )
     findings = analyse(read, config, pairs.texts, pairs.prompt_groups)
     tokens = {span: int(length.sum()) for span, length in read.lengths.items()}
+    fired = sum(int(shard.count("chosen").sum(dtype=np.int64)) for shard in read.shards())
+    l0 = fired / max(tokens["chosen"], 1)
+    if note := sae.l0_note(l0):
+        findings.info["notes"].append(note)
     info = {
         "versions": _versions(),
         "model": {"name": config.model or _name(model), "fingerprint": model_fingerprint(model)},
@@ -217,6 +221,9 @@ def run_audit(
             "layer": layer,
             "d_sae": sae.d_sae,
             "architecture": sae.architecture,
+            "neuronpedia_id": sae.neuronpedia_id,
+            "l0": l0,
+            "card_l0": sae.card_l0,
         },
         "data": {
             "name": config.dataset or "dataset in memory",

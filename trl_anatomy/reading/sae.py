@@ -1,7 +1,11 @@
 """Sparse autoencoders of sae-lens behind one small surface, checked against the model they are to read."""
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+import pickle
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,9 @@ _SEPARATE = ("standard", "jumprelu")
 _CHUNK_BYTES = 64 << 20  # dense activations held at a time where all latents have to be encoded
 # These rescale each token before encoding and need no constant beside the weights.
 _PER_TOKEN_NORMS = ("none", "layer_norm", "constant_norm_rescale", "constant_scalar_rescale")
+_SPARSIFY_FILES = ("cfg.json", "sae.safetensors")
+_SPARSIFY_WEIGHTS = ("W_dec", "b_dec", "encoder.bias", "encoder.weight")
+_L0_FACTOR = 3  # an L0 further than this from the published one is told
 
 
 class SAE:
@@ -25,6 +32,7 @@ class SAE:
     Args:
         inner: a sae-lens SAE.
         source: where it was loaded from, for records.
+        card_l0: latents that fire per token, as published; None if unknown.
 
     Attributes:
         d_in: width of the hidden states it reads.
@@ -33,13 +41,15 @@ class SAE:
         hook_name: where it was trained, if its metadata says so.
         layer: the model layer `hook_name` means, counted from 0; None if unknown.
         prepend_bos: whether its training text began with BOS, if its metadata says so.
+        card_l0: as given.
         fingerprint: hash of its weights and settings.
 
     Raises:
         AnatomyError: the SAE reads whole sequences, or expects activations scaled by a constant it does not carry.
     """
 
-    def __init__(self, inner: Any, source: Mapping[str, str] | None = None) -> None:
+    def __init__(self, inner: Any, source: Mapping[str, str] | None = None, *, card_l0: float | None = None) -> None:
+        self.card_l0 = card_l0
         self.source = dict(source or {"memory": type(inner).__name__})
         self.architecture = str(inner.cfg.architecture())
         normalization = str(inner.cfg.normalize_activations)
@@ -74,6 +84,22 @@ class SAE:
     def layer(self) -> int | None:
         """Layer of the model that `hook_name` means; raises AnatomyError where it is not the residual stream."""
         return None if self.hook_name is None else layer_of_hook(self.hook_name)
+
+    @property
+    def neuronpedia_id(self) -> str | None:
+        """Its name on Neuronpedia, such as ``"gemma-2-2b/12-gemmascope-res-16k"``; None where it carries none."""
+        name = self._inner.cfg.metadata.neuronpedia_id
+        return str(name) if name else None
+
+    def l0_note(self, measured: float) -> str | None:
+        """What to tell about the mean number of latents firing per token: None unless far from the published one."""
+        card = self.card_l0
+        if card is None or card / _L0_FACTOR <= measured <= card * _L0_FACTOR:
+            return None
+        return (
+            f"The SAE at {self._place} fires on {measured:.1f} latents per token here, but {card:g} are published for "
+            "it: it may have been loaded or scaled wrongly, or be far from the text and the model it was trained on."
+        )
 
     @torch.no_grad()
     def encode(self, h: Tensor) -> Tensor:
@@ -125,7 +151,10 @@ class SAE:
 
 
 def load_sae(source: str | Path | Mapping[str, str], *, device: torch.device | str = "cpu") -> SAE:
-    """Load an SAE from a folder written by sae-lens, or from a release.
+    """Load an SAE from a folder written by sae-lens or by EleutherAI's sparsify, or from a release.
+
+    A release is one that sae-lens knows by name (Gemma-Scope, Llama-Scope, Qwen-Scope, Goodfire, ...), or a repository
+    of the hub (``"EleutherAI/sae-llama-3-8b-32x:layers.10"``) with folders as above.
 
     Args:
         source: a folder, ``"RELEASE:ID"``, ``{"path": folder}`` or ``{"release": ..., "id": ...}``.
@@ -135,7 +164,8 @@ def load_sae(source: str | Path | Mapping[str, str], *, device: torch.device | s
         The SAE in float32. Weights are read as safetensors, or by torch as weights only: nothing in them is executed.
 
     Raises:
-        AnatomyError: nothing there, unreadable, an architecture that cannot be used, or a release out of reach.
+        AnatomyError: nothing there, unreadable, an architecture that cannot be used, a release out of reach, or
+            torch told to unpickle without restriction.
     """
     if isinstance(source, Mapping):
         if set(source) == {"path"}:
@@ -155,6 +185,8 @@ def load_sae(source: str | Path | Mapping[str, str], *, device: torch.device | s
 
 
 def _from_folder(path: Path, device: str) -> SAE:
+    if all((path / name).is_file() for name in _SPARSIFY_FILES):
+        return SAE(_sparsify(path.resolve(), device), {"path": str(path.resolve())})
     missing = [name for name in ("cfg.json", "sae_weights.safetensors") if not (path / name).is_file()]
     if missing:
         raise AnatomyError(
@@ -202,19 +234,127 @@ def _inference_form(training: Any) -> Any:
     return inner
 
 
+def _sparsify(path: Path, device: str) -> Any:
+    # sae-lens' own converter transposes today's decoders, and leaves b_dec out where the decoder was normalised.
+    from sae_lens import SAE as LensSAE
+    from safetensors.torch import load_file
+
+    place = f"The SAE at {str(path)!r}, saved by sparsify,"
+    try:
+        config = json.loads((path / "cfg.json").read_text())
+        weights = {name: tensor.float() for name, tensor in load_file(path / "sae.safetensors", device=device).items()}
+        width = int(config["d_in"])
+        settings: dict[str, Any] = {
+            "architecture": "abstopk" if config.get("signed") else "topk",
+            "d_in": width,
+            "d_sae": int(config.get("num_latents") or width * config["expansion_factor"]),
+            "k": int(config["k"]),
+            "apply_b_dec_to_input": True,
+            "device": device,
+            "metadata": {"hook_name": re.sub(r"^layers_", "layers.", path.name)},
+        }
+    except Exception as error:  # safetensors raises its own
+        raise AnatomyError(f"{place} cannot be read: {type(error).__name__}: {error}.") from error
+    if config.get("transcode") or config.get("skip_connection"):
+        raise AnatomyError(f"{place} is a transcoder; only SAEs of the residual stream can be used.")
+    if config.get("activation", "topk") != "topk":
+        raise AnatomyError(f"{place} has the activation {config['activation']!r}; only 'topk' can be used.")
+    if sorted(weights) != sorted(_SPARSIFY_WEIGHTS):
+        raise AnatomyError(f"{place} holds {sorted(weights)}, but {sorted(_SPARSIFY_WEIGHTS)} are expected.")
+    inner: Any = LensSAE.from_dict(settings)
+    state = {
+        "W_enc": weights["encoder.weight"].T.contiguous(),
+        "b_enc": weights["encoder.bias"],
+        "W_dec": weights["W_dec"],
+        "b_dec": weights["b_dec"],
+    }
+    try:
+        inner.load_state_dict(state)
+    except RuntimeError as error:
+        raise AnatomyError(f"{place} has weights of other shapes than its cfg.json says: {error}") from error
+    return inner
+
+
+def _sparsify_folder(repo: str, sae_id: str) -> Path | None:
+    """The local copy of a folder of the hub, if sparsify wrote it."""
+    from huggingface_hub import hf_hub_download
+
+    folder = Path(hf_hub_download(repo, f"{sae_id}/cfg.json")).parent
+    config = json.loads((folder / "cfg.json").read_text())
+    if "k" not in config or {"architecture", "d_sae"} & set(config):
+        return None
+    hf_hub_download(repo, f"{sae_id}/sae.safetensors")
+    return folder
+
+
+@contextmanager
+def _shapes_from_files() -> Iterator[None]:
+    # sae-lens asks the server for the shapes of Gemma-Scope 2, cached or not; the file, needed anyway, has them too.
+    from huggingface_hub import hf_hub_download
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+    from safetensors import safe_open
+
+    def shapes(repo_id: str, filename: str) -> dict[str, list[int]]:
+        with safe_open(hf_hub_download(repo_id, filename), framework="pt") as file:
+            return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+    original = loaders.get_safetensors_tensor_shapes
+    loaders.get_safetensors_tensor_shapes = shapes
+    try:
+        yield
+    finally:
+        loaders.get_safetensors_tensor_shapes = original
+
+
+def _card_l0(entry: Any, sae_id: str) -> float | None:
+    # Gemma-Scope says it in the path alone where the id is "canonical".
+    named = re.search(r"average_l0_(\d+)", entry.saes_map[sae_id])
+    return entry.expected_l0.get(sae_id) or (float(named[1]) if named else None)
+
+
 def _from_release(release: str, sae_id: str, device: str) -> SAE:
     from sae_lens import SAE as LensSAE
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
-    try:
-        inner = LensSAE.from_pretrained(release, sae_id, device=device)
-    except (ValueError, KeyError) as error:
-        raise AnatomyError(f"sae-lens knows no SAE {release}:{sae_id}: {error}") from error
-    except Exception as error:  # whatever the hub client raises offline
+    place = f"The SAE {release}:{sae_id}"
+    entry = get_pretrained_saes_directory().get(release)
+    if entry is None and "/" not in release:
+        raise AnatomyError(f"sae-lens knows no SAE {release}:{sae_id}: it has no release of that name.")
+    if entry is not None and sae_id not in entry.saes_map:
         raise AnatomyError(
-            f"The SAE {release}:{sae_id} could not be fetched ({type(error).__name__}): connect once so that it is "
-            "cached, or give the folder of an SAE on disk."
+            f"sae-lens knows no SAE {release}:{sae_id}; the release has {len(entry.saes_map)}, such as "
+            f"{', '.join(list(entry.saes_map)[:3])}."
+        )
+    # sae-lens leaves it to torch's default whether a .pt file may run code.
+    if os.getenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0").lower() in ("1", "y", "yes", "true"):
+        raise AnatomyError(
+            f"{place} is not loaded while TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set, which lets downloaded files run "
+            "code: unset it."
+        )
+    source = {"release": release, "id": sae_id}
+    try:
+        folder = _sparsify_folder(release, sae_id) if entry is None else None
+        if folder is not None:
+            return SAE(_sparsify(folder, device), source)
+        with _shapes_from_files():
+            inner = LensSAE.from_pretrained(release, sae_id, device=device)
+    except AnatomyError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise AnatomyError(
+            f"{place} is stored as a pickle with more in it than weights, which is not opened since it could run code."
         ) from error
-    return SAE(inner, {"release": release, "id": sae_id})
+    except Exception as error:  # sae-lens and the hub client raise many kinds
+        layout = (KeyError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError)
+        if isinstance(error, layout) and not isinstance(error, OSError):
+            raise AnatomyError(
+                f"{place} is not in the layout that sae-lens reads: {type(error).__name__}: {error}"
+            ) from error
+        raise AnatomyError(
+            f"{place} could not be fetched ({type(error).__name__}): connect once so that it is cached, or give the "
+            "folder of an SAE on disk."
+        ) from error
+    return SAE(inner, source, card_l0=None if entry is None else _card_l0(entry, sae_id))
 
 
 def check_sae(sae: SAE, model: Any, layer: int | None = None) -> int:

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from ...errors import AnatomyError
 from ..folder import REPORT, Audit, write_atomically
+from ..labels import neuronpedia_url
 from ..predict import FALLS, NO_EVIDENCE, RISES, TOO_FEW
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 N_ROWS = 12  # concepts in the first table
 N_CARDS = 30  # concepts with a telling pair, contexts and a snippet
 N_CONTEXTS = 5  # contexts named in a card
+N_LATENTS = 8  # latents of a concept linked to Neuronpedia
 N_HYPOTHESES = 15  # hypotheses listed a side
 SHORT = 420  # characters of a text shown before it is folded
 
@@ -166,6 +168,7 @@ def _view(audit: Audit, raw: "Dataset | None") -> dict[str, Any]:
     for hypothesis in [*shown["chosen"], *shown["rejected"]]:
         hypothesis["snippet"] = snippet(audit, hypothesis["concept"], gate=f"{{prompts: {hypothesis['context']}}}")
     cards = found[:N_CARDS]
+    neuronpedia_id = info["sae"].get("neuronpedia_id")
     for concept in cards:
         mine = [h for h in kept if h["concept"] == concept["concept"]]
         side = "chosen" if concept["verdict"] == RISES else "rejected"
@@ -173,6 +176,8 @@ def _view(audit: Audit, raw: "Dataset | None") -> dict[str, Any]:
             :N_CONTEXTS
         ]
         concept["against"] = [h for h in mine if h["lean"] != side and h["q"] <= info["settings"]["alpha"]][:N_CONTEXTS]
+        latents = concept["features"][:N_LATENTS] if neuronpedia_id else []
+        concept["latents"] = [(latent, neuronpedia_url(neuronpedia_id, latent)) for latent in latents]
         concept["pair"] = _pair(concept, raw)
         concept["snippet"] = snippet(audit, concept["concept"], [h["context"] for h in concept["contexts"]])
     return {
