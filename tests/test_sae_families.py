@@ -11,8 +11,11 @@ import torch
 from audit_world import make_audit, make_world
 from reading_world import tiny_model, tiny_sae
 from safetensors.torch import save_file
+from test_audit_folder import word_pairs, write_sae, write_start_model
 
+from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.report import render
+from trl_anatomy.audit.run import run_audit
 from trl_anatomy.errors import AnatomyError
 from trl_anatomy.reading.sae import SAE, check_sae, load_sae
 
@@ -341,3 +344,25 @@ def test_the_page_links_latents_to_neuronpedia_where_the_sae_has_an_id(tmp_path:
     url = f"https://www.neuronpedia.org/gemma-2-2b/12-res%22%3E%3Cscript%3E/{shown['features'][0]}"
     assert f'<a href="{url}" rel="noreferrer">{shown["features"][0]}</a>' in page
     assert "<script" not in page
+
+
+def test_an_audit_notes_an_l0_far_from_the_published_one(
+    put: Put, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    directory = get_pretrained_saes_directory()
+    write_start_model(tmp_path / "model")
+    write_sae(put("someone/saes", "one/cfg.json").parent)
+    like = directory["gemma-scope-2b-pt-res-canonical"]
+    ours: dict[str, Any] = {"conversion_func": None, "saes_map": {"one": "one"}, "neuronpedia_id": {"one": "m/1-res"}}
+    entry = replace(like, release="small", repo_id="someone/saes", expected_l0={"one": 600.0}, **ours)
+    monkeypatch.setitem(directory, "small", entry)
+    out = str(tmp_path / "out")
+    config = AuditConfig(model=str(tmp_path / "model"), dataset="words", sae="small:one", out=out, bootstrap=100)
+    audit = run_audit(config, dataset=word_pairs(), progress=False)
+    assert (audit.info["sae"]["neuronpedia_id"], audit.info["sae"]["card_l0"]) == ("m/1-res", 600.0)
+    assert any("The SAE at 'small:one' fires on 6.0 latents per token here" in note for note in audit.info["notes"])
+    assert "600 are published for it" in (tmp_path / "out" / "report.html").read_text()

@@ -208,8 +208,8 @@ def run_audit(
         )
     findings = analyse(read, config, pairs.texts, pairs.prompt_groups)
     tokens = {span: int(length.sum()) for span, length in read.lengths.items()}
-    fired = sum(int(shard.count("chosen").sum(dtype=np.int64)) for shard in read.shards())
-    l0 = fired / max(tokens["chosen"], 1)
+    first = next(read.shards())  # enough to tell how many latents fire per token
+    l0 = float(first.count("chosen").sum(dtype=np.int64) / first.lengths["chosen"].sum(dtype=np.int64))
     if note := sae.l0_note(l0):
         findings.info["notes"].append(note)
     info = {

@@ -354,7 +354,11 @@ def _from_release(release: str, sae_id: str, device: str) -> SAE:
             f"{place} could not be fetched ({type(error).__name__}): connect once so that it is cached, or give the "
             "folder of an SAE on disk."
         ) from error
-    return SAE(inner, source, card_l0=None if entry is None else _card_l0(entry, sae_id))
+    if entry is None:
+        return SAE(inner, source)
+    if not inner.cfg.metadata.neuronpedia_id:  # sae-lens passes its own on to old configurations only
+        inner.cfg.metadata.neuronpedia_id = entry.neuronpedia_id.get(sae_id)
+    return SAE(inner, source, card_l0=_card_l0(entry, sae_id))
 
 
 def check_sae(sae: SAE, model: Any, layer: int | None = None) -> int:
