@@ -17,6 +17,7 @@ from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.report import render
 from trl_anatomy.audit.run import run_audit
 from trl_anatomy.errors import AnatomyError
+from trl_anatomy.reading.locate import layer_of_hook
 from trl_anatomy.reading.sae import SAE, check_sae, load_sae
 
 D_IN, D_SAE = 32, 64
@@ -236,6 +237,25 @@ def test_dictionary_learning(put: Put, kind: str) -> None:
         values = values * (values > w["threshold"].double())
     torch.save(tensors, put(entry.repo_id, f"{folder}/ae.pt"))
     check(load_sae(f"{release}:{sae_id}"), values, 2, w["dec"])
+
+
+@pytest.mark.parametrize(
+    ("release", "sae_id", "d_in", "d_sae", "layer"),
+    [
+        ("gemma-scope-2b-pt-res-canonical", "layer_12/width_16k/canonical", 2304, 16384, 12),
+        ("gemma-scope-9b-pt-res-canonical", "layer_20/width_131k/canonical", 3584, 131072, 20),
+        ("qwen-scope-3-8b-base-w64k-l50", "layer7", 4096, 65536, 7),
+        ("qwen-scope-3.5-27b-w80k-l100", "layer3", 5120, 81920, 3),
+        ("goodfire-llama-3.3-70b-instruct", "layer_50", 8192, 65536, 50),
+        ("deepseek-r1-distill-llama-8b-qresearch", "blocks.19.hook_resid_post", 4096, 65536, 19),
+    ],
+)
+def test_published_widths_that_only_names_tell(release: str, sae_id: str, d_in: int, d_sae: int, layer: int) -> None:
+    from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_huggingface
+
+    config = load_sae_config_from_huggingface(release, sae_id)
+    assert (config["d_in"], config["d_sae"]) == (d_in, d_sae)
+    assert layer_of_hook(config["metadata"]["hook_name"]) == layer
 
 
 def sparsify_files(folder: Path, **config: Any) -> dict[str, torch.Tensor]:
