@@ -8,6 +8,7 @@ from scipy import stats as reference
 
 from trl_anatomy.audit import predict, views
 from trl_anatomy.audit.config import AuditConfig
+from trl_anatomy.checking.compare import _disparity
 
 COMMUNITIES = [np.array(h["features"]) for h in HABITS.values()]
 
@@ -121,16 +122,15 @@ def test_no_concepts_give_an_empty_table(world):
     assert table.schema == predict.CONCEPTS
 
 
-def test_observed_shift_is_in_the_unit_of_u(world):
-    """Taking the rejected responses for "before" and the chosen for "after", observed must equal predicted."""
+def test_observed_disparity_is_in_the_unit_of_u(world):
+    """What `compare` observes, with chosen for "after" and rejected for "before", must be what was predicted."""
     scores = views.activity(world, COMMUNITIES)
-    observed = predict.observed_shift(world.frequency("rejected"), world.frequency("chosen"), COMMUNITIES)
-    np.testing.assert_allclose(observed, predict.predicted_shift(scores.u), atol=1e-12)
+    observed = _disparity(world.frequency("chosen"), world.frequency("rejected"), COMMUNITIES, AuditConfig().tau)
+    np.testing.assert_allclose(observed, scores.u, atol=1e-12)
+    np.testing.assert_allclose(observed.mean(axis=0), predict.predicted_shift(scores.u), atol=1e-12)
     before = sparse.csr_array(np.array([[0.5, 0.005, 0.0]], np.float32))
-    after = sparse.csr_array(np.array([[0.5, 0.02, 0.0], [0.0, 0.0, 0.0]], np.float32))
-    shift = predict.observed_shift(before, after, [np.array([0, 1]), np.array([2])])
-    np.testing.assert_allclose(shift, [0.0, 0.0])  # (1 + 0)/2 of two responses after, 1/2 before
-    np.testing.assert_allclose(predict.observed_shift(before, after[:1], [np.array([0, 1])]), [0.5])
+    after = sparse.csr_array(np.array([[0.5, 0.02, 0.0]], np.float32))
+    np.testing.assert_allclose(_disparity(after, before, [np.array([0, 1]), np.array([2])], 0.01), [[0.5, 0.0]])
 
 
 def test_agreement_equals_scipy():

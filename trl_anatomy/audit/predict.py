@@ -5,12 +5,11 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
-from scipy import sparse
 from scipy import stats as distributions
 
 from . import stats
 from .config import AuditConfig
-from .views import Disparity, concept_activity
+from .views import Disparity
 
 # Kinds of concepts, and the letters of their names.
 CO_FIRING, RESPONSE_GEOMETRY = "co-firing", "response-geometry"
@@ -165,7 +164,7 @@ def tilted_shift(u: np.ndarray, before: np.ndarray, prompt_groups: np.ndarray | 
 
     Args:
         u: (n_pairs, K) signed disparity.
-        before: (n_responses, K) activity of the concepts in responses of the start model (`concept_activity`).
+        before: (n_responses, K) activity of the concepts in responses of the start model (`views.concept_activity`).
         prompt_groups: (n_responses,) int, equal for responses to one prompt: the tilt is then taken prompt by prompt.
             None, or one response to each prompt: over all responses together.
 
@@ -191,21 +190,6 @@ def tilted_shift(u: np.ndarray, before: np.ndarray, prompt_groups: np.ndarray | 
     weight = np.exp(reward - highest[group])
     weight *= size[group] / np.bincount(group, weights=weight)[group]
     return (weight[:, None] * before).mean(axis=0) - before.mean(axis=0)
-
-
-def observed_shift(
-    before: sparse.csr_array, after: sparse.csr_array, communities: Sequence[np.ndarray], tau: float = 0.01
-) -> np.ndarray:
-    """Change of every concept between responses of the start model and of the trained model, in the unit of u.
-
-    Args:
-        before, after: (n_responses, d_sae) firing frequencies; the number of responses may differ.
-    Returns:
-        (K,): mean share of the concept's features that fire, after minus before.
-    Source: method.md section 7.
-    """
-    means = [concept_activity(frequency, communities, tau).mean(axis=0) for frequency in (before, after)]
-    return means[1] - means[0]
 
 
 @dataclass(frozen=True)

@@ -77,15 +77,6 @@ def member_moments(values: np.ndarray, members: sparse.csr_array, centre: np.nda
     )
 
 
-def group_moments(values: np.ndarray, groups: np.ndarray, n_groups: int, centre: np.ndarray | float = 0.0) -> Moments:
-    """`member_moments` of groups that do not overlap.
-
-    Args:
-        groups: (n,) group of each row, 0..n_groups-1; rows of a negative group are left out.
-    """
-    return member_moments(values, one_hot(groups, n_groups), centre)
-
-
 def _sums(
     values: np.ndarray,
     members: sparse.csr_array,
