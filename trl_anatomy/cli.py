@@ -175,21 +175,17 @@ def _plan(argv: list[str]) -> int:
 
     from .audit.folder import load_audit
     from .audit.reopen import reopen
-    from .reading.score import score_pairs
-    from .shaping.plan import plan_json, plan_policy, plan_report
+    from .shaping.plan import plan_json, plan_report
     from .shaping.policy import ConceptPolicy
     from .shaping.resolve import check_policy
+    from .shaping.settle import settle_policy
 
     audit = load_audit(args.audit)
     policy = ConceptPolicy.load(args.policy)
     audit.check_harvest()
     source = reopen(audit)
     check_policy(policy, audit, source.model_config, source.pairs.raw.column_names)
-    # A policy of text rules needs no model at all.
-    model = source.model if any(spec.scorer != "text" for spec in policy.used.values()) else None
-    scorers = policy.scorers(audit=audit, model=model)
-    scores = score_pairs(source.pairs, scorers, model, cache_dir=audit.path / "scores")
-    plan = plan_policy(policy, source.pairs, scores, audit=audit)
+    plan = settle_policy(policy, source.pairs, lambda: source.model, audit=audit, cache_dir=audit.path / "scores")
     print(json.dumps(plan_json(plan), indent=2) if args.json else plan_report(plan))
     return 0
 

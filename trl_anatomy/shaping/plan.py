@@ -46,6 +46,8 @@ class PolicyPlan:
         predicted: a row per concept of the audit: `concept`, `label`, `predicted`, `predicted_under_policy`; None
             without an audit.
         counts: `rows` (raw), `pairs` (scored), `pairs_kept`.
+        gaps: concept of a margin rule -> (n_raw_rows,) its score gaps, 0 where a row was not scored; for the log.
+        weight: (n_raw_rows,) float64 weight of each pair's loss, 1 where no rule weighs; None without such a rule.
     """
 
     keep: np.ndarray
@@ -54,6 +56,8 @@ class PolicyPlan:
     rules: list[dict[str, Any]]
     predicted: pa.Table | None
     counts: dict[str, int] = field(default_factory=dict)
+    gaps: dict[str, np.ndarray] = field(default_factory=dict)
+    weight: np.ndarray | None = None
 
 
 def plan_policy(policy: ConceptPolicy, pairs: "Pairs", scores: "Scores", *, audit: "Audit | None" = None) -> PolicyPlan:
@@ -96,6 +100,9 @@ def plan_policy(policy: ConceptPolicy, pairs: "Pairs", scores: "Scores", *, audi
         offsets[:, pairs.rows] += part.offsets
     keep = np.ones(len(pairs.raw), dtype=bool)
     keep[pairs.rows] = kept
+    gaps = {policy.rules[i].concept: np.zeros(len(pairs.raw)) for i in shaped}
+    for name, gap in gaps.items():
+        gap[pairs.rows] = scores.gap(name)
     return PolicyPlan(
         keep=keep,
         chosen_offset=offsets[0],
@@ -103,6 +110,7 @@ def plan_policy(policy: ConceptPolicy, pairs: "Pairs", scores: "Scores", *, audi
         rules=records,
         predicted=None if audit is None else _predict(audit, keep, offsets[0] - offsets[1]),
         counts={"rows": len(pairs.raw), "pairs": len(pairs), "pairs_kept": int(kept.sum())},
+        gaps=gaps,
     )
 
 

@@ -8,9 +8,20 @@ import torch
 from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
 
-from .loss_support import check_losses, divides_by_length
+from .loss_support import check_dpo_rules, divides_by_length
 from .prepare import bind, prepare
-from .seams import CHOSEN_OFFSET, CONCEPT_GAPS, REJECTED_OFFSET, TAG, ShapedSeams, without_columns
+from .seams import (
+    CHOSEN_OFFSET,
+    CONCEPT_GAPS,
+    REJECTED_OFFSET,
+    TAG,
+    WEIGHT,
+    WHOLE_MASK,
+    ShapedSeams,
+    policy_inputs,
+    weigh_gradient,
+    without_columns,
+)
 
 if TYPE_CHECKING:
     from ..audit.config import AuditConfig
@@ -63,10 +74,10 @@ class AnatomyDPOTrainer(ShapedSeams, DPOTrainer):
             concept_policy,
             audit,
             config_class=DPOConfig,
-            check_shaping=lambda config: check_losses(config.loss_type, config.f_divergence_type, config.beta),
+            check_rules=check_dpo_rules,
         )
         self.plan, self.audit = prepared.plan, prepared.audit
-        self._shaped_concepts = prepared.shaped_concepts
+        self._acts, self._shaped_concepts = prepared.acts, prepared.shaped_concepts
         if self.plan is not None:
             self._tag_names = [*type(self)._tag_names, TAG]
         super().__init__(*bound.args[1:], **bound.kwargs)
@@ -77,28 +88,54 @@ class AnatomyDPOTrainer(ShapedSeams, DPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         batch = without_columns(inputs)
-        if CHOSEN_OFFSET not in inputs or not self.model.training:
+        if not self.model.training:
+            if WHOLE_MASK in inputs and not self.precompute_ref_logps:  # a precomputed reference saw the thinner mask
+                batch["completion_mask"] = inputs[WHOLE_MASK]
+            return super()._compute_loss(model, batch, return_outputs)
+        if not self._acts:
             return super()._compute_loss(model, batch, return_outputs)
 
         if self.precompute_ref_logps:
             reference = batch["ref_chosen_logps"], batch["ref_rejected_logps"]
         else:
             reference = self.compute_ref_log_probs(self.ref_model or self.model, batch)
-        offsets = torch.stack([inputs[CHOSEN_OFFSET], inputs[REJECTED_OFFSET]])  # (2, batch)
-        shift = offsets / self.beta
-        if divides_by_length(self.loss_types):
-            shift = shift * batch["completion_mask"].sum(dim=1).clamp(min=1).view(2, -1)
-        batch["ref_chosen_logps"] = reference[0] - shift[0]
-        batch["ref_rejected_logps"] = reference[1] - shift[1]
+        batch |= policy_inputs(inputs)
+        shifted = self._shifted(reference, batch["completion_mask"], inputs)
+        batch["ref_chosen_logps"], batch["ref_rejected_logps"] = shifted
 
-        policy = _Remembered(model)
+        policy = _Remembered(model, inputs.get(WEIGHT))
+        loss, outputs = self._given_reference(policy, batch)
+        if WEIGHT in inputs:
+            loss = self._reweigh(loss, inputs[WEIGHT], lambda pairs: self._replayed_loss(policy, batch, pairs))
+        if CHOSEN_OFFSET in inputs:
+            self._log_both_rewards(policy, batch, reference, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _shifted(
+        self, reference: tuple[Tensor, Tensor], completion_mask: Tensor, inputs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Reference log-probabilities minus o(y)/β, times the completion's length where the loss divides by it."""
+        if CHOSEN_OFFSET not in inputs:
+            return reference
+        shift = torch.stack([inputs[CHOSEN_OFFSET], inputs[REJECTED_OFFSET]]) / self.beta  # (2, batch)
+        if divides_by_length(self.loss_types):
+            shift = shift * completion_mask.sum(dim=1).clamp(min=1).view(2, -1)
+        return reference[0] - shift[0], reference[1] - shift[1]
+
+    def _given_reference(self, policy: Any, batch: dict[str, Any]) -> tuple[Tensor, Any]:
+        """TRL's loss with the reference log-probabilities of the batch, and the outputs of the policy's forward."""
         precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
         try:
-            result = super()._compute_loss(policy, batch, return_outputs)
+            return super()._compute_loss(policy, batch, False), policy.outputs
         finally:
             self.precompute_ref_logps = precomputed
-        self._log_both_rewards(policy, batch, reference, offsets, inputs[CONCEPT_GAPS])
-        return result
+
+    def _replayed_loss(self, policy: "_Remembered", batch: dict[str, Any], pairs: Tensor) -> Tensor:
+        """() TRL's mean loss over some pairs of the batch, from the forward that was just run."""
+        n_pairs = len(batch["ref_chosen_logps"])
+        rows = torch.cat([pairs, pairs + n_pairs])
+        part = {key: value[pairs if len(value) == n_pairs else rows] for key, value in batch.items()}
+        return self._given_reference(_Replay(policy.outputs, rows), part)[0]
 
     @torch.no_grad()
     def _log_both_rewards(
@@ -106,15 +143,14 @@ class AnatomyDPOTrainer(ShapedSeams, DPOTrainer):
         policy: "_Remembered",
         batch: dict[str, Any],
         reference: tuple[Tensor, Tensor],
-        offsets: Tensor,
-        gaps: Tensor,
+        inputs: dict[str, Any],
     ) -> None:
         """Move the rewards that TRL logged, which are shaped, under their own name and log the unshaped ones."""
         metrics = self._metrics["train"]
         for name in _REWARDS:
             metrics[f"rewards_shaped/{name}"].append(metrics[f"rewards/{name}"].pop())
         # TRL's own reduction (masks, ld_alpha, virtual tokens) over the log-probabilities of the forward just run
-        chosen, rejected = super().compute_ref_log_probs(policy.replay, batch)
+        chosen, rejected = super().compute_ref_log_probs(_Replay(policy.outputs), batch)
         rewards = self.beta * torch.stack([chosen - reference[0], rejected - reference[1]])  # (2, batch)
         gathered = self.accelerator.gather(rewards.T).float()
         margins = gathered[:, 0] - gathered[:, 1]
@@ -122,21 +158,32 @@ class AnatomyDPOTrainer(ShapedSeams, DPOTrainer):
         metrics["rewards/rejected"].append(gathered[:, 1].mean().item())
         metrics["rewards/accuracies"].append((margins > 0).float().mean().item())
         metrics["rewards/margins"].append(margins.mean().item())
-        self._log_shaping(rewards.T, offsets.T, gaps)
+        offsets = torch.stack([inputs[CHOSEN_OFFSET], inputs[REJECTED_OFFSET]], dim=1)  # (batch, 2)
+        self._log_shaping(rewards.T, offsets, inputs[CONCEPT_GAPS])
 
 
 class _Remembered:
-    """Stands in for the model for one loss: calls it, and keeps the per-token log-probabilities of the first call."""
+    """Stands in for the model for one loss: weighs the gradient of its log-probabilities, and keeps its outputs."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.log_probs: Tensor | None = None
+    def __init__(self, model: nn.Module, weight: Tensor | None) -> None:
+        self.model, self.weight = model, weight
+        self.outputs: Any = None
 
     def __call__(self, **kwargs: Any) -> Any:
-        outputs = self.model(**kwargs)
-        if self.log_probs is None:
-            self.log_probs = outputs.log_probs.detach()
-        return outputs
+        self.outputs = self.model(**kwargs)
+        if self.weight is not None:
+            self.outputs.log_probs = weigh_gradient(self.outputs.log_probs, self.weight)
+        return self.outputs
 
-    def replay(self, **_: Any) -> SimpleNamespace:
-        return SimpleNamespace(log_probs=self.log_probs)
+
+class _Replay:
+    """Stands in for the model: gives what it gave, of some rows, without a gradient."""
+
+    def __init__(self, outputs: Any, rows: Tensor | None = None) -> None:
+        found = {name: value.detach() for name, value in outputs.items() if isinstance(value, Tensor)}
+        if rows is not None:
+            found = {name: value[rows] if value.dim() > 1 else value for name, value in found.items()}
+        self.outputs = SimpleNamespace(**found)
+
+    def __call__(self, **_: Any) -> Any:
+        return self.outputs

@@ -1,12 +1,12 @@
-"""What shifting the reference does to each of TRL's DPO losses: one table for the refusals and for the documentation.
+"""Which rules are exact for which of TRL's losses and trainers: one table for the refusals and for the documentation.
 
-The shift replaces the reference log-probability of a response y by itself minus o(y)/beta (method.md section 8). Every
-verdict below is tested against an explicit float64 formula in tests/test_shaping_seam.py.
+A margin shifts the reference log-probability of a response y by -o(y)/beta, a weight multiplies a pair's gradient
+(method.md section 8). Every verdict below is tested against an explicit float64 formula.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import AnatomyError
 
@@ -15,18 +15,26 @@ Verdict = Literal["exact", "pointwise", "per token", "untouched", "refused"]
 
 @dataclass(frozen=True)
 class LossSupport:
-    """How one loss takes an offset.
+    """How one loss takes an offset, and whether it takes a weight.
 
     exact: the loss sees beta*D + (o(chosen) - o(rejected)); a shift common to both sides cancels.
     pointwise: each response's reward r(y) becomes r(y) + o(y); a common shift does not cancel, so scores are centred.
     per token: the loss divides by completion length, so the shift is o(y)/beta times the completion token count.
     untouched: the loss has no reference in it; it may stand in a mixture, where it trains as without a policy.
     refused: the shift would not mean what the rule says.
+
+    Attributes:
+        verdict: on an offset.
+        note: what the offset does.
+        no_weight: why a weight on the pair is refused; "" where it is exact.
     """
 
     verdict: Verdict
     note: str
+    no_weight: str = ""
 
+
+_SORTS = "sorts over the batch, so that it is no mean over pairs"
 
 LOSSES: dict[str, LossSupport] = {
     "sigmoid": LossSupport("exact", "-log σ(β·D + o⁺ - o⁻)"),
@@ -41,10 +49,52 @@ LOSSES: dict[str, LossSupport] = {
     "sppo_hard": LossSupport("pointwise", "each reward r(y) becomes r(y) + o(y)"),
     "apo_zero": LossSupport("pointwise", "each reward r(y) becomes r(y) + o(y)"),
     "apo_down": LossSupport("pointwise", "each reward r(y) becomes r(y) + o(y)"),
-    "sft": LossSupport("untouched", "has no reference: allowed beside another loss, refused alone"),
-    "aot": LossSupport("refused", "sorts policy and reference apart, which detaches an offset from its pair"),
-    "aot_unpaired": LossSupport("refused", "sorts chosen and rejected apart, so an offset acts on no pair"),
+    "sft": LossSupport(
+        "untouched", "has no reference: allowed beside another loss, refused alone", "is a mean over tokens, not pairs"
+    ),
+    "aot": LossSupport("refused", "sorts policy and reference apart, which detaches an offset from its pair", _SORTS),
+    "aot_unpaired": LossSupport("refused", "sorts chosen and rejected apart, so an offset acts on no pair", _SORTS),
 }
+
+
+def check_dpo_rules(rules: Sequence[Any], config: Any) -> None:
+    """Refuse what the DPO trainer cannot do exactly, before anything long runs.
+
+    Args:
+        rules: interventions of a policy.
+        config: DPOConfig.
+
+    Raises:
+        AnatomyError: naming the option, what was found and what works.
+    """
+    stages = {rule.stage for rule in rules}
+    if "margin" in stages:
+        check_losses(config.loss_type, config.f_divergence_type, config.beta)
+    if "weight" in stages:
+        for name in config.loss_type:
+            if name not in LOSSES or LOSSES[name].no_weight:
+                why = LOSSES[name].no_weight if name in LOSSES else "is not known here"
+                works = ", ".join(loss for loss, support in LOSSES.items() if not support.no_weight)
+                raise AnatomyError(f"loss_type {name!r} cannot be weighted by pair: it {why}; use {works}.")
+
+
+def check_reward_rules(rules: Sequence[Any], config: Any) -> None:
+    """Refuse what the reward trainer cannot do.
+
+    Args:
+        rules: interventions of a policy.
+        config: RewardConfig.
+
+    Raises:
+        AnatomyError: naming the verb and why.
+    """
+    for rule in rules:
+        if rule.verb in NOT_FOR_REWARD:
+            raise AnatomyError(f"{rule.verb} does not act on a reward model: {NOT_FOR_REWARD[rule.verb]}.")
+
+
+# verb -> why it is not for reward models
+NOT_FOR_REWARD: dict[str, str] = {}
 
 
 def check_losses(loss_types: Sequence[str], f_divergence_type: str = "reverse_kl", beta: float = 0.1) -> None:
@@ -102,7 +152,10 @@ def support_table() -> str:
 
     Example:
         >>> print(support_table().splitlines()[2])
-        | `sigmoid` | exact | -log σ(β·D + o⁺ - o⁻) |
+        | `sigmoid` | exact | -log σ(β·D + o⁺ - o⁻) | exact |
     """
-    rows = [f"| `{name}` | {support.verdict} | {support.note} |" for name, support in LOSSES.items()]
-    return "\n".join(["| loss_type | shape_reward | what the offset does |", "|---|---|---|", *rows])
+    rows = []
+    for name, support in LOSSES.items():
+        weight = f"refused: {support.no_weight}" if support.no_weight else "exact"
+        rows.append(f"| `{name}` | {support.verdict} | {support.note} | {weight} |")
+    return "\n".join(["| loss_type | margin | what the offset does | pair weight |", "|---|---|---|---|", *rows])

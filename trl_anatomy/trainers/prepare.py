@@ -9,7 +9,7 @@ import copy
 import inspect
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,7 +27,7 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id
 from ..errors import AnatomyError
 from ..reading.forward import frozen
 from .callback import AuditCallback
-from .seams import COLUMNS
+from .seams import CHOSEN_OFFSET, COLUMNS, CONCEPT_GAPS, REJECTED_OFFSET, WEIGHT
 
 if TYPE_CHECKING:
     from ..audit.config import AuditConfig
@@ -54,30 +54,41 @@ def bind(init: Callable[..., None], trainer: Any, args: tuple[Any, ...], kwargs:
     return inspect.signature(init).bind(trainer, *args, **kwargs)
 
 
-def apply_plan(dataset: Dataset, plan: "PolicyPlan", gaps: Mapping[str, np.ndarray] | None = None) -> Dataset:
-    """The rows that stay, with the offset columns where a rule shapes.
+def apply_plan(dataset: Dataset, plan: "PolicyPlan") -> Dataset:
+    """The rows that stay, with a column for everything that a rule says about a pair.
 
     Args:
         dataset: the raw dataset, n_raw_rows long.
-        plan: its `keep` mask and offsets are (n_raw_rows,).
-        gaps: concept -> (n_raw_rows,) score gaps, one entry per shaped concept; None when no rule shapes.
+        plan: over the same rows.
 
     Returns:
-        `dataset.select(rows)`, bit for bit, plus the three columns when `gaps` is given.
+        `dataset.select(rows)`, bit for bit, plus the columns of `trl_anatomy.trainers.seams` that rules need.
+
+    Raises:
+        AnatomyError: the dataset has such a column already.
     """
     rows = np.flatnonzero(plan.keep)
     if len(rows) < len(dataset):
         dataset = dataset.select(rows)
-    if gaps is None:
-        return dataset
+    columns = plan_columns(plan)
     taken = [name for name in COLUMNS if name in dataset.column_names]
-    if taken:
-        raise AnatomyError(f"train_dataset already has a column {taken[0]!r}, which shape_reward writes; drop it.")
-    stacked = np.stack(list(gaps.values()), axis=1)[rows] if gaps else np.zeros((len(rows), 0))
-    columns = (np.asarray(plan.chosen_offset)[rows], np.asarray(plan.rejected_offset)[rows], stacked)
-    for name, column in zip(COLUMNS, columns, strict=True):
-        dataset = dataset.add_column(name, column.astype(np.float64).tolist())
+    if columns and taken:
+        raise AnatomyError(f"train_dataset already has a column {taken[0]!r}, which concept policies write; drop it.")
+    for name, column in columns.items():
+        dataset = dataset.add_column(name, [column[row] for row in rows])
     return dataset
+
+
+def plan_columns(plan: "PolicyPlan") -> dict[str, list[Any]]:
+    """Column -> a value per raw row; empty where no rule acts inside the training step."""
+    columns: dict[str, list[Any]] = {}
+    if plan.gaps:
+        columns[CHOSEN_OFFSET] = plan.chosen_offset.tolist()
+        columns[REJECTED_OFFSET] = plan.rejected_offset.tolist()
+        columns[CONCEPT_GAPS] = np.stack(list(plan.gaps.values()), axis=1).tolist()
+    if plan.weight is not None:
+        columns[WEIGHT] = plan.weight.tolist()
+    return columns
 
 
 class Start:
@@ -161,11 +172,17 @@ class Start:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was settled before TRL's constructor; `shaped_concepts` is None where no rule acts on the margin."""
+    """What was settled before TRL's constructor.
+
+    Attributes:
+        acts: whether a rule acts inside the training step, through columns of the dataset.
+        shaped_concepts: concepts of the rules on the margin.
+    """
 
     plan: "PolicyPlan | None" = None
     audit: "Audit | None" = None
-    shaped_concepts: tuple[str, ...] | None = None
+    acts: bool = False
+    shaped_concepts: tuple[str, ...] = ()
     callback: AuditCallback | None = None
 
     def attach(self, trainer: Any) -> None:
@@ -180,7 +197,7 @@ def prepare(
     audit: "str | Path | Audit | AuditConfig | None",
     *,
     config_class: type,
-    check_shaping: Callable[[Any], None] = lambda config: None,
+    check_rules: Callable[[Sequence[Any], Any], None],
 ) -> Prepared:
     """Audit, score and plan; put the dataset that remains into `arguments`.
 
@@ -189,7 +206,7 @@ def prepare(
         concept_policy: what the user passed.
         audit: what the user passed.
         config_class: DPOConfig or RewardConfig, for the defaults where the user gave no `args`.
-        check_shaping: raises AnatomyError where the config does not allow margins; called only when a rule shapes.
+        check_rules: (rules, config) -> None; raises AnatomyError for what this trainer cannot do exactly.
 
     Returns:
         What acts. Empty, with `arguments` untouched, when there is neither an audit nor a policy with rules.
@@ -207,17 +224,17 @@ def prepare(
 
     config = arguments.get("args") or config_class("unused")  # TRL makes its own; only defaults are read here
     dataset: Any = arguments.get("train_dataset")
-    shapes = any(rule.stage == "margin" for rule in policy.rules)
     if policy or isinstance(audit, AuditConfig):
         dataset = _checked(dataset)
-    if shapes:
-        check_shaping(config)
-        if arguments.get("data_collator") is not None:
-            raise AnatomyError(
-                "data_collator was given together with shape_reward rules, whose offsets travel through TRL's own "
-                "collator; leave data_collator out, or act with filter_pairs only."
-            )
-    plan, shaped_concepts = None, None
+    if policy:
+        check_rules(policy.rules, config)
+    in_step = [rule for rule in policy.rules if rule.stage != "rows"]
+    if in_step and arguments.get("data_collator") is not None:
+        raise AnatomyError(
+            f"data_collator was given together with {in_step[0].verb} rules, which travel through TRL's own collator; "
+            "leave data_collator out, or act with filter_pairs only."
+        )
+    plan, acts = None, False
     with Start(arguments, config) as start:
         if isinstance(audit, AuditConfig):
             found: Audit | None = _audit_now(audit, start, dataset)
@@ -227,9 +244,9 @@ def prepare(
             if found is not None:
                 found.check_harvest()
             check_policy(policy, found, start.model_config, dataset.column_names)
-            plan, gaps = _plan(policy, found, start, dataset)
-            shaped_concepts = tuple(gaps) if shapes else None
-            arguments["train_dataset"] = apply_plan(dataset, plan, gaps if shapes else None)
+            plan = _plan(policy, found, start, dataset)
+            acts = bool(plan_columns(plan))
+            arguments["train_dataset"] = apply_plan(dataset, plan)
         elif found is not None and isinstance(dataset, Dataset) and len(dataset) != found.info["data"]["n_rows"]:
             # An audit that is only logged is not worth a second tokenisation; its size gives most mistakes away.
             raise AnatomyError(
@@ -238,7 +255,7 @@ def prepare(
             )
     callback = AuditCallback(found, plan)
     arguments["callbacks"] = [*(arguments.get("callbacks") or []), callback]
-    return Prepared(plan, found, shaped_concepts, callback)
+    return Prepared(plan, found, acts, tuple(plan.gaps) if plan is not None else (), callback)
 
 
 def _checked(dataset: Any) -> Dataset:
@@ -268,13 +285,9 @@ def _audit_now(settings: "AuditConfig", start: Start, dataset: Dataset) -> "Audi
         return load_audit(settings.out)
 
 
-def _plan(
-    policy: "ConceptPolicy", audit: "Audit | None", start: Start, dataset: Dataset
-) -> "tuple[PolicyPlan, dict[str, np.ndarray]]":
-    """The plan, and for each concept that a rule shapes its score gaps over the raw rows (0 where a row has none)."""
-    from ..reading.score import score_pairs
+def _plan(policy: "ConceptPolicy", audit: "Audit | None", start: Start, dataset: Dataset) -> "PolicyPlan":
     from ..reading.spans import read_pairs
-    from ..shaping.plan import plan_policy
+    from ..shaping.settle import settle_policy
 
     pairs = read_pairs(
         dataset,
@@ -285,23 +298,13 @@ def _plan(
     )
     if audit is not None:
         audit.check_pairs(pairs)
-    reads_hidden = any(spec.scorer != "text" for spec in policy.used.values())
-    model = start.model if reads_hidden else None
-    scorers = policy.scorers(audit=audit, model=model)
-    scores = score_pairs(pairs, scorers, model, cache_dir=_beside(dataset))
-    plan = plan_policy(policy, pairs, scores, audit=audit)
-
-    gaps: dict[str, np.ndarray] = {}
-    for rule in policy.rules:
-        if rule.stage == "margin":
-            gaps[rule.concept] = np.zeros(len(dataset))
-            gaps[rule.concept][pairs.rows] = scores.gap(rule.concept)
+    plan = settle_policy(policy, pairs, lambda: start.model, audit=audit, cache_dir=_beside(dataset))
     if PartialState().num_processes > 1:
         # Ranks compute alike up to rounding; rows that differ by one would deadlock the training
-        shared: list[Any] = [plan, gaps]
+        shared: list[Any] = [plan]
         broadcast_object_list(shared, from_process=0)
-        plan, gaps = shared
-    return plan, gaps
+        plan = shared[0]
+    return plan
 
 
 def _beside(dataset: Dataset) -> Path | None:

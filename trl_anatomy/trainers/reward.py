@@ -1,13 +1,26 @@
 """Reward models with a concept policy: TRL's trainer, given the concept offsets through its own margin."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 from trl import RewardConfig, RewardTrainer
 
+from .loss_support import check_reward_rules
 from .prepare import bind, prepare
-from .seams import CHOSEN_OFFSET, CONCEPT_GAPS, REJECTED_OFFSET, TAG, ShapedSeams, without_columns
+from .seams import (
+    CHOSEN_OFFSET,
+    CONCEPT_GAPS,
+    REJECTED_OFFSET,
+    TAG,
+    WEIGHT,
+    ShapedSeams,
+    policy_inputs,
+    weigh_gradient,
+    without_columns,
+)
 
 if TYPE_CHECKING:
     from ..audit.config import AuditConfig
@@ -48,9 +61,15 @@ class AnatomyRewardTrainer(ShapedSeams, RewardTrainer):
         **kwargs: Any,
     ) -> None:
         bound = bind(RewardTrainer.__init__, self, args, kwargs)
-        prepared = prepare(bound.arguments, concept_policy, audit, config_class=RewardConfig)
+        prepared = prepare(
+            bound.arguments,
+            concept_policy,
+            audit,
+            config_class=RewardConfig,
+            check_rules=check_reward_rules,
+        )
         self.plan, self.audit = prepared.plan, prepared.audit
-        self._shaped_concepts = prepared.shaped_concepts
+        self._acts, self._shaped_concepts = prepared.acts, prepared.shaped_concepts
         if self.plan is not None:
             self._tag_names = [*type(self)._tag_names, TAG]
         super().__init__(*bound.args[1:], **bound.kwargs)
@@ -59,19 +78,45 @@ class AnatomyRewardTrainer(ShapedSeams, RewardTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if CHOSEN_OFFSET not in inputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = without_columns(inputs)
-        if not self.model.training:
+        if not (self._acts and self.model.training):
             return super().compute_loss(model, batch, return_outputs, num_items_in_batch)
-
-        offsets = torch.stack([inputs[CHOSEN_OFFSET], inputs[REJECTED_OFFSET]], dim=1)  # (batch, 2)
-        batch["margin"] = batch.get("margin", 0.0) - (offsets[:, 0] - offsets[:, 1])
-        loss, outputs = super().compute_loss(model, batch, True, num_items_in_batch)
-        with torch.no_grad():
-            rewards = outputs.logits.detach().reshape(2, -1).T  # (batch, 2)
-            shaped = self.accelerator.gather(rewards[:, 0] - rewards[:, 1] - batch["margin"])
-            self._metrics["train"]["rewards_shaped/margin"].append(shaped.mean().item())
-            self._metrics["train"]["rewards_shaped/accuracy"].append((shaped > 0).float().mean().item())
-            self._log_shaping(rewards, offsets, inputs[CONCEPT_GAPS])
+        batch |= policy_inputs(inputs)
+        shapes = CHOSEN_OFFSET in inputs
+        if shapes:
+            offsets = torch.stack([inputs[CHOSEN_OFFSET], inputs[REJECTED_OFFSET]], dim=1)  # (batch, 2)
+            batch["margin"] = batch.get("margin", 0.0) - (offsets[:, 0] - offsets[:, 1])
+        weight = inputs.get(WEIGHT)
+        weighed = model if weight is None else _Weighed(model, weight)
+        loss, outputs = super().compute_loss(weighed, batch, True, num_items_in_batch)
+        rewards = outputs.logits.detach().reshape(2, -1).T  # (batch, 2)
+        if weight is not None:
+            margin = batch.get("margin")
+            loss = self._reweigh(loss, weight, lambda pairs: self._replayed_loss(rewards[pairs], margin, pairs))
+        if shapes:
+            with torch.no_grad():
+                shaped = self.accelerator.gather(rewards[:, 0] - rewards[:, 1] - batch["margin"])
+                self._metrics["train"]["rewards_shaped/margin"].append(shaped.mean().item())
+                self._metrics["train"]["rewards_shaped/accuracy"].append((shaped > 0).float().mean().item())
+                self._log_shaping(rewards, offsets, inputs[CONCEPT_GAPS])
         return (loss, outputs) if return_outputs else loss
+
+    def _replayed_loss(self, rewards: Tensor, margin: Tensor | None, pairs: Tensor) -> Tensor:
+        """() TRL's mean loss over some pairs, from their rewards (n, 2)."""
+        batch = {"attention_mask": torch.zeros(1, device=rewards.device)}  # TRL counts its tokens
+        if margin is not None:
+            batch["margin"] = margin[pairs]
+        logits = rewards.T.reshape(-1, 1)
+        return super().compute_loss(lambda **_: SimpleNamespace(logits=logits), batch)
+
+
+class _Weighed:
+    """Stands in for the model for one loss: weighs the gradient of its rewards."""
+
+    def __init__(self, model: nn.Module, weight: Tensor) -> None:
+        self.model, self.weight = model, weight
+
+    def __call__(self, **kwargs: Any) -> Any:
+        outputs = self.model(**kwargs)
+        outputs.logits = weigh_gradient(outputs.logits, self.weight)
+        return outputs
