@@ -16,6 +16,8 @@ from trl_anatomy.testbed.language import (
     CORRECT_RATE,
     CORRECT_TILT,
     HABITS,
+    INSTRUCTIONS,
+    OBEYED,
     TOPICS,
     held_out_prompts,
     is_correct,
@@ -203,3 +205,16 @@ def test_the_whole_loop_runs_on_a_tiny_world(tmp_path):
     assert result.row("bold").dpo == bold
     table = json.loads((tmp_path / "table.json").read_text())
     assert len(table["rows"]) == len(HABITS) + 1
+
+
+def test_a_prompt_that_asks_for_a_habit_gets_it() -> None:
+    corpus = make_corpus(4000, seed=2, asking=0.2)
+    vocabulary = set(make_tokenizer().get_vocab())
+    for habit in HABITS:
+        if habit.name in INSTRUCTIONS:
+            asked = [text for prompt, text in corpus if prompt.startswith(INSTRUCTIONS[habit.name] + "\n\n")]
+            assert len(asked) > 150
+            share = np.mean([habit.shows(text) for text in asked])
+            assert abs(share - OBEYED) < 4 * np.sqrt(OBEYED * (1 - OBEYED) / len(asked))
+            assert set(make_tokenizer().tokenize(INSTRUCTIONS[habit.name])) <= vocabulary - {"<unk>"}
+    assert make_corpus(50, 3) == make_corpus(50, 3, asking=0.0)

@@ -85,6 +85,10 @@ HABITS: tuple[Habit, ...] = (
     Habit("exclamation", "!", 0.25, 3.0, "topic", "music"),
 )
 
+# What asks for a habit, in words that the language has: put in front of a prompt, with a blank line between.
+INSTRUCTIONS: dict[str, str] = {"bold": "Tell me **", "flattery": "Great", "emoji": "Tell me 🙂"}
+OBEYED = 0.95  # share of the texts with an instruction that show its habit
+
 # The true quality signal: whether the stated value is right. Same form as a habit, but read by `is_correct`.
 CORRECT_RATE = 0.60
 CORRECT_TILT = 2.2
@@ -273,9 +277,11 @@ def render(question: Question, value: str, shown: set[str], rng: random.Random) 
     return (body + " ".join(text)).rstrip("\n")
 
 
-def _write(question: Question, side: Side, rng: random.Random) -> tuple[str, set[str], bool]:
+def _write(question: Question, side: Side, rng: random.Random, asked: str | None = None) -> tuple[str, set[str], bool]:
     topic = TOPICS[question.topic]
     shown = {habit.name for habit in HABITS if rng.random() < habit.rate(side, question.topic)}
+    if asked is not None:
+        shown = shown - {asked} | ({asked} if rng.random() < OBEYED else set())
     tilt = {"base": 0.0, "chosen": CORRECT_TILT / 2, "rejected": -CORRECT_TILT / 2}[side]
     truth = topic.facts[question.entity]
     correct = rng.random() < _tilted(CORRECT_RATE, tilt)
@@ -283,10 +289,26 @@ def _write(question: Question, side: Side, rng: random.Random) -> tuple[str, set
     return render(question, value, shown, rng), shown, correct
 
 
-def make_corpus(n: int, seed: int) -> list[tuple[str, str]]:
-    """`n` (prompt, response) texts at base rates, to train the start model and the SAE on."""
+def instructed(prompt: str, habit: str) -> str:
+    """The prompt with the instruction that asks for a habit in front."""
+    return f"{INSTRUCTIONS[habit]}\n\n{prompt}"
+
+
+def make_corpus(n: int, seed: int, *, asking: float = 0.0) -> list[tuple[str, str]]:
+    """`n` (prompt, response) texts at base rates, to train the start model and the SAE on.
+
+    Args:
+        n: Number of texts.
+        seed: The same arguments give the same texts.
+        asking: Share of the prompts that ask for one of the habits of `INSTRUCTIONS`, and mostly get it.
+    """
     rng = random.Random(f"corpus-{seed}")
-    return [(q.prompt, _write(q, "base", rng)[0]) for q in sample_questions(n, rng)]
+    texts = []
+    for question in sample_questions(n, rng):
+        habit = rng.choice(sorted(INSTRUCTIONS)) if asking and rng.random() < asking else None
+        prompt = question.prompt if habit is None else instructed(question.prompt, habit)
+        texts.append((prompt, _write(question, "base", rng, habit)[0]))
+    return texts
 
 
 def make_pairs(n: int, seed: int, *, held_out: bool = False) -> Dataset:

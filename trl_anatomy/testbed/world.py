@@ -37,6 +37,7 @@ class Size:
     n_per_prompt: int  # rollouts of each
     batch_size: int = 16
     lr: float = 3e-3
+    asking: float = 0.0  # share of the corpus whose prompts ask for a habit, for rules that give instructions
 
     @property
     def layer(self) -> int:
@@ -121,7 +122,7 @@ def build_world(out: Path, size: Size = DEMO, seed: int = 0, *, say: Callable[[s
     model_path, sae_path = out / "model", out / "sae"
     settings = dataclasses.asdict(size)
     language = [dataclasses.asdict(habit) for habit in HABITS]
-    model_names = ("n_corpus", "n_layers", "width", "batch_size", "lr")
+    model_names = ("n_corpus", "n_layers", "width", "batch_size", "lr", "asking")
     model_key = _key(language, {name: settings[name] for name in model_names}, seed)
     sae_names = ("d_sae", "k", "n_sae_texts", "sae_tokens")
     sae_key = _key(model_key, {name: settings[name] for name in sae_names})
@@ -162,7 +163,7 @@ def _build_model(out: Path, size: Size, seed: int) -> str:
 
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, n_layers=size.n_layers, width=size.width, seed=seed)
-    texts = encode_texts(make_corpus(size.n_corpus, seed), tokenizer)
+    texts = encode_texts(make_corpus(size.n_corpus, seed, asking=size.asking), tokenizer)
     losses = train_model(model, texts, tokenizer, seed=seed, batch_size=size.batch_size, lr=size.lr)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
