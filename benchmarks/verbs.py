@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_anatomy.checking.rollouts import sample
+from trl_anatomy.checking.rollouts import rollouts
 from trl_anatomy.reading.scorers.direction import fit_direction
 from trl_anatomy.testbed.demo import MAX_NEW_TOKENS, rates, train
 from trl_anatomy.testbed.language import HABITS, INSTRUCTIONS
@@ -137,7 +137,7 @@ def measure(model_path: Path, world: World) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(world.model_path)
     prompts = world.prompts[:N_PROMPTS]
-    texts = sample(model, tokenizer, prompts, n_per_prompt=N_PER_PROMPT, max_new_tokens=MAX_NEW_TOKENS, seed=0)
+    texts = rollouts(model, tokenizer, prompts, n_per_prompt=N_PER_PROMPT, max_new_tokens=MAX_NEW_TOKENS, seed=0)
     flat = [prompt for prompt in prompts for _ in range(N_PER_PROMPT)]
     return {name: rate.share for name, rate in rates(flat, [text for group in texts for text in group]).items()}
 
