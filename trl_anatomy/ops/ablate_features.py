@@ -22,8 +22,8 @@ def ablate_features(
     """Subtract what some SAE latents contribute: ``y = h - strength * (z * fire) @ decoder`` (method.md section 8).
 
     ``z = h @ encoder.T + bias``, ``fire = (z > threshold) & (z >= kth)``. All other latents and the SAE's error stay
-    in `h` by construction. The gradient, ``dh = g - strength * ((g @ decoder.T) * fire) @ encoder`` (the SAE is frozen),
-    keeps only `fire`. Autocast does not reach inside.
+    in `h` by construction. The gradient takes the SAE as frozen and keeps only `fire`:
+    ``dh = g - strength * ((g @ decoder.T) * fire) @ encoder``. Autocast does not reach inside.
 
     Args:
         h: (..., d) hidden states, float64, float32, bfloat16 or float16; also empty or not contiguous.
