@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AnatomyError
+from ..ops.span_harvest import span_harvest, span_harvest_threshold, span_harvest_topk
 from .fingerprint import hash_json, hash_tensors
 from .locate import decoder_layers, hidden_size, layer_of_hook
 
@@ -158,6 +159,28 @@ class SAE:
         if self._rescales:
             rows /= rows.norm(dim=-1, keepdim=True)
         return rows
+
+    @torch.no_grad()
+    def pool_spans(self, h: Tensor, bounds: Sequence[int], chunk_bytes: int) -> tuple[Tensor, Tensor]:
+        """Largest activation (n_spans, d_sae) float32 and firing tokens (n_spans, d_sae) int32 of every latent.
+
+        The firing set is that of `encode`, but for pre-activations equal to the threshold up to rounding: tiles of
+        another shape sum in another order. (`b_dec` is taken from the tokens, as in `encode`, and not folded.)
+
+        Args:
+            h: (n_tokens, d_in) hidden states, spans end to end.
+            bounds: n_spans + 1 ascending offsets into `h`; spans may be empty.
+            chunk_bytes: limit on the dense activations held at a time, where they have to be made.
+        """
+        inner = self._inner
+        if self.architecture in _SEPARATE:
+            every = slice(None)
+            return span_harvest_threshold(
+                h, inner.W_enc, inner.b_enc, self._floor(every), bounds, prepare=inner.process_sae_in
+            )
+        if self.architecture == "topk":
+            return span_harvest_topk(h, self._before_topk, inner.cfg.k, bounds)
+        return span_harvest(h, self.encode, bounds, chunk_bytes)
 
     @torch.no_grad()
     def rows(self, features: Sequence[int]) -> Rows:
