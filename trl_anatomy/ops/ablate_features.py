@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AnatomyError
+from . import _rows
 from ._rows import row_blocks, working_dtype
 
 
@@ -60,11 +61,17 @@ def ablate_features(
 def forward(
     h: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor, decoder: Tensor, strength: float, kth: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(n, d) -> y (n, d) and fire (n, u) bool, in plain torch; kth (n,)."""
+    """(n, d) -> y (n, d) and fire (n, u) bool; kth (n,)."""
+    fire = torch.empty(len(h), len(encoder), dtype=torch.bool, device=h.device)
+    if _rows.kernels_for(h, encoder):
+        from . import _triton_edit_rows as kernel
+
+        if kernel.takes(h, encoder):
+            compared = {"fire": fire, "bias": bias, "threshold": threshold, "kth": kth}
+            return kernel.edit_rows(h, encoder, decoder, strength, mode=kernel.COMPARE, **compared), fire
     work = working_dtype(h, encoder)
     encode, decode, bias, threshold = encoder.to(work).T, decoder.to(work), bias.to(work), threshold.to(work)
     y = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    fire = torch.empty(len(h), len(encoder), dtype=torch.bool, device=h.device)
     for rows in row_blocks(h, work):
         x = h[rows].to(work)
         z = torch.addmm(bias, x, encode)
@@ -76,7 +83,12 @@ def forward(
 
 
 def backward(g: Tensor, fire: Tensor, encoder: Tensor, decoder: Tensor, strength: float) -> Tensor:
-    """Gradient at y (n, d) -> gradient at h (n, d), in plain torch."""
+    """Gradient at y (n, d) -> gradient at h (n, d)."""
+    if _rows.kernels_for(g, encoder):
+        from . import _triton_edit_rows as kernel
+
+        if kernel.takes(g, encoder):
+            return kernel.edit_rows(g, decoder, encoder, strength, mode=kernel.GIVEN, fire=fire)
     work = working_dtype(g, encoder)
     encode, decode = encoder.to(work), decoder.to(work).T
     dh = torch.empty(g.shape, dtype=g.dtype, device=g.device)

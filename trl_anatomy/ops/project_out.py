@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AnatomyError
+from . import _rows
 from ._rows import row_blocks, working_dtype
 
 
@@ -37,7 +38,12 @@ def project_out(h: Tensor, basis: Tensor) -> Tensor:
 
 
 def project(h: Tensor, basis: Tensor) -> Tensor:
-    """(n, d) -> (n, d), in plain torch."""
+    """(n, d) -> (n, d)."""
+    if _rows.kernels_for(h, basis):
+        from . import _triton_edit_rows as kernel
+
+        if kernel.takes(h, basis):
+            return kernel.edit_rows(h, basis, basis, 1.0)
     work = working_dtype(h, basis)
     basis = basis.to(work)
     y = torch.empty(h.shape, dtype=h.dtype, device=h.device)

@@ -4,11 +4,13 @@ One function for each way in which latents fire: any SAE (`span_harvest`), a thr
 (`span_harvest_threshold`), the k largest of a token (`span_harvest_topk`). All return the same two tensors.
 """
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from . import _rows
+from ._rows import span_pieces
 
 
 def span_harvest(
@@ -35,10 +37,10 @@ def span_harvest(
     n_latents = encode(h[:1] if len(h) else h.new_zeros(1, h.shape[1])).shape[1]
     maximum, count = _empty(h, bounds, n_latents)
     step = max(1, chunk_bytes // (4 * n_latents))
-    never = torch.zeros(n_latents, device=h.device)
+    zero = torch.zeros(n_latents, device=h.device)
     for start in range(bounds[0], bounds[-1], step):
         end = min(start + step, bounds[-1])
-        fold(encode(h[start:end]).abs(), never, list(_pieces(bounds, start, end)), maximum, count)
+        fold(encode(h[start:end]).abs(), zero, span_pieces(bounds, start, end), maximum, count)
     return maximum, count
 
 
@@ -53,8 +55,9 @@ def span_harvest_threshold(
 ) -> tuple[Tensor, Tensor]:
     """`span_harvest` for latents that fire where ``z = prepare(h) @ encoder + bias`` exceeds a threshold >= 0.
 
-    Works through tiles of tokens x latents: a matrix product, then one fold into the spans. The largest ``z`` of a span
-    is its largest activation wherever it exceeds the threshold, so activations are never made.
+    Works through tiles of tokens x latents: a bare matrix product, then one fold into the spans. The bias goes to the
+    other side of the comparison, and the largest product of a span is its largest activation wherever it fires, so
+    activations are never made.
 
     Args:
         h: (n_tokens, d_model) hidden states, spans end to end.
@@ -75,27 +78,41 @@ def span_harvest_threshold(
     """
     n_latents = encoder.shape[1]
     maximum, count = _empty(h, bounds, n_latents)
+    maximum.fill_(-torch.inf)
+    bar = threshold.float() - bias.float()
     block_bytes, tile_bytes = _TILES.get(h.device.type, _TILES["other"])
     block = max(1, block_bytes // (4 * h.shape[1]))
     for start in range(bounds[0], bounds[-1], block):
         end = min(start + block, bounds[-1])
-        x = prepare(h[start:end])
-        pieces = list(_pieces(bounds, start, end))
+        x, pieces = prepare(h[start:end]), span_pieces(bounds, start, end)
         width = max(64, tile_bytes // (4 * (end - start)))
         for first in range(0, n_latents, width):
             tile = slice(first, min(first + width, n_latents))
-            z = torch.addmm(bias[tile], x, encoder[:, tile])
-            fold(z, threshold[tile], pieces, maximum[:, tile], count[:, tile])
-    return maximum.masked_fill_(count == 0, 0), count
+            fold(_product(x, encoder[:, tile]), bar[tile], pieces, maximum[:, tile], count[:, tile])
+    return maximum.add_(bias).masked_fill_(count == 0, 0), count
 
 
-def fold(z: Tensor, threshold: Tensor, pieces: Sequence[tuple[int, int, int]], maximum: Tensor, count: Tensor) -> None:
-    """Fold z (n, w) into maximum and count (n_spans, w), in plain torch; pieces: (span, first row, end row) of `z`."""
+def fold(z: Tensor, bar: Tensor, pieces: Tensor, maximum: Tensor, count: Tensor) -> None:
+    """Fold z (n, w) into maximum and count (n_spans, w): the largest value, and how many exceed bar (w,)."""
+    if _rows.kernels_for(z):
+        from . import _triton_pool as kernel
+
+        return kernel.fold(z, bar, pieces, maximum, count)
     fires = torch.empty_like(z)
-    torch.gt(z, threshold, out=fires)  # a float mask sums faster than a boolean one
-    for span, a, b in pieces:
-        torch.maximum(maximum[span], z[a:b].amax(0), out=maximum[span])
-        count[span] += fires[a:b].sum(0).to(torch.int32)
+    torch.gt(z, bar, out=fires)  # a float mask sums faster than a boolean one
+    for span, first, end in pieces.tolist():
+        torch.maximum(maximum[span], z[first:end].amax(0), out=maximum[span])
+        count[span] += fires[first:end].sum(0).to(torch.int32)
+    return None
+
+
+def _product(x: Tensor, encoder: Tensor) -> Tensor:
+    """x @ encoder in float32, also of 16-bit operands."""
+    if x.dtype == torch.float32:
+        return x @ encoder
+    if x.is_cuda:
+        return torch.mm(x, encoder, out_dtype=torch.float32)
+    return x.float() @ encoder.float()
 
 
 def span_harvest_topk(
@@ -147,13 +164,3 @@ _TILES = {"cpu": (8 << 20, 2 << 20), "other": (256 << 20, 512 << 20)}
 def _empty(h: Tensor, bounds: Sequence[int], n_latents: int) -> tuple[Tensor, Tensor]:
     shape = (len(bounds) - 1, n_latents)
     return torch.zeros(shape, device=h.device), torch.zeros(shape, dtype=torch.int32, device=h.device)
-
-
-def _pieces(bounds: Sequence[int], start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """The spans that rows start to end touch, each with its rows counted from start; empty spans are left out."""
-    for span in range(max(0, bisect_right(bounds, start) - 1), len(bounds) - 1):
-        if bounds[span] >= end:
-            return
-        a, b = max(bounds[span], start) - start, min(bounds[span + 1], end) - start
-        if b > a:
-            yield span, a, b
