@@ -34,7 +34,7 @@ def compiled_usage(kernel: Any, types: dict[str, str], options: dict[str, Any], 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    settings = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
+    settings = {name: options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in options}
     constants = {name: value for name, value in options.items() if name not in settings}
     whole = [i for i, kind in enumerate(types.values()) if kind.startswith("*") or kind == "i32"]
     source = ASTSource(
@@ -43,7 +43,7 @@ def compiled_usage(kernel: Any, types: dict[str, str], options: dict[str, Any], 
         constexprs=constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in whole} if aligned else {},
     )
-    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={**settings, "enable_fp_fusion": True})
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=settings)
     path.write_bytes(binary.asm["cubin"])
     command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -75,17 +75,11 @@ def edit_rows_kernel(
 
 
 def settings(u: int, exact: bool) -> dict[str, int]:
-    """Block sizes, warps and pipeline depth for `u` rows of read and write."""
+    """Block sizes and options of the compiler for `u` rows of read and write."""
     block_u = max(16, triton.next_power_of_2(u))
-    if exact:
-        return {"BLOCK_T": 32, "BLOCK_U": block_u, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2}
-    return {
-        "BLOCK_T": 64,
-        "BLOCK_U": block_u,
-        "BLOCK_D": 64 if block_u < 128 else 32,
-        "num_warps": 8,
-        "num_stages": 3,
-    }
+    block_t, block_d, stages = (32, 64, 2) if exact else (64, 64 if block_u < 128 else 32, 3)
+    blocks = {"BLOCK_T": block_t, "BLOCK_U": block_u, "BLOCK_D": block_d}
+    return blocks | {"num_warps": 8, "num_stages": stages, "enable_fp_fusion": True}
 
 
 def is_exact(x: Tensor, rows: Tensor) -> bool:

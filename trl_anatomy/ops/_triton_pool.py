@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FOLD = {"BLOCK_T": 8, "BLOCK_W": 256, "num_warps": 4}
-PROJECT = {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}
+FOLD = {"BLOCK_T": 8, "BLOCK_W": 256, "num_warps": 4, "enable_fp_fusion": True}
+PROJECT = {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
 _MOST_DIRECTIONS = 64  # beyond, a matrix product is the better tool
 
 
