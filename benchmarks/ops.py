@@ -1,9 +1,9 @@
 """What the operations of trl_anatomy.ops cost beside plain torch, torch.compile, sae-lens and their floors.
 
 Results are compared before anything is timed. Then all variants of a row run in turn, in one process, round after
-round; a ratio is the median over rounds of the ratio within a round. On a CPU one thread is used and its own CPU time is
-taken, so that waiting for a busy machine does not count (sharing its caches still does). On a GPU the shapes are those of
-Llama-3.1-8B with 65,536 latents and bfloat16.
+round; a ratio is the median over rounds of the ratio within a round. On a CPU one thread is used and its own CPU time
+is taken, so that waiting for a busy machine does not count (sharing its caches still does). On a GPU the shapes are
+those of Llama-3.1-8B with 65,536 latents and bfloat16.
 
     python benchmarks/ops.py
 """
