@@ -10,6 +10,7 @@ import torch
 from reading_world import tiny_model, tiny_sae
 
 from trl_anatomy.errors import AnatomyError
+from trl_anatomy.ops.ablate_features import ablate_features
 from trl_anatomy.reading.sae import SAE, check_sae, load_sae
 
 ARCHITECTURES = ("standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit", "transcoder")
@@ -214,3 +215,50 @@ def test_nothing_in_a_folder_is_unpickled(tmp_path: Path) -> None:
     (tmp_path / "sae_weights.safetensors").rename(tmp_path / "sae_weights.pt")
     with pytest.raises(AnatomyError, match=r"sae_weights\.safetensors not found"):
         load_sae(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [("standard", {}), ("jumprelu", {}), ("topk", {}), ("topk", {"rescale_acts_by_decoder_norm": True})],
+)
+@pytest.mark.parametrize("centred", [False, True])
+def test_rows_take_latents_out_as_zeroing_them_between_encode_and_decode(
+    architecture: str, changes: dict[str, Any], centred: bool
+) -> None:
+    inner = tiny_sae(architecture, apply_b_dec_to_input=centred, **changes)
+    sae, features = SAE(inner), [5, 0, 63, 17, 40, 22]
+    rows, h = sae.rows(features), HIDDEN.view(4, 10, 32)
+    kth = sae.kth(h)
+    assert (kth is None) == (architecture != "topk")
+    got = ablate_features(h, *rows, kth=kth)
+    double = inner.double()
+    with torch.no_grad():
+        codes = double.encode(h.double())
+        rest = codes.clone()
+        rest[..., features] = 0
+        wanted = h.double() - double.decode(codes) + double.decode(rest)
+    assert (wanted - h).abs().max() > 0.1
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_exactly_the_kept_latents_reach_the_kth_value() -> None:
+    inner = tiny_sae("topk", d_sae=200)
+    sae = SAE(inner)
+    rows, kth = sae.rows(range(200)), sae.kth(HIDDEN)
+    assert kth is not None
+    reached = (HIDDEN @ rows.encoder.T + rows.bias) >= kth[:, None]
+    assert (reached.sum(1) == 6).all()
+    every = SAE(tiny_sae("topk", d_sae=8, k=8)).kth(HIDDEN[:0])
+    assert every is not None
+    assert every.shape == (0,)
+    whole = SAE(tiny_sae("topk", d_sae=8, k=8)).kth(HIDDEN)
+    assert whole is not None
+    assert (whole == -torch.inf).all()
+
+
+@pytest.mark.parametrize("architecture", ["gated", "abstopk", "matching_pursuit", "transcoder"])
+def test_rows_that_would_not_be_exact_are_refused(architecture: str) -> None:
+    with pytest.raises(AnatomyError, match=f"'{architecture}'; latents can be taken out .* standard, jumprelu, topk"):
+        SAE(tiny_sae(architecture)).rows([1])
+    with pytest.raises(AnatomyError, match="scales every token by its own size"):
+        SAE(tiny_sae("standard", normalize_activations="layer_norm")).rows([1])

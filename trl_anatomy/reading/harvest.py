@@ -18,7 +18,6 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..errors import AnatomyError
-from ..ops.span_harvest import span_harvest
 from .files import write_atomically
 from .fingerprint import hash_json, model_key
 from .forward import length_sorted_batches, read_spans
@@ -273,7 +272,7 @@ def _read_shard(
             last = min(first + group, len(bounds) - 1)
             offsets = [bound - bounds[first] for bound in bounds[first : last + 1]]
             chunk = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES["other"])
-            maximum, count = span_harvest(hidden[bounds[first] : bounds[last]], sae.encode, offsets, chunk)
+            maximum, count = sae.pool_spans(hidden[bounds[first] : bounds[last]], offsets, chunk)
             for j, entries in enumerate(_sparse_rows(maximum, count), start=first):
                 pair, span = batch[j // n_spans] - indices.start, j % n_spans
                 lengths[pair, span] = bounds[j + 1] - bounds[j]

@@ -7,12 +7,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import AnatomyError
+from ..ops.span_harvest import span_harvest, span_harvest_threshold, span_harvest_topk
 from .fingerprint import hash_json, hash_tensors
 from .locate import decoder_layers, hidden_size, layer_of_hook
 
@@ -24,6 +25,22 @@ _PER_TOKEN_NORMS = ("none", "layer_norm", "constant_norm_rescale", "constant_sca
 _SPARSIFY_FILES = ("cfg.json", "sae.safetensors")
 _SPARSIFY_WEIGHTS = ("W_dec", "b_dec", "encoder.bias", "encoder.weight")
 _L0_FACTOR = 3  # an L0 further than this from the published one is told
+
+
+class Rows(NamedTuple):
+    """Some latents as `ops.ablate_features` takes them: for hidden states h, ``z = h @ encoder.T + bias``.
+
+    Attributes:
+        encoder: (u, d_in) float32.
+        bias: (u,) float32, input centring folded in.
+        threshold: (u,) float32: the latent fires where ``z`` is larger (and among the k largest, see `SAE.kth`).
+        decoder: (u, d_in) float32: what one unit of ``z`` adds to the hidden state.
+    """
+
+    encoder: Tensor
+    bias: Tensor
+    threshold: Tensor
+    decoder: Tensor
 
 
 class SAE:
@@ -119,8 +136,7 @@ class SAE:
         # relu(pre) * (pre > threshold) without sae-lens' three copies of the largest tensor; NaN stays NaN.
         inner = self._inner
         pre = torch.addmm(inner.b_enc[index], inner.process_sae_in(h.float()), inner.W_enc[:, index])
-        floor = inner.threshold[index].clamp(min=0) if self.architecture == "jumprelu" else 0
-        return pre.masked_fill_(pre <= floor, 0)
+        return pre.masked_fill_(pre <= self._floor(index), 0)
 
     @torch.no_grad()
     def encode_features(self, h: Tensor, features: Sequence[int]) -> Tensor:
@@ -140,9 +156,99 @@ class SAE:
         normalised space: their direction holds, their length is scaled token by token.
         """
         rows = self._inner.W_dec[torch.as_tensor(features, device=self._inner.W_dec.device)].clone()
-        if getattr(self._inner.cfg, "rescale_acts_by_decoder_norm", False):
+        if self._rescales:
             rows /= rows.norm(dim=-1, keepdim=True)
         return rows
+
+    @torch.no_grad()
+    def pool_spans(self, h: Tensor, bounds: Sequence[int], chunk_bytes: int) -> tuple[Tensor, Tensor]:
+        """Largest activation (n_spans, d_sae) float32 and firing tokens (n_spans, d_sae) int32 of every latent.
+
+        The firing set is that of `encode`, but for pre-activations equal to the threshold up to rounding: tiles of
+        another shape sum in another order. (`b_dec` is taken from the tokens, as in `encode`, and not folded.)
+
+        Args:
+            h: (n_tokens, d_in) hidden states, spans end to end.
+            bounds: n_spans + 1 ascending offsets into `h`; spans may be empty.
+            chunk_bytes: limit on the dense activations held at a time, where they have to be made.
+        """
+        inner = self._inner
+        if self.architecture in _SEPARATE:
+            every = slice(None)
+            return span_harvest_threshold(
+                h, inner.W_enc, inner.b_enc, self._floor(every), bounds, prepare=inner.process_sae_in
+            )
+        if self.architecture == "topk":
+            return span_harvest_topk(h, self._before_topk, inner.cfg.k, bounds)
+        return span_harvest(h, self.encode, bounds, chunk_bytes)
+
+    @torch.no_grad()
+    def rows(self, features: Sequence[int]) -> Rows:
+        """Encoder and decoder of some latents in the space of the hidden states, all scalings folded in.
+
+        Folding the input centring into the bias can flip a firing that sits on its threshold by rounding.
+
+        Raises:
+            AnatomyError: an SAE for which no such rows are exact: one that scales every token by its own size, a gated
+                one, a transcoder, or one whose codes are signed or found step by step.
+        """
+        if self.architecture not in (*_SEPARATE, "topk"):
+            raise AnatomyError(
+                f"The SAE at {self._place} is of the architecture {self.architecture!r}; latents can be taken out of "
+                f"hidden states for {', '.join((*_SEPARATE, 'topk'))} only (BatchTopK is saved as jumprelu)."
+            )
+        if self.normalization != "none":
+            raise AnatomyError(
+                f"The SAE at {self._place} scales every token by its own size ({self.normalization!r}), so its latents "
+                "cannot be taken out of hidden states exactly: use an SAE without this normalisation."
+            )
+        inner = self._inner
+        index = torch.as_tensor(features, device=inner.W_enc.device)
+        encoder, bias = inner.W_enc[:, index].T.double(), inner.b_enc[index].double()
+        if inner.cfg.apply_b_dec_to_input:
+            bias = bias - encoder @ inner.b_dec.double()
+        if self._rescales:
+            norm = inner.W_dec[index].double().norm(dim=-1)
+            encoder, bias = encoder * norm[:, None], bias * norm
+        return Rows(encoder.float().contiguous(), bias.float(), self._floor(index), self.decoder_rows(features))
+
+    @torch.no_grad()
+    def kth(self, h: Tensor) -> Tensor | None:
+        """Per token a bound that exactly the latents kept by a TopK SAE reach; None for other SAEs.
+
+        The bound lies midway between the k-th and the next pre-activation, so that rounding elsewhere flips neither;
+        where both are equal, both reach it.
+
+        Args:
+            h: (..., d_in) hidden states.
+
+        Returns:
+            (...,) float32, on the scale of `rows`.
+        """
+        if self.architecture != "topk":
+            return None
+        flat, k = h.reshape(-1, self.d_in), self._inner.cfg.k
+        bound = torch.full((len(flat),), -torch.inf, device=h.device)
+        if k < self.d_sae:
+            step = max(1, _CHUNK_BYTES // (4 * self.d_sae))
+            for start in range(0, len(flat), step):
+                rows = slice(start, start + step)
+                bound[rows] = self._before_topk(flat[rows]).topk(k + 1).values[:, k - 1 :].mean(dim=1)
+        return bound.view(h.shape[:-1])
+
+    def _before_topk(self, h: Tensor) -> Tensor:
+        inner = self._inner
+        pre = torch.addmm(inner.b_enc, inner.process_sae_in(h.float()), inner.W_enc)
+        return pre.mul_(inner.W_dec.norm(dim=-1)) if self._rescales else pre
+
+    @property
+    def _rescales(self) -> bool:
+        return bool(getattr(self._inner.cfg, "rescale_acts_by_decoder_norm", False))
+
+    def _floor(self, index: Any) -> Tensor:
+        if self.architecture == "jumprelu":
+            return self._inner.threshold[index].clamp(min=0)
+        return torch.zeros_like(self._inner.b_enc[index])
 
     def to(self, device: torch.device | str) -> "SAE":
         """Move the weights; returns self."""
