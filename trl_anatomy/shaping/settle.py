@@ -1,9 +1,11 @@
 """All that a policy needs to know of the pairs, read with the frozen start model, and the plan that follows from it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .hidden import resolve_hidden
 from .plan import PolicyPlan, plan_policy
 from .policy import ConceptPolicy
 
@@ -36,5 +38,7 @@ def settle_policy(
 
     reads_hidden = any(spec.scorer != "text" for spec in policy.used.values())
     model = start_model() if reads_hidden else None
-    scores = score_pairs(pairs, policy.scorers(audit=audit, model=model), model, cache_dir=cache_dir)
-    return plan_policy(policy, pairs, scores, audit=audit)
+    scorers = policy.scorers(audit=audit, model=model)
+    hidden = resolve_hidden(policy, scorers)
+    scores = score_pairs(pairs, scorers, model, cache_dir=cache_dir)
+    return replace(plan_policy(policy, pairs, scores, audit=audit), hidden=hidden)
