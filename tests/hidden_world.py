@@ -7,10 +7,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from conftest import preference_rows
+from parity import EXACT, fresh
 from reading_world import tiny_sae
 from test_shaping_seam import formula, gradients
 from torch import Tensor
+from trl import RewardConfig, RewardTrainer
 
+from trl_anatomy import AnatomyRewardTrainer
 from trl_anatomy.reading.scorers.direction import DirectionScorer
 
 D = 16  # width of the tiny model
@@ -123,21 +126,26 @@ def stepped(trainer: Any, *, batch: dict[str, Any] | None = None) -> tuple[Tenso
     return loss, gradients(trainer.model)
 
 
-def assert_step(trainer: Any, expected_of: Callable[[dict[str, Any]], Tensor], plain: bool = False) -> None:
-    """Loss and gradient of a training step against an explicit loss; unless `plain`, unlike the unedited ones."""
+def assert_step(
+    trainer: Any,
+    expected_of: Callable[[dict[str, Any]], Tensor],
+    change: Callable[[str, Tensor], Tensor] = lambda name, gradient: gradient,
+    atol: float = 1e-6,
+) -> None:
+    """Loss and gradient (changed as a rule says) of a training step against an explicit loss."""
     batch = whole_batch(trainer)
     loss, got = stepped(trainer)
     trainer.model.gradient_checkpointing_disable()
     expected = expected_of(batch)
     expected.backward()
-    wanted = gradients(trainer.model)
+    wanted = {name: change(name, gradient) for name, gradient in gradients(trainer.model).items()}
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=1e-7)
     assert got.keys() == wanted.keys()
     largest = max(gradient.abs().max().item() for gradient in wanted.values())
     assert largest > 1e-4
     for name, gradient in wanted.items():
         torch.testing.assert_close(
-            got[name], gradient, rtol=1e-5, atol=1e-6 * max(1.0, largest), msg=lambda m, name=name: f"{name}: {m}"
+            got[name], gradient, rtol=1e-5, atol=atol * max(1.0, largest), msg=lambda m, name=name: f"{name}: {m}"
         )
 
 
@@ -170,3 +178,14 @@ def conversations(n: int) -> list[dict[str, Any]]:
             row["prompt"].insert(0, {"role": "system", "content": "w6"})
         row["topic"] = "x" if i % 4 < 2 else "y"
     return made
+
+
+def reward(model_dir: Path, out: Path, rows: list[dict[str, Any]], rules: Any = None, **options: Any) -> Any:
+    """A float64 reward trainer; TRL's own without `rules`."""
+    extra = {} if rules is None else {"concept_policy": rules}
+    extra |= {name: options.pop(name) for name in ("peft_config",) if name in options}
+    options = {"model_init_kwargs": {"dtype": torch.float64}, "gradient_checkpointing": False, **options}
+    args = RewardConfig(output_dir=str(out), **{**EXACT, **options})
+    cls = RewardTrainer if rules is None else AnatomyRewardTrainer
+    model = str(options.pop("model", model_dir))
+    return cls(model=model, args=args, train_dataset=fresh(rows), **extra)
