@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import preference_rows
+from conftest import build_tokenizer, preference_rows
+from datasets import Dataset
 from hidden_world import (
     DIRECTIONS,
     FEATURES,
@@ -30,12 +31,16 @@ from test_shaping_seam import EPSILON, TAU, dpo, lora
 from torch import Tensor
 
 from trl_anatomy.errors import AnatomyError
-from trl_anatomy.reading.locate import hidden_size, residual_dimension
+from trl_anatomy.reading.locate import hidden_size, layer_module, residual_dimension
 from trl_anatomy.reading.removal import Removal
 from trl_anatomy.reading.sae import SAE
-from trl_anatomy.shaping.hidden import GradientProjection, orthonormal
-from trl_anatomy.trainers.hidden import projected_parameters
+from trl_anatomy.reading.spans import read_pairs
+from trl_anatomy.shaping.hidden import GradientProjection, Projection, Steering, orthonormal
+from trl_anatomy.shaping.policy import ConceptPolicy
+from trl_anatomy.shaping.settle import settle_policy
+from trl_anatomy.trainers.hidden import HiddenEdits, projected_parameters
 from trl_anatomy.trainers.loss_support import LOSSES
+from trl_anatomy.trainers.seams import START, STEERING
 
 ALL_OF_F = dict.fromkeys(FEATURES["f"], 1.0)
 
@@ -420,3 +425,58 @@ def test_a_step_leaves_no_hook_behind(tiny_model_dir: Path, tmp_path: Path) -> N
     with pytest.raises(KeyError):
         stepped(trainer)
     assert not any(module._forward_hooks for module in trainer.model.modules())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_architecture(family: str) -> None:
+    """Each family's layers give what is edited; the layer after reads it."""
+    model = tiny_model(family).eval()
+    v = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    edits = HiddenEdits(model, [Steering(1, v[0]), Projection(2, v[1:].double(), keep=False)])
+    ids = torch.arange(5, 17).view(2, 6)
+
+    def read_by_the_next(layer: int) -> Tensor:
+        found = []
+        handle = layer_module(model, layer + 1).register_forward_pre_hook(
+            lambda module, args, kwargs: found.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        model(ids)
+        handle.remove()
+        return found[0]
+
+    plain = [read_by_the_next(layer) for layer in (1, 2)]
+    with edits.step(model):
+        edits.see({STEERING: torch.tensor([[3.0, 0.0, 0.0, 1.0]]), START: torch.tensor([4, 0])})
+        steered, projected = read_by_the_next(1), read_by_the_next(2)
+        with edits.paused():
+            assert torch.equal(read_by_the_next(2), plain[1])
+    wanted = plain[0].clone()
+    wanted[0, 4:] += 3.0 * v[0]
+    torch.testing.assert_close(steered, wanted)
+    u = v[1] / v[1].norm()
+    assert (projected[1] @ u).abs().max() < 1e-5 * plain[1][1].norm()
+    assert (projected[0] @ u).abs().max() > 1e-2
+    assert torch.equal(read_by_the_next(2), plain[1])
+
+
+def test_biases_of_writers_are_projected() -> None:
+    model = tiny_model("gpt2")
+    found = projected_parameters(model, [GradientProjection(r"h\.0\.mlp\.c_proj", torch.ones(1, 32).double())])
+    shapes = {tuple(parameter.shape): edit(torch.randn_like(parameter)) for parameter, edit in found}
+    assert shapes[(32,)].sum().abs() < 1e-5
+    [weight] = [gradient for shape, gradient in shapes.items() if len(shape) == 2]  # (in, out), as GPT-2 keeps it
+    assert weight.sum(1).abs().max() < 1e-4 < weight.sum(0).abs().max()
+
+
+def test_the_start_model_is_read_only_for_scores(tmp_path: Path) -> None:
+    pairs = read_pairs(Dataset.from_list(conversations(6)), build_tokenizer())
+
+    def no_model() -> Any:
+        raise AssertionError("loaded")
+
+    rules = [rule("v", "project_out"), rule("f", "ablate_features"), rule("w", "steer", strength=1.0)]
+    plan = settle_policy(ConceptPolicy.load(policy(tmp_path, *rules)), pairs, no_model)
+    assert [type(edit).__name__ for edit in plan.hidden] == ["Projection", "Ablation", "Steering"]
+    asks = rule("w", "steer", "amplify", strength=1.0, fraction=0.5, where={"prompt": "w6"})
+    with pytest.raises(AssertionError, match="loaded"):
+        settle_policy(ConceptPolicy.load(policy(tmp_path, asks)), pairs, no_model)

@@ -127,6 +127,14 @@ def orthonormal(directions: Tensor) -> Tensor:
     return rows[sizes > 1e-5 * sizes[0]]
 
 
+def acted_on_unscored(policy: ConceptPolicy) -> set[str]:
+    """Concepts that no rule asks a score of: all their rules edit hidden states, without a `fraction`."""
+    ask = {
+        rule.concept for rule in policy.rules if rule.stage != "hidden" or getattr(rule, "fraction", None) is not None
+    }
+    return {rule.concept for rule in policy.rules} - ask
+
+
 def hidden_strengths(
     policy: ConceptPolicy, scores: "Scores", rows: np.ndarray, gates: Sequence[np.ndarray], kept: np.ndarray
 ) -> dict[int, np.ndarray]:
@@ -138,7 +146,7 @@ def hidden_strengths(
         kept: (n_pairs,) bool.
     """
     return {
-        i: rule.strengths(scores.gap(rule.concept), rows, gates[i] & kept)
+        i: rule.strengths(scores.gap(rule.concept) if rule.concept in scores.names else None, rows, gates[i] & kept)
         for i, rule in enumerate(policy.rules)
         if isinstance(rule, Steer | AblateFeatures | ProjectOut)
     }

@@ -75,7 +75,8 @@ def plan_policy(policy: ConceptPolicy, pairs: "Pairs", scores: "Scores", *, audi
     Args:
         policy: the policy; an empty one keeps all rows and adds nothing.
         pairs: the pairs of the raw dataset.
-        scores: scores of at least the concepts that a rule acts on.
+        scores: scores of the concepts that a rule acts on; those that rules on hidden states edit without a fraction
+            may be left out.
         audit: the audit of these pairs: for gates on its contexts, and for the predicted shift.
 
     Raises:
@@ -88,7 +89,7 @@ def plan_policy(policy: ConceptPolicy, pairs: "Pairs", scores: "Scores", *, audi
     if audit is not None:
         audit.check_pairs(pairs)
     for rule in policy.rules:
-        for side in (scores.chosen, scores.rejected):
+        for side in (scores.chosen, scores.rejected) if rule.concept in scores.names else ():
             if not np.isfinite(side[rule.concept]).all():
                 raise AnatomyError(f"The scores of {rule.concept!r} hold NaN or infinity; look at its scorer.")
     gates = _gates(policy, pairs, audit)

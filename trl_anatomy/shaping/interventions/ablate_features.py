@@ -45,7 +45,7 @@ class AblateFeatures:
         check_removal(self.verb, self.sign, self.keep, self.where)
         object.__setattr__(self, "strength", check(self.verb, "strength", self.keys["strength"], self.strength))
 
-    def strengths(self, gap: np.ndarray, rows: np.ndarray, acts: np.ndarray) -> np.ndarray:
+    def strengths(self, gap: np.ndarray | None, rows: np.ndarray, acts: np.ndarray) -> np.ndarray:
         """(n_pairs, 2): 1 on both sides of the pairs on which the rule acts, else 0."""
         return np.repeat(acts[:, None].astype(float), 2, axis=1)
 

@@ -55,11 +55,11 @@ class Steer:
         if self.fraction is not None:
             object.__setattr__(self, "fraction", check(self.verb, "fraction", self.keys["fraction"], self.fraction))
 
-    def strengths(self, gap: np.ndarray, rows: np.ndarray, acts: np.ndarray) -> np.ndarray:
+    def strengths(self, gap: np.ndarray | None, rows: np.ndarray, acts: np.ndarray) -> np.ndarray:
         """Signed α of both sides of every pair, 0 where the rule does not act.
 
         Args:
-            gap: (n_pairs,) score of chosen minus rejected.
+            gap: (n_pairs,) score of chosen minus rejected; None without `fraction`.
             rows: (n_pairs,) raw row of each pair.
             acts: (n_pairs,) bool: pairs that are kept and in the gate.
 
@@ -67,6 +67,7 @@ class Steer:
             (n_pairs, 2) for chosen and rejected.
         """
         if self.fraction is not None:
+            assert gap is not None
             acts = FilterPairs(self.concept, self.sign, self.fraction).dropped(gap, rows, acts)
         alpha = self.strength if self.sign == "explain_away" else -self.strength
         sides = np.array([self.side != "rejected", self.side != "chosen"])
