@@ -1,14 +1,29 @@
 """Each verb by itself, against its definition."""
 
+from keyword import iskeyword
 from typing import Any
 
 import numpy as np
 import pytest
 
 from trl_anatomy.errors import AnatomyError
-from trl_anatomy.shaping.interventions import LATER, VERBS, FilterPairs, ShapeReward
+from trl_anatomy.shaping.interventions import (
+    LATER,
+    VERBS,
+    AblateFeatures,
+    FilterPairs,
+    ProjectOut,
+    ShapeReward,
+    Steer,
+)
 
-STAGES = {"filter_pairs": "rows", "shape_reward": "margin"}
+STAGES = {
+    "filter_pairs": "rows",
+    "shape_reward": "margin",
+    "steer": "hidden",
+    "ablate_features": "hidden",
+    "project_out": "hidden",
+}
 
 
 def test_registration() -> None:
@@ -17,7 +32,7 @@ def test_registration() -> None:
     assert len(set(VERBS) | set(LATER)) == 9
     for name, verb in VERBS.items():
         assert verb.verb == name
-        assert set(verb.keys) <= set(verb.__dataclass_fields__)
+        assert {f"{key}_" if iskeyword(key) else key for key in verb.keys} <= set(verb.__dataclass_fields__)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +47,18 @@ def test_registration() -> None:
         (ShapeReward, {"sign": "amplify"}),
         (ShapeReward, {"sign": "amplify", "strength": "auto"}),
         (ShapeReward, {"sign": "explain_away", "strength": "Auto"}),
+        (Steer, {"sign": "explain_away", "strength": 0}),
+        (Steer, {"sign": "explain_away", "strength": 1, "side": "left"}),
+        (Steer, {"sign": "away", "strength": 1}),
+        (Steer, {"sign": "explain_away", "strength": 1, "fraction": 1}),
+        (AblateFeatures, {"sign": "explain_away", "strength": 1.1}),
+        (AblateFeatures, {"sign": "explain_away", "keep": "yes"}),
+        (AblateFeatures, {"sign": "amplify"}),
+        (ProjectOut, {"sign": "explain_away", "from_": "weights"}),
+        (ProjectOut, {"sign": "explain_away", "from_": "gradient"}),
+        (ProjectOut, {"sign": "explain_away", "from_": "gradient", "weights": "(", "keep": True}),
+        (ProjectOut, {"sign": "explain_away", "from_": "gradient", "weights": "o_proj", "keep": True}),
+        (ProjectOut, {"sign": "amplify"}),
     ],
 )
 def test_built_in_python_with_bad_values(verb: Any, values: dict[str, Any]) -> None:

@@ -33,6 +33,9 @@ def parameters(function: Any) -> list[str]:
         (DPOTrainer._set_signature_columns_if_needed, ["self"]),
         (DPOTrainer._prepare_dataset, ["self", "dataset", "processing_class", "args", "dataset_name"]),
         (RewardTrainer.compute_loss, ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]),
+        (DPOTrainer.training_step, ["self", "args", "kwargs"]),
+        (Trainer.training_step, ["self", "model", "inputs", "num_items_in_batch"]),
+        (Trainer._save, ["self", "output_dir", "state_dict"]),
         (RewardTrainer._set_signature_columns_if_needed, ["self"]),
     ],
 )
@@ -73,6 +76,12 @@ def test_loss_types_are_those_of_the_table(stock: DPOTrainer) -> None:
 
 def batch_of(trainer: DPOTrainer) -> dict[str, Any]:
     return dict(next(iter(trainer.get_train_dataloader())))
+
+
+def test_a_training_step_holds_its_backward() -> None:
+    """Edits of hidden states live as long as `training_step`; a backward after it would see none of them."""
+    assert "self.accelerator.backward(" in inspect.getsource(Trainer.training_step)
+    assert "self._save(" in inspect.getsource(Trainer.save_model), "edits that a reward model keeps are saved in _save"
 
 
 def test_trainer_sets_the_collator_as_an_attribute_in_init() -> None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .audit.folder import Audit, load_audit
     from .audit.run import run_audit
     from .errors import AnatomyError
+    from .reading.removal import attach_edits
     from .shaping.policy import ConceptPolicy
     from .trainers.callback import AuditCallback
     from .trainers.dpo import AnatomyDPOTrainer
@@ -28,6 +29,7 @@ _HOME = {
     "run_audit": "audit.run",
     "ConceptPolicy": "shaping.policy",
     "AnatomyError": "errors",
+    "attach_edits": "reading.removal",
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "AuditCallback",
     "AuditConfig",
     "ConceptPolicy",
+    "attach_edits",
     "load_audit",
     "run_audit",
 ]

@@ -20,6 +20,14 @@ _LAYER_LISTS = {
     "gpt2": "h",
     "gpt_neox": "layers",
 }
+# Modules by what their weight does with the residual stream; the names of all architectures above.
+_EMBEDDINGS = ("embed_tokens", "wte", "wpe", "embed_in")
+_WRITERS = ("o_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h")
+_READERS = (
+    *("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "c_attn", "c_fc", "query_key_value", "dense_h_to_4h"),
+    *("lm_head", "embed_out", "score"),
+)
+_CONV1D = ("c_proj", "c_attn", "c_fc")  # GPT-2 keeps these weights as (in, out), all others as (out, in)
 # What computes attention from the mask it is given, so that several sequences may share one row.
 _MASKED_ATTENTION = ("eager", "sdpa")
 
@@ -92,6 +100,36 @@ def hidden_size(model: Any) -> int:
     """Width of the residual stream, d_model."""
     base: Any = decoder(model)
     return int(base.config.hidden_size)
+
+
+def residual_dimension(name: str) -> int | None:
+    """Dimension, of width d_model, with which a parameter meets the residual stream; None where it does not.
+
+    A weight that writes the stream (attention and MLP output, embeddings) meets it with its output side, also where
+    its input side has the same width; every other one that is fed from the stream with its input side. Of LoRA's two
+    factors one side meets it: B of a writer, A of a reader. Norm gains and biases of readers do not meet it. Between
+    stream and weight there may be a norm, whose gain is not counted in.
+
+    >>> names = ("layers.0.self_attn.o_proj.weight", "layers.0.self_attn.q_proj.weight")
+    >>> [residual_dimension(name) for name in names], residual_dimension("layers.0.q_proj.lora_B.default.weight")
+    ([0, 1], None)
+    """
+    parts = name.split(".")
+    roles = [part for part in parts if part in (*_EMBEDDINGS, *_WRITERS, *_READERS)]
+    if not roles:
+        return None
+    role = roles[-1]
+    adapter = next((part for part in parts if part.startswith("lora_")), None)
+    if adapter is not None:
+        if role in _EMBEDDINGS:
+            return 0 if adapter == "lora_embedding_B" else None
+        sides = {"lora_B": 0} if role in _WRITERS else {"lora_A": 1}
+        return sides.get(adapter) if parts[-1] == "weight" else None
+    if parts[-1] == "bias":
+        return 0 if role in _WRITERS else None
+    if parts[-1] != "weight":
+        return None
+    return int((role in _WRITERS) == (role in _CONV1D))
 
 
 def layer_of_hook(hook_name: str) -> int:

@@ -23,6 +23,7 @@ SPANS = ("prompt", "chosen", "rejected")
 TRUNCATIONS = ("keep_start", "keep_end", "drop")
 
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+_OTHER_TEXTS = ("0", "Z")  # two, of which no text begins with both
 _EMPTY = "empty response"
 _FILLED = "prompt fills max_length"
 _LONG = "longer than max_length"
@@ -305,6 +306,55 @@ def read_pairs(
         bos_token_id=text_tokenizer.bos_token_id,
         left_out=left_out,
     )
+
+
+def turn_starts(pairs: Pairs, tokenizer: Any, *, num_proc: int | None = None) -> np.ndarray:
+    """Tokens of each prompt before the text of its last user turn; 0 for plain text.
+
+    Found by tokenising the prompts again with other texts in that place: up to there the tokens are the same,
+    whatever the chat template adds.
+
+    Args:
+        pairs: the pairs, as read with `tokenizer`.
+        tokenizer: the trainer's tokenizer.
+        num_proc: processes that tokenise.
+
+    Returns:
+        (n_raw_rows,) int64, before truncation; 0 also for rows that were left out or have no user turn.
+    """
+    starts = np.zeros(len(pairs.raw), dtype=np.int64)
+    raw = pairs.raw.select(pairs.rows)
+    if isinstance(raw[0]["chosen"], str):
+        return starts
+    found = np.full(len(pairs), np.iinfo(np.int64).max)
+    for text in _OTHER_TEXTS:
+        other = raw.map(_with_last_user_text, fn_kwargs={"text": text}, num_proc=num_proc, desc="Finding user turns")
+        changed = read_pairs(other, tokenizer, max_length=None, num_proc=num_proc)
+        for i in range(len(pairs)):
+            found[i] = min(found[i], _common_prefix(pairs._ids(i, "prompt"), changed._ids(i, "prompt")))
+    has_turn = [any(message["role"] == "user" for message in split_row(row)["prompt"]) for row in raw]
+    starts[pairs.rows] = np.where(has_turn, found, 0)
+    return starts
+
+
+def _with_last_user_text(row: Mapping[str, Any], text: str) -> dict[str, Any]:
+    row = split_row(row)
+    messages = [dict(message) for message in row["prompt"]]
+    for message in reversed(messages):
+        if message["role"] == "user":
+            content = message["content"]
+            if isinstance(content, str):
+                message["content"] = text
+            else:
+                message["content"] = [part if part.get("text") is None else {**part, "text": text} for part in content]
+            break
+    return {"prompt": messages, "chosen": row["chosen"], "rejected": row["rejected"]}
+
+
+def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    n = min(len(a), len(b))
+    different = np.flatnonzero(a[:n] != b[:n])
+    return int(different[0]) if len(different) else n
 
 
 def _lengths(dataset: Dataset, column: str) -> np.ndarray:

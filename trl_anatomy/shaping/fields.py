@@ -55,9 +55,10 @@ def hint(error: Exception) -> str:
     return f" {error}" if str(error) else ""
 
 
-def number(above: float, below: float | None = None, *, word: str | None = None) -> Field:
-    """A finite number above one bound (and below another), or one word."""
+def number(above: float, below: float | None = None, *, most: float | None = None, word: str | None = None) -> Field:
+    """A finite number above one bound (and below or at most another), or one word."""
     allowed = f"a number above {above:g}" + ("" if below is None else f" and below {below:g}")
+    allowed += "" if most is None else f" and at most {most:g}"
     allowed += "" if word is None else f", or {word}"
 
     def read(value: Any) -> float | str:
@@ -77,6 +78,8 @@ def number(above: float, below: float | None = None, *, word: str | None = None)
             raise ValueError from None
         if not math.isfinite(value) or value <= above or (below is not None and value >= below):
             raise ValueError
+        if most is not None and value > most:
+            raise ValueError
         return value
 
     return Field(allowed, read)
@@ -84,6 +87,12 @@ def number(above: float, below: float | None = None, *, word: str | None = None)
 
 def _whole(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+        raise ValueError
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
         raise ValueError
     return value
 
@@ -157,6 +166,7 @@ def name_like(pattern: str, allowed: str) -> Field:
 
 LAYER = Field("a layer number, counted from 0", _whole)
 FEATURES = Field("a list of feature numbers, counted from 0, each once", _features)
+FLAG = Field("true or false", _flag)
 TEXT = Field("text", _text)
 PATTERN = Field("a regular expression (text that is not empty)", _pattern)
 SCALAR = Field("text, a number, true, false or null", _scalar)

@@ -15,7 +15,8 @@ from scipy.special import expit
 from ..audit.predict import predicted_shift
 from ..errors import AnatomyError
 from .bradley_terry import fit_strengths
-from .interventions import FilterPairs, ShapeReward
+from .hidden import HiddenEdit, hidden_strengths
+from .interventions import FilterPairs, Intervention, ShapeReward
 from .located import PolicyError
 from .policy import ConceptPolicy
 
@@ -42,12 +43,17 @@ class PolicyPlan:
             `gradient_removed`, `gradient_added`: of Σ_i |dL/dmargin_i| = n_pairs / 2 of plain training at the start
             model, the share that this rule takes and gives, after the rules that act before it; `gradient_share` is
             added − removed;
+            `gradient_touched`: rules on hidden states: share of that sum that comes from the pairs they touch;
             `note`: what a reader should know, or "".
         predicted: a row per concept of the audit: `concept`, `label`, `predicted`, `predicted_under_policy`; None
             without an audit.
         counts: `rows` (raw), `pairs` (scored), `pairs_kept`.
         gaps: concept of a margin rule -> (n_raw_rows,) its score gaps, 0 where a row was not scored; for the log.
         weight: (n_raw_rows,) float64 weight of each pair's loss, 1 where no rule weighs; None without such a rule.
+        steering: (n_raw_rows, 2 * n_hidden_rules) float64: strengths of each rule on hidden states on the chosen, then
+            on the rejected side; None without such a rule.
+        turns: (n_raw_rows,) int64 tokens of the prompt before its last user turn; None where no rule asks.
+        hidden: the edits of the rules on hidden states, in the order of the policy.
     """
 
     keep: np.ndarray
@@ -58,6 +64,9 @@ class PolicyPlan:
     counts: dict[str, int] = field(default_factory=dict)
     gaps: dict[str, np.ndarray] = field(default_factory=dict)
     weight: np.ndarray | None = None
+    steering: np.ndarray | None = None
+    turns: np.ndarray | None = None
+    hidden: tuple[HiddenEdit, ...] = ()
 
 
 def plan_policy(policy: ConceptPolicy, pairs: "Pairs", scores: "Scores", *, audit: "Audit | None" = None) -> PolicyPlan:
@@ -66,7 +75,8 @@ def plan_policy(policy: ConceptPolicy, pairs: "Pairs", scores: "Scores", *, audi
     Args:
         policy: the policy; an empty one keeps all rows and adds nothing.
         pairs: the pairs of the raw dataset.
-        scores: scores of at least the concepts that a rule acts on.
+        scores: scores of the concepts that a rule acts on; those that rules on hidden states edit without a fraction
+            may be left out.
         audit: the audit of these pairs: for gates on its contexts, and for the predicted shift.
 
     Raises:
@@ -79,7 +89,7 @@ def plan_policy(policy: ConceptPolicy, pairs: "Pairs", scores: "Scores", *, audi
     if audit is not None:
         audit.check_pairs(pairs)
     for rule in policy.rules:
-        for side in (scores.chosen, scores.rejected):
+        for side in (scores.chosen, scores.rejected) if rule.concept in scores.names else ():
             if not np.isfinite(side[rule.concept]).all():
                 raise AnatomyError(f"The scores of {rule.concept!r} hold NaN or infinity; look at its scorer.")
     gates = _gates(policy, pairs, audit)
@@ -93,8 +103,12 @@ def plan_policy(policy: ConceptPolicy, pairs: "Pairs", scores: "Scores", *, audi
     if not kept.any():
         raise AnatomyError(f"{policy.source}: the filter_pairs rules leave no pair to train on; lower their fraction.")
     shaped = _shape(policy, scores, gates, kept)
+    edited = hidden_strengths(policy, scores, pairs.rows, gates, kept)
+    steering = np.zeros((len(pairs.raw), 2, len(edited)))
+    for column, strengths in enumerate(edited.values()):
+        steering[pairs.rows, :, column] = strengths
 
-    records = _records(policy, gates, kept, dropped, shaped)
+    records = _records(policy, gates, kept, dropped, shaped, edited)
     offsets = np.zeros((2, len(pairs.raw)))
     for part in shaped.values():
         offsets[:, pairs.rows] += part.offsets
@@ -111,6 +125,7 @@ def plan_policy(policy: ConceptPolicy, pairs: "Pairs", scores: "Scores", *, audi
         predicted=None if audit is None else _predict(audit, keep, offsets[0] - offsets[1]),
         counts={"rows": len(pairs.raw), "pairs": len(pairs), "pairs_kept": int(kept.sum())},
         gaps=gaps,
+        steering=steering.reshape(len(steering), -1) if edited else None,
     )
 
 
@@ -200,12 +215,13 @@ def _records(
     kept: np.ndarray,
     dropped: dict[int, np.ndarray],
     shaped: dict[int, _Shaped],
+    edited: dict[int, np.ndarray],
 ) -> list[dict[str, Any]]:
     """A dict per rule, as `PolicyPlan.rules` describes it."""
     records: dict[int, dict[str, Any]] = {}
     alive, margin = np.ones(len(kept), bool), np.zeros(len(kept))
     total = len(kept) / 2
-    for i in [*dropped, *shaped]:
+    for i in [*dropped, *shaped, *edited]:
         rule = policy.rules[i]
         before = alive * expit(-margin)
         record: dict[str, Any] = {
@@ -216,11 +232,17 @@ def _records(
             "where": None if rule.where is None else str(rule.where),
             "pairs": int(gates[i].sum()),
             "rows": 0,
-            **dict.fromkeys(("mean_offset", "strength", "ci_low", "ci_high", "scale")),
+            **dict.fromkeys(("mean_offset", "strength", "ci_low", "ci_high", "scale", "gradient_touched")),
         }
         if i in dropped:
             alive = alive & ~dropped[i]
             record["rows"] = int(dropped[i].sum())
+        elif i in edited:
+            record["rows"] = int(edited[i].any(axis=1).sum())
+            strength = getattr(rule, "strength", None)
+            record["strength"] = -strength if strength and rule.sign == "amplify" else strength
+            touched = before * edited[i].any(axis=1)
+            record["gradient_touched"] = float(touched.sum() / total)
         else:
             part, acts = shaped[i], gates[i] & kept
             margin = margin + part.margin
@@ -238,7 +260,9 @@ def _records(
     return [records[i] for i in range(len(policy.rules))]
 
 
-def _note(rule: FilterPairs | ShapeReward, record: dict[str, Any]) -> str:
+def _note(rule: Intervention, record: dict[str, Any]) -> str:
+    if record["gradient_touched"] is not None:
+        return f"edits the step of pairs that carry {record['gradient_touched']:.0%} of the gradient"
     if record["rows"] == 0:
         if isinstance(rule, FilterPairs) and rule.fraction * record["pairs"] < 1:
             return "touches nothing: the fraction is less than one pair"

@@ -6,6 +6,7 @@ Reading a policy looks at nothing but the policy; what needs model, SAE, audit o
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from keyword import iskeyword
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -316,6 +317,12 @@ class _Reader:
         if cls is None:
             return None
         self.known(entries, path, [*SIGNS, "with", *cls.keys, "where"])
+        concept = entries[signs[0]].value if len(signs) == 1 else None
+        spec = concepts.get(concept) if isinstance(concept, str) else None
+        scorers = getattr(cls, "scorers", SCORERS)
+        if spec is not None and spec.scorer not in scorers:
+            text = f"found {spec.name!r}, a concept of the scorer {spec.scorer!r}, allowed with {verb.value}: "
+            problems.add(entries[signs[0]].line, f"{path}.{signs[0]}", f"{text}{', '.join(scorers)}.")
         values = self.values(entries, path, cls.keys)
         for part in fields(cls):
             if part.name in cls.keys and part.name not in entries and part.default is MISSING:
@@ -323,7 +330,8 @@ class _Reader:
         if len(problems.entries) > before:
             return None
         try:
-            return cls(concept=entries[signs[0]].value, sign=signs[0], where=where, **values)
+            named = {f"{key}_" if iskeyword(key) else key: held for key, held in values.items()}
+            return cls(concept=entries[signs[0]].value, sign=signs[0], where=where, **named)
         except AnatomyError as error:  # keys that are right one by one and wrong together
             key = next(iter(cls.keys))
             problems.add(entries[key].line if key in entries else value.line, f"{path}.{key}", str(error))

@@ -1,5 +1,6 @@
 """DPO with a concept policy: TRL's trainer, whose reference log-probabilities are shifted by the concept offsets."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
 
+from .hidden import HiddenEdits
 from .loss_support import check_dpo_rules, divides_by_length
 from .prepare import bind, prepare
 from .seams import (
@@ -81,10 +83,13 @@ class AnatomyDPOTrainer(ShapedSeams, DPOTrainer):
         if self.plan is not None:
             self._tag_names = [*type(self)._tag_names, TAG]
         super().__init__(*bound.args[1:], **bound.kwargs)
+        if self.plan is not None and self.plan.hidden:
+            self._hidden = HiddenEdits(self.model, self.plan.hidden)
         prepared.attach(self)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        return super().compute_ref_log_probs(model, without_columns(inputs))
+        with nullcontext() if self._hidden is None else self._hidden.paused():
+            return super().compute_ref_log_probs(model, without_columns(inputs))
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         batch = without_columns(inputs)
@@ -103,6 +108,8 @@ class AnatomyDPOTrainer(ShapedSeams, DPOTrainer):
         shifted = self._shifted(reference, batch["completion_mask"], inputs)
         batch["ref_chosen_logps"], batch["ref_rejected_logps"] = shifted
 
+        if self._hidden is not None:
+            self._hidden.see(inputs)
         policy = _Remembered(model, inputs.get(WEIGHT))
         loss, outputs = self._given_reference(policy, batch)
         if WEIGHT in inputs:

@@ -67,6 +67,9 @@ def check_dpo_rules(rules: Sequence[Any], config: Any) -> None:
     Raises:
         AnatomyError: naming the option, what was found and what works.
     """
+    for rule in rules:
+        if getattr(rule, "keep", False):
+            raise AnatomyError(f"{rule.verb} has keep: true, which is for reward models; a policy is saved unedited.")
     stages = {rule.stage for rule in rules}
     if "margin" in stages:
         check_losses(config.loss_type, config.f_divergence_type, config.beta)

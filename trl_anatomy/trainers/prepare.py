@@ -27,7 +27,8 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id
 from ..errors import AnatomyError
 from ..reading.forward import frozen
 from .callback import AuditCallback
-from .seams import CHOSEN_OFFSET, COLUMNS, CONCEPT_GAPS, REJECTED_OFFSET, WEIGHT
+from .hidden import check_hidden
+from .seams import CHOSEN_OFFSET, COLUMNS, CONCEPT_GAPS, REJECTED_OFFSET, STEERING, TURN, WEIGHT
 
 if TYPE_CHECKING:
     from ..audit.config import AuditConfig
@@ -88,6 +89,10 @@ def plan_columns(plan: "PolicyPlan") -> dict[str, list[Any]]:
         columns[CONCEPT_GAPS] = np.stack(list(plan.gaps.values()), axis=1).tolist()
     if plan.weight is not None:
         columns[WEIGHT] = plan.weight.tolist()
+    if plan.steering is not None:
+        columns[STEERING] = plan.steering.tolist()
+    if plan.turns is not None:
+        columns[TURN] = plan.turns.tolist()
     return columns
 
 
@@ -228,6 +233,7 @@ def prepare(
         dataset = _checked(dataset)
     if policy:
         check_rules(policy.rules, config)
+        check_hidden(policy.rules, config, arguments.get("peft_config"))
     in_step = [rule for rule in policy.rules if rule.stage != "rows"]
     if in_step and arguments.get("data_collator") is not None:
         raise AnatomyError(
@@ -286,7 +292,7 @@ def _audit_now(settings: "AuditConfig", start: Start, dataset: Dataset) -> "Audi
 
 
 def _plan(policy: "ConceptPolicy", audit: "Audit | None", start: Start, dataset: Dataset) -> "PolicyPlan":
-    from ..reading.spans import read_pairs
+    from ..reading.spans import read_pairs, turn_starts
     from ..shaping.settle import settle_policy
 
     pairs = read_pairs(
@@ -299,11 +305,14 @@ def _plan(policy: "ConceptPolicy", audit: "Audit | None", start: Start, dataset:
     if audit is not None:
         audit.check_pairs(pairs)
     plan = settle_policy(policy, pairs, lambda: start.model, audit=audit, cache_dir=_beside(dataset))
+    if any(rule.verb == "steer" for rule in policy.rules):
+        plan = replace(plan, turns=turn_starts(pairs, start.tokenizer, num_proc=start.config.dataset_num_proc))
     if PartialState().num_processes > 1:
-        # Ranks compute alike up to rounding; rows that differ by one would deadlock the training
-        shared: list[Any] = [plan]
+        # Ranks compute alike up to rounding; rows that differ by one would deadlock the training. Edits hold whole
+        # SAEs, which every rank has read for itself.
+        shared: list[Any] = [replace(plan, hidden=())]
         broadcast_object_list(shared, from_process=0)
-        plan = shared[0]
+        plan = replace(shared[0], hidden=plan.hidden)
     return plan
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from trl import RewardConfig, RewardTrainer
 
+from ..reading.removal import save_edits
+from .hidden import HiddenEdits
 from .loss_support import check_reward_rules
 from .prepare import bind, prepare
 from .seams import (
@@ -73,7 +75,14 @@ class AnatomyRewardTrainer(ShapedSeams, RewardTrainer):
         if self.plan is not None:
             self._tag_names = [*type(self)._tag_names, TAG]
         super().__init__(*bound.args[1:], **bound.kwargs)
+        if self.plan is not None and self.plan.hidden:
+            self._hidden = HiddenEdits(self.model, self.plan.hidden)
         prepared.attach(self)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self._hidden is not None and self._hidden.kept and self.args.should_save:
+            save_edits(self._hidden.kept, output_dir or self.args.output_dir)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -82,6 +91,8 @@ class AnatomyRewardTrainer(ShapedSeams, RewardTrainer):
         if not (self._acts and self.model.training):
             return super().compute_loss(model, batch, return_outputs, num_items_in_batch)
         batch |= policy_inputs(inputs)
+        if self._hidden is not None:
+            self._hidden.see(inputs)
         shapes = CHOSEN_OFFSET in inputs
         if shapes:
             offsets = torch.stack([inputs[CHOSEN_OFFSET], inputs[REJECTED_OFFSET]], dim=1)  # (batch, 2)

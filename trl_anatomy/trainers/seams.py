@@ -7,12 +7,15 @@ TRL's constructor already collates, when it precomputes the reference.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .hidden import HiddenEdits
 
 # Dataset columns, a value per pair. Only those that a rule needs are there.
 CHOSEN_OFFSET = "anatomy_chosen_offset"  # float: o(chosen)
@@ -25,7 +28,9 @@ CHOSEN_PROMPT = "anatomy_chosen_prompt"  # token ids of the prompt that the poli
 REJECTED_PROMPT = "anatomy_rejected_prompt"
 PROMPT_LENGTH = "anatomy_prompt_length"  # int: tokens of the pair's own prompt, before truncation
 TURN = "anatomy_turn"  # int: tokens of the prompt before its last user turn
-STEERING = "anatomy_steering"  # (2 * n_steer_rules,) strengths: of each rule on the chosen, then on the rejected side
+STEERING = (
+    "anatomy_steering"  # (2 * n_rules,) strengths of rules on hidden states: on the chosen, then the rejected side
+)
 COLUMNS = (
     CHOSEN_OFFSET,
     REJECTED_OFFSET,
@@ -165,6 +170,7 @@ class ShapedSeams:
     _acts: bool = False
     _shaped_concepts: tuple[str, ...] = ()
     _collator: Any = None
+    _hidden: "HiddenEdits | None" = None
 
     @property
     def data_collator(self) -> Any:
@@ -181,6 +187,10 @@ class ShapedSeams:
         if self._acts:
             missing = [name for name in COLUMNS if name not in self._signature_columns]
             self._signature_columns = self._signature_columns + missing
+
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        with nullcontext() if self._hidden is None else self._hidden.step(self.model):  # type: ignore[attr-defined]
+            return super().training_step(model, *args, **kwargs)  # type: ignore[misc]
 
     @contextmanager
     def _aside(self) -> Iterator[None]:

@@ -2,13 +2,27 @@
 
 from typing import TypeAlias
 
+from .ablate_features import AblateFeatures
 from .filter_pairs import FilterPairs
+from .project_out import ProjectOut
 from .shape_reward import ShapeReward
+from .steer import Steer
 
-Intervention: TypeAlias = FilterPairs | ShapeReward
+Intervention: TypeAlias = FilterPairs | ShapeReward | Steer | AblateFeatures | ProjectOut
 
-VERBS: dict[str, type[Intervention]] = {verb.verb: verb for verb in (FilterPairs, ShapeReward)}
+VERBS: dict[str, type[Intervention]] = {
+    verb.verb: verb for verb in (FilterPairs, ShapeReward, Steer, AblateFeatures, ProjectOut)
+}
 # Named by the policy's language, and not built yet.
-LATER = ("mask_tokens", "reweight_pairs", "inoculate", "steer", "ablate_features", "project_out", "residualize")
+LATER = ("mask_tokens", "reweight_pairs", "inoculate", "residualize")
 
-__all__ = ["LATER", "VERBS", "FilterPairs", "Intervention", "ShapeReward"]
+__all__ = [
+    "LATER",
+    "VERBS",
+    "AblateFeatures",
+    "FilterPairs",
+    "Intervention",
+    "ProjectOut",
+    "ShapeReward",
+    "Steer",
+]
