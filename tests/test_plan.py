@@ -421,6 +421,40 @@ def test_predicted_shift_under_a_filter(pairs: Pairs, audit: Audit) -> None:
     np.testing.assert_allclose(found.predicted["predicted_under_policy"], u[kept].mean(axis=0), atol=1e-12)
 
 
+def test_predicted_shift_under_weights(pairs: Pairs, audit: Audit) -> None:
+    found = plan_bold({"with": "reweight_pairs"}, pairs, audit)
+    assert found.predicted is not None
+    assert found.weight is not None
+    u, names = audit.disparity()
+    weight = found.weight[pairs.rows]
+    assert weight.std() > 0.1
+    np.testing.assert_allclose(found.predicted["predicted_under_policy"], weight @ u / len(u), atol=1e-12)
+    [bold] = [i for i in range(len(names)) if set(audit.features(names[i])) == {0, 1, 2, 3}]
+    row = found.predicted.slice(bold, 1).to_pylist()[0]
+    assert row["predicted"] > 0.3
+    assert abs(row["predicted_under_policy"]) < 0.05
+    assert "count like" in plan_report(found)
+    both = plan_policy(
+        ConceptPolicy.load(
+            {
+                **BOLD,
+                "rules": [
+                    {"with": "reweight_pairs", "column": "w"},
+                    {"explain_away": "bold", "with": "shape_reward", "strength": 1},
+                ],
+            }
+        ),
+        make_pairs(pairs.raw.add_column("w", [0.5] * len(pairs.raw)), pairs.rows),
+        score_pairs(pairs, {"bold": TextScorer(r"\*\*")}, progress=False),
+        audit=audit,
+    )
+    margin = (both.chosen_offset - both.rejected_offset)[pairs.rows]
+    assert both.predicted is not None
+    np.testing.assert_allclose(both.predicted["predicted_under_policy"], expit(-margin) @ u / len(u), atol=1e-12)
+    assert "reweight_pairs" in plan_report(both)
+    json.dumps(plan_json(both), allow_nan=False)
+
+
 def test_gate_on_a_context_of_the_audit(pairs: Pairs, audit: Audit) -> None:
     rows = audit.rows_in("B2")
     assert 20 < len(rows) < 500

@@ -133,6 +133,14 @@ def _scalars(value: Any) -> tuple[str | int | float | bool | None, ...]:
     return tuple(_scalar(item) for item in value)
 
 
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise ValueError
+    if len(set(value)) < len(value):
+        raise ValueError("A name occurs twice.")
+    return tuple(value)
+
+
 def one_of(*words: str) -> Field:
     """One of a few words."""
 
@@ -158,6 +166,7 @@ def name_like(pattern: str, allowed: str) -> Field:
 LAYER = Field("a layer number, counted from 0", _whole)
 FEATURES = Field("a list of feature numbers, counted from 0, each once", _features)
 TEXT = Field("text", _text)
+NAMES = Field("a list of names of concepts, each once", _names)
 PATTERN = Field("a regular expression (text that is not empty)", _pattern)
 SCALAR = Field("text, a number, true, false or null", _scalar)
 SCALARS = Field("a list of text, numbers, true, false or null", _scalars)
