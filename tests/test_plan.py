@@ -258,6 +258,47 @@ def test_outside_its_gate_a_rule_does_nothing(gate: str) -> None:
     assert inside[gone].all()
 
 
+def test_a_constant_is_half_on_each_side_of_every_pair_in_the_gate() -> None:
+    pairs, scores = random_pairs()
+    flat = Scores(scores.names, {**scores.chosen, "a": np.ones(400)}, {**scores.rejected, "a": np.ones(400)})
+    inside = np.array([pairs.raw[int(row)]["topic"] == "x" for row in pairs.rows])
+    where = {"column": "topic", "equals": "x"}
+    for sign, size in (("explain_away", 2.0), ("amplify", -2.0)):
+        rules = [{sign: "a", "with": "shape_reward", "constant": 2, "where": where}]
+        found = plan(rules, pairs, flat)  # what the concept scores does not matter
+        np.testing.assert_array_equal(found.chosen_offset[pairs.rows], np.where(inside, size / 2, 0))
+        np.testing.assert_array_equal(found.rejected_offset[pairs.rows], np.where(inside, -size / 2, 0))
+        [rule] = found.rules
+        assert (rule["strength"], rule["mean_offset"], rule["scale"], rule["ci_low"]) == (size, size, None, None)
+        assert rule["rows"] == inside.sum()
+    # A fit starts from what the constant already says
+    found = plan([*rules, {"explain_away": "b", "with": "shape_reward"}], pairs, scores)
+    margin = (found.chosen_offset - found.rejected_offset)[pairs.rows]
+    assert abs(expit(-margin) @ scores.gap("b")) < 1e-9
+
+
+def test_whole_clusters_and_sides_can_be_dropped() -> None:
+    pairs, scores = random_pairs()
+    inside = np.array([pairs.raw[int(row)]["topic"] == "x" for row in pairs.rows])
+    where = {"column": "topic", "equals": "x"}
+    found = plan([{"explain_away": "a", "with": "filter_pairs", "fraction": "all", "where": where}], pairs, scores)
+    np.testing.assert_array_equal(found.keep[pairs.rows], ~inside)
+    assert found.rules[0]["rows"] == found.rules[0]["pairs"] == inside.sum()
+    found = plan([{"explain_away": "a", "with": "filter_pairs", "side": "either", "above": 1}], pairs, scores)
+    shows = np.maximum(scores.chosen["a"], scores.rejected["a"]) > 1
+    np.testing.assert_array_equal(found.keep[pairs.rows], ~shows)
+    found = plan([{"amplify": "a", "with": "filter_pairs", "above": 1}], pairs, scores)
+    np.testing.assert_array_equal(found.keep[pairs.rows], scores.gap("a") >= -1)
+    for rule, note in (
+        ({"side": "chosen", "above": 99}, "no chosen response scores above 99"),
+        ({"side": "either", "above": 99}, "neither response scores above 99"),
+        ({"above": 99}, "the chosen response scores higher by more than 99 in no pair"),
+    ):
+        found = plan([{"explain_away": "a", "with": "filter_pairs", **rule}], pairs, scores)
+        assert found.keep.all()
+        assert note in found.rules[0]["note"]
+
+
 def test_two_gates_of_one_concept_are_fitted_apart() -> None:
     pairs, scores = random_pairs()
     topics = np.array([pairs.raw[int(row)]["topic"] for row in pairs.rows])

@@ -202,7 +202,7 @@ BAD: dict[str, tuple[str, list[tuple[int, str, list[str]]]]] = {
     ),
     "no fraction": (
         TEXT + "rules:\n  - {explain_away: dash, with: filter_pairs}\n",
-        [(5, "rules[0]", ["'fraction'", "above 0 and below 1"])],
+        [(5, "rules[0].fraction", ["no way to choose", "above 0 and below 1, or all), above, side"])],
     ),
     "amplify without a number": (
         TEXT + "rules:\n  - {amplify: dash, with: shape_reward}\n",

@@ -55,9 +55,10 @@ def hint(error: Exception) -> str:
     return f" {error}" if str(error) else ""
 
 
-def number(above: float, below: float | None = None, *, word: str | None = None) -> Field:
-    """A finite number above one bound (and below another), or one word."""
-    allowed = f"a number above {above:g}" + ("" if below is None else f" and below {below:g}")
+def number(above: float | None = None, below: float | None = None, *, word: str | None = None) -> Field:
+    """A finite number (above one bound, and below another), or one word."""
+    allowed = "a number" + ("" if above is None else f" above {above:g}")
+    allowed += "" if below is None else f" and below {below:g}"
     allowed += "" if word is None else f", or {word}"
 
     def read(value: Any) -> float | str:
@@ -75,7 +76,7 @@ def number(above: float, below: float | None = None, *, word: str | None = None)
             value = float(value)
         except OverflowError:
             raise ValueError from None
-        if not math.isfinite(value) or value <= above or (below is not None and value >= below):
+        if not math.isfinite(value) or (above is not None and value <= above) or (below is not None and value >= below):
             raise ValueError
         return value
 

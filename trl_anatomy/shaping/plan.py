@@ -40,8 +40,8 @@ class PolicyPlan:
             `pairs`: pairs in the gate; `rows`: pairs dropped, or kept pairs whose weight or margin moves;
             `effective_pairs`: (Σw)² / Σw² over the kept pairs in the gate of a rule on the weights;
             `mean_offset`: mean of o(chosen) − o(rejected) over the kept pairs in the gate;
-            `strength` (λ, negative where it amplifies), `ci_low`, `ci_high` (95 %, fitted strengths only), `scale` (the
-            standard deviation that one unit of s̃ stands for);
+            `strength` (λ or the constant, negative where it amplifies), `ci_low`, `ci_high` (95 %, fitted strengths
+            only), `scale` (the standard deviation that one unit of s̃ stands for);
             `gradient_removed`, `gradient_added`: of Σ_i |dL/dmargin_i| = n_pairs / 2 of plain training at the start
             model, the share that this rule takes and gives, after the rules that act before it (of `reweight_pairs`
             rules with one gate, the first stands for all); `gradient_share` is added − removed;
@@ -88,7 +88,7 @@ def plan_policy(policy: ConceptPolicy, pairs: "Pairs", scores: "Scores", *, audi
     gates = _gates(policy, pairs, audit)
 
     dropped = {
-        i: rule.dropped(scores.gap(rule.concept), pairs.rows, gates[i])
+        i: rule.dropped(scores.chosen[rule.concept], scores.rejected[rule.concept], pairs.rows, gates[i])
         for i, rule in enumerate(policy.rules)
         if isinstance(rule, FilterPairs)
     }
@@ -147,7 +147,7 @@ class _Shaped:
 
     strength: float
     interval: tuple[float, float] | None
-    scale: float
+    scale: float | None
     offsets: np.ndarray
 
     @property
@@ -164,16 +164,19 @@ def _shape(
     scales: dict[int, float] = {}
     problems = []
     for i, rule in rules.items():
+        if not (gates[i] & kept).any():
+            problems.append(f"{policy.place(f'rules[{i}]')}: the filter_pairs rules leave no pair in this gate.")
+            continue
         chosen, rejected = scores.chosen[rule.concept], scores.rejected[rule.concept]
         pooled = np.concatenate([chosen[kept], rejected[kept]])
         scales[i] = float(pooled.std())
-        if scales[i] <= 1e-12 * max(1.0, float(np.abs(pooled).max())):
+        if rule.constant is not None:
+            standard[i] = np.full(len(chosen), 0.5), np.full(len(chosen), -0.5)
+        elif scales[i] <= 1e-12 * max(1.0, float(np.abs(pooled).max())):
             problems.append(
                 f"{policy.place(f'rules[{i}]')}: the concept {rule.concept!r} scores {pooled[0]:g} on every response; "
                 "there is nothing to shape. Correct its scorer or drop the rule."
             )
-        elif not (gates[i] & kept).any():
-            problems.append(f"{policy.place(f'rules[{i}]')}: the filter_pairs rules leave no pair in this gate.")
         else:
             standard[i] = ((chosen - pooled.mean()) / scales[i], (rejected - pooled.mean()) / scales[i])
     if problems:
@@ -197,7 +200,10 @@ def _shape(
         for column, i in enumerate(fitted):
             strengths[i] = float(fit.strength[column])
             intervals[i] = (float(fit.ci_low[column]), float(fit.ci_high[column]))
-    return {i: _Shaped(strengths[i], intervals.get(i), scales[i], offsets(i, strengths[i])) for i in rules}
+    return {
+        i: _Shaped(strengths[i], intervals.get(i), None if rule.constant else scales[i], offsets(i, strengths[i]))
+        for i, rule in rules.items()
+    }
 
 
 def _records(
@@ -262,11 +268,8 @@ def _weight_note(rule: Intervention, weighed: Weighed, record: dict[str, Any]) -
 
 def _note(rule: Intervention, record: dict[str, Any]) -> str:
     if record["rows"] == 0:
-        if isinstance(rule, FilterPairs) and rule.fraction * record["pairs"] < 1:
-            return "touches nothing: the fraction is less than one pair"
         if isinstance(rule, FilterPairs):
-            side = "chosen" if rule.sign == "explain_away" else "rejected"
-            return f"touches nothing: the {side} response scores higher in no pair"
+            return f"touches nothing: {rule.why_none(record['pairs'])}"
         return "touches nothing: the two responses score alike in every pair"
     if record["ci_low"] is None:
         return ""
