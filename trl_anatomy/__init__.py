@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .errors import AnatomyError
     from .shaping.policy import ConceptPolicy
     from .trainers.callback import AuditCallback
+    from .trainers.concept_reward import ConceptReward
     from .trainers.dpo import AnatomyDPOTrainer
     from .trainers.reward import AnatomyRewardTrainer
 
@@ -27,6 +28,7 @@ _HOME = {
     "load_audit": "audit.folder",
     "run_audit": "audit.run",
     "ConceptPolicy": "shaping.policy",
+    "ConceptReward": "trainers.concept_reward",
     "AnatomyError": "errors",
 }
 
@@ -38,6 +40,7 @@ __all__ = [
     "AuditCallback",
     "AuditConfig",
     "ConceptPolicy",
+    "ConceptReward",
     "load_audit",
     "run_audit",
 ]
