@@ -16,9 +16,11 @@ from trl_anatomy.shaping.interventions import (
     ShapeReward,
     Steer,
 )
+from trl_anatomy.shaping.where import Where
 
 STAGES = {
     "filter_pairs": "rows",
+    "reweight_pairs": "weight",
     "shape_reward": "margin",
     "steer": "hidden",
     "ablate_features": "hidden",
@@ -42,6 +44,17 @@ def test_registration() -> None:
         (FilterPairs, {"sign": "explain_away", "fraction": 1.0}),
         (FilterPairs, {"sign": "explain_away", "fraction": True}),
         (FilterPairs, {"sign": "away", "fraction": 0.5}),
+        (FilterPairs, {"sign": "explain_away"}),
+        (FilterPairs, {"sign": "explain_away", "fraction": 0.5, "above": 1}),
+        (FilterPairs, {"sign": "explain_away", "fraction": 0.5, "side": "chosen"}),
+        (FilterPairs, {"sign": "explain_away", "fraction": "all"}),
+        (FilterPairs, {"sign": "explain_away", "fraction": "some"}),
+        (FilterPairs, {"sign": "explain_away", "above": -1}),
+        (FilterPairs, {"sign": "explain_away", "above": float("nan")}),
+        (FilterPairs, {"sign": "explain_away", "side": "prompt"}),
+        (ShapeReward, {"sign": "explain_away", "constant": 2}),
+        (ShapeReward, {"sign": "explain_away", "constant": 2, "strength": 1, "where": Where(prompt="x")}),
+        (ShapeReward, {"sign": "explain_away", "constant": 0, "where": Where(prompt="x")}),
         (ShapeReward, {"sign": "explain_away", "strength": -1}),
         (ShapeReward, {"sign": "explain_away", "strength": float("nan")}),
         (ShapeReward, {"sign": "amplify"}),
@@ -69,24 +82,47 @@ def test_built_in_python_with_bad_values(verb: Any, values: dict[str, Any]) -> N
 def test_filter_drops_the_largest_gaps_of_its_sign() -> None:
     gap = np.array([0.1, 3.0, -2.0, 1.0, 0.0, 2.0, -0.5, 0.2, 0.3, -9.0])
     rows, gate = np.arange(10), np.ones(10, bool)
-    away = FilterPairs("c", "explain_away", 0.3).dropped(gap, rows, gate)
+    away = FilterPairs("c", "explain_away", 0.3).dropped(gap, 0 * gap, rows, gate)
     assert np.flatnonzero(away).tolist() == [1, 3, 5]
-    more = FilterPairs("c", "amplify", 0.29).dropped(gap, rows, gate)  # 2.9 pairs: whole pairs only
+    more = FilterPairs("c", "amplify", 0.29).dropped(gap, 0 * gap, rows, gate)  # 2.9 pairs: whole pairs only
     assert np.flatnonzero(more).tolist() == [2, 9]
 
 
 def test_filter_never_drops_a_pair_without_a_gap_of_its_sign() -> None:
     gap = np.array([1.0, 0.0, -1.0, 0.0])
     for sign, expected in (("explain_away", [0]), ("amplify", [2])):
-        dropped = FilterPairs("c", sign, 0.99).dropped(gap, np.arange(4), np.ones(4, bool))
+        dropped = FilterPairs("c", sign, 0.99).dropped(gap, 0 * gap, np.arange(4), np.ones(4, bool))
         assert np.flatnonzero(dropped).tolist() == expected
 
 
 def test_filter_takes_its_share_within_the_gate() -> None:
     gap = np.arange(20.0) + 1
     gate = np.arange(20) < 10
-    dropped = FilterPairs("c", "explain_away", 0.2).dropped(gap, np.arange(20), gate)
+    dropped = FilterPairs("c", "explain_away", 0.2).dropped(gap, 0 * gap, np.arange(20), gate)
     assert np.flatnonzero(dropped).tolist() == [8, 9]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"above": 0}, [0, 1]),  # gap 2, 1
+        ({"above": 1.0}, [0]),
+        ({"sign": "amplify", "above": 1}, [3]),
+        ({"side": "chosen"}, [0, 1, 4]),
+        ({"side": "rejected"}, [1, 3, 4]),
+        ({"side": "either"}, [0, 1, 3, 4]),
+        ({"side": "either", "above": 2}, [1]),
+        ({"side": "chosen", "above": -1}, [0, 1, 2, 4]),
+        ({"sign": "amplify", "side": "chosen"}, [0, 1, 4]),  # the sign says why, the side says which
+        ({"fraction": "all", "where": Where(prompt="x")}, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_filter_by_threshold_by_side_and_whole_gates(values: dict[str, Any], expected: list[int]) -> None:
+    chosen = np.array([2.0, 3.0, 0.0, -1.0, 1.0, 9.0])
+    rejected = np.array([0.0, 2.0, 0.0, 1.0, 1.0, 0.0])
+    gate = np.arange(6) < 5
+    dropped = FilterPairs("c", **{"sign": "explain_away", **values}).dropped(chosen, rejected, np.arange(6), gate)
+    assert np.flatnonzero(dropped).tolist() == expected
 
 
 def test_filter_ties_do_not_depend_on_the_order_of_rows() -> None:
@@ -94,14 +130,14 @@ def test_filter_ties_do_not_depend_on_the_order_of_rows() -> None:
     rows = rng.choice(10**9, 1000, replace=False)
     gap, gate = rng.integers(-1, 2, 1000).astype(float), np.ones(1000, bool)
     rule = FilterPairs("c", "explain_away", 0.1)
-    dropped = set(rows[rule.dropped(gap, rows, gate)])
+    dropped = set(rows[rule.dropped(gap, 0 * gap, rows, gate)])
     assert len(dropped) == 100
     order = rng.permutation(1000)
-    assert dropped == set(rows[order][rule.dropped(gap[order], rows[order], gate)])
+    assert dropped == set(rows[order][rule.dropped(gap[order], 0 * gap, rows[order], gate)])
     # Neither the first rows nor those of another concept's filter
     ranks = rows.argsort().argsort()[np.isin(rows, list(dropped))]
     assert 400 < ranks.mean() < 600
-    other = set(rows[FilterPairs("d", "explain_away", 0.1).dropped(gap, rows, gate)])
+    other = set(rows[FilterPairs("d", "explain_away", 0.1).dropped(gap, 0 * gap, rows, gate)])
     assert len(dropped & other) < 60
 
 

@@ -258,6 +258,47 @@ def test_outside_its_gate_a_rule_does_nothing(gate: str) -> None:
     assert inside[gone].all()
 
 
+def test_a_constant_is_half_on_each_side_of_every_pair_in_the_gate() -> None:
+    pairs, scores = random_pairs()
+    flat = Scores(scores.names, {**scores.chosen, "a": np.ones(400)}, {**scores.rejected, "a": np.ones(400)})
+    inside = np.array([pairs.raw[int(row)]["topic"] == "x" for row in pairs.rows])
+    where = {"column": "topic", "equals": "x"}
+    for sign, size in (("explain_away", 2.0), ("amplify", -2.0)):
+        rules = [{sign: "a", "with": "shape_reward", "constant": 2, "where": where}]
+        found = plan(rules, pairs, flat)  # what the concept scores does not matter
+        np.testing.assert_array_equal(found.chosen_offset[pairs.rows], np.where(inside, size / 2, 0))
+        np.testing.assert_array_equal(found.rejected_offset[pairs.rows], np.where(inside, -size / 2, 0))
+        [rule] = found.rules
+        assert (rule["strength"], rule["mean_offset"], rule["scale"], rule["ci_low"]) == (size, size, None, None)
+        assert rule["rows"] == inside.sum()
+    # A fit starts from what the constant already says
+    found = plan([*rules, {"explain_away": "b", "with": "shape_reward"}], pairs, scores)
+    margin = (found.chosen_offset - found.rejected_offset)[pairs.rows]
+    assert abs(expit(-margin) @ scores.gap("b")) < 1e-9
+
+
+def test_whole_clusters_and_sides_can_be_dropped() -> None:
+    pairs, scores = random_pairs()
+    inside = np.array([pairs.raw[int(row)]["topic"] == "x" for row in pairs.rows])
+    where = {"column": "topic", "equals": "x"}
+    found = plan([{"explain_away": "a", "with": "filter_pairs", "fraction": "all", "where": where}], pairs, scores)
+    np.testing.assert_array_equal(found.keep[pairs.rows], ~inside)
+    assert found.rules[0]["rows"] == found.rules[0]["pairs"] == inside.sum()
+    found = plan([{"explain_away": "a", "with": "filter_pairs", "side": "either", "above": 1}], pairs, scores)
+    shows = np.maximum(scores.chosen["a"], scores.rejected["a"]) > 1
+    np.testing.assert_array_equal(found.keep[pairs.rows], ~shows)
+    found = plan([{"amplify": "a", "with": "filter_pairs", "above": 1}], pairs, scores)
+    np.testing.assert_array_equal(found.keep[pairs.rows], scores.gap("a") >= -1)
+    for rule, note in (
+        ({"side": "chosen", "above": 99}, "no chosen response scores above 99"),
+        ({"side": "either", "above": 99}, "neither response scores above 99"),
+        ({"above": 99}, "the chosen response scores higher by more than 99 in no pair"),
+    ):
+        found = plan([{"explain_away": "a", "with": "filter_pairs", **rule}], pairs, scores)
+        assert found.keep.all()
+        assert note in found.rules[0]["note"]
+
+
 def test_two_gates_of_one_concept_are_fitted_apart() -> None:
     pairs, scores = random_pairs()
     topics = np.array([pairs.raw[int(row)]["topic"] for row in pairs.rows])
@@ -419,6 +460,40 @@ def test_predicted_shift_under_a_filter(pairs: Pairs, audit: Audit) -> None:
     kept = found.keep[pairs.rows]
     assert kept.sum() == 420
     np.testing.assert_allclose(found.predicted["predicted_under_policy"], u[kept].mean(axis=0), atol=1e-12)
+
+
+def test_predicted_shift_under_weights(pairs: Pairs, audit: Audit) -> None:
+    found = plan_bold({"with": "reweight_pairs"}, pairs, audit)
+    assert found.predicted is not None
+    assert found.weight is not None
+    u, names = audit.disparity()
+    weight = found.weight[pairs.rows]
+    assert weight.std() > 0.1
+    np.testing.assert_allclose(found.predicted["predicted_under_policy"], weight @ u / len(u), atol=1e-12)
+    [bold] = [i for i in range(len(names)) if set(audit.features(names[i])) == {0, 1, 2, 3}]
+    row = found.predicted.slice(bold, 1).to_pylist()[0]
+    assert row["predicted"] > 0.3
+    assert abs(row["predicted_under_policy"]) < 0.05
+    assert "count like" in plan_report(found)
+    both = plan_policy(
+        ConceptPolicy.load(
+            {
+                **BOLD,
+                "rules": [
+                    {"with": "reweight_pairs", "column": "w"},
+                    {"explain_away": "bold", "with": "shape_reward", "strength": 1},
+                ],
+            }
+        ),
+        make_pairs(pairs.raw.add_column("w", [0.5] * len(pairs.raw)), pairs.rows),
+        score_pairs(pairs, {"bold": TextScorer(r"\*\*")}, progress=False),
+        audit=audit,
+    )
+    margin = (both.chosen_offset - both.rejected_offset)[pairs.rows]
+    assert both.predicted is not None
+    np.testing.assert_allclose(both.predicted["predicted_under_policy"], expit(-margin) @ u / len(u), atol=1e-12)
+    assert "reweight_pairs" in plan_report(both)
+    json.dumps(plan_json(both), allow_nan=False)
 
 
 def test_gate_on_a_context_of_the_audit(pairs: Pairs, audit: Audit) -> None:

@@ -242,6 +242,19 @@ def test_loss_and_gradient_under_options(name: str, tiny_model_dir: Path, tmp_pa
     check_against_formula(trainer, dict(zip(types, trainer.loss_weights, strict=True)))
 
 
+def test_a_constant_offset_on_the_pairs_of_a_gate(tiny_model_dir: Path, tmp_path: Path) -> None:
+    rule = {"explain_away": "bold", "with": "shape_reward", "constant": 2.0, "where": {"prompt": BOLD + "|w3"}}
+    rows = preference_rows(12)
+    policy = {"version": 1, "concepts": CONCEPTS, "rules": [rule]}
+    options: dict[str, Any] = {"dtype": torch.float64, "other_reference": True, "per_device_train_batch_size": 6}
+    trainer = dpo(tiny_model_dir, tmp_path, rows, policy=policy, **options)
+    inside = np.array(["w3" in row["prompt"] for row in rows])
+    assert 0 < inside.sum() < 12
+    np.testing.assert_array_equal(trainer.train_dataset["anatomy_chosen_offset"], inside * 1.0)
+    np.testing.assert_array_equal(trainer.train_dataset["anatomy_rejected_offset"], inside * -1.0)
+    check_against_formula(trainer, {"sigmoid": 1.0})
+
+
 def test_the_offsets_are_z_scores_times_strength(tiny_model_dir: Path, tmp_path: Path) -> None:
     rows = preference_rows(12)
     trainer = dpo(tiny_model_dir, tmp_path, rows)

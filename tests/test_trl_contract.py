@@ -2,6 +2,7 @@
 
 import inspect
 from collections import defaultdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,41 @@ def test_policy_outputs_carry_log_probs_and_the_reference_reduces_them(stock: DP
     assert calls[0]["fused_lm_head"] is True
     stock._compute_loss(model, batch, False)
     assert len(calls) == 2, "the policy no longer runs exactly one forward a loss"
+
+
+def test_pair_weights_reach_the_gradient_through_log_probs_alone(stock: DPOTrainer) -> None:
+    """A weight scales the gradient of `.log_probs`: nothing else that the loss reads may carry one."""
+
+    def model(**kwargs: Any) -> Any:
+        outputs = stock.model(**kwargs)
+        outputs.log_probs = outputs.log_probs.detach()
+        return outputs
+
+    stock.model.train()
+    batch = batch_of(stock)
+    assert stock._compute_loss(stock.model, batch, False).requires_grad
+    assert not stock._compute_loss(model, batch, False).requires_grad, "the loss reads more than outputs.log_probs"
+
+
+def test_pair_weights_reach_the_reward_through_logits_alone(tiny_model_dir: Path, tmp_path: Path) -> None:
+    args = RewardConfig(output_dir=str(tmp_path), center_rewards_coefficient=0.1, **EXACT)
+    trainer = RewardTrainer(model=str(tiny_model_dir), args=args, train_dataset=fresh(preference_rows(6)))
+
+    def model(**kwargs: Any) -> Any:
+        outputs = trainer.model(**kwargs)
+        outputs.logits = outputs.logits.detach()
+        return outputs
+
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert trainer.compute_loss(trainer.model, dict(batch)).requires_grad
+    assert not trainer.compute_loss(model, dict(batch)).requires_grad, "the loss reads more than outputs.logits"
+
+
+@pytest.mark.parametrize("module", ["grpo_trainer", "rloo_trainer"])
+def test_online_trainers_pass_the_generated_tokens(module: str) -> None:
+    """ConceptReward scores `completion_ids`; without them it would tokenise the text anew, and say nothing."""
+    source = inspect.getsource(import_module(f"trl.trainer.{module}"))
+    assert "completion_ids=completion_ids_list, **reward_kwargs" in source
 
 
 def test_reward_margin(tiny_model_dir: Path, tmp_path: Path) -> None:

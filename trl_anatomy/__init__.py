@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .reading.removal import attach_edits
     from .shaping.policy import ConceptPolicy
     from .trainers.callback import AuditCallback
+    from .trainers.concept_reward import ConceptReward
     from .trainers.dpo import AnatomyDPOTrainer
     from .trainers.reward import AnatomyRewardTrainer
 
@@ -28,6 +29,7 @@ _HOME = {
     "load_audit": "audit.folder",
     "run_audit": "audit.run",
     "ConceptPolicy": "shaping.policy",
+    "ConceptReward": "trainers.concept_reward",
     "AnatomyError": "errors",
     "attach_edits": "reading.removal",
 }
@@ -40,6 +42,7 @@ __all__ = [
     "AuditCallback",
     "AuditConfig",
     "ConceptPolicy",
+    "ConceptReward",
     "attach_edits",
     "load_audit",
     "run_audit",

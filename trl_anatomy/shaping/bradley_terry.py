@@ -22,16 +22,20 @@ class Fit:
     ci_high: np.ndarray
 
 
-def fit_strengths(gaps: np.ndarray, names: Sequence[str], offset: np.ndarray | None = None) -> Fit:
-    """Maximum likelihood of P(chosen preferred) = σ(gaps · λ + offset).
+def fit_strengths(
+    gaps: np.ndarray, names: Sequence[str], offset: np.ndarray | None = None, weight: np.ndarray | None = None
+) -> Fit:
+    """Maximum likelihood of P(chosen preferred) = σ(gaps · λ + offset), pair i counting w_i times.
 
-    At the maximum Σ_i σ(−m_i) · gaps_i = 0 with m = gaps · λ + offset: a policy at the start model feels no pull along
-    any of the concepts.
+    At the maximum Σ_i w_i · σ(−m_i) · gaps_i = 0 with m = gaps · λ + offset: a policy at the start model feels no pull
+    along any of the concepts.
 
     Args:
         gaps: (n_pairs, K) score of chosen minus rejected; a pair outside a rule's gate has 0 in its column.
         names: what the K columns are called in errors.
         offset: (n_pairs,) a margin that is there already; None for 0.
+        weight: (n_pairs,) of at least 0; None for 1. Pairs of weight 0 are left out. The interval takes the weights as
+            given, not as counts: variance H⁻¹ · Σ w²p(1 − p)xx' · H⁻¹ with H = Σ w·p(1 − p)xx'.
 
     Raises:
         AnatomyError: no finite maximum (the gaps never point the other way: separation), or one that hardly any pair
@@ -45,8 +49,11 @@ def fit_strengths(gaps: np.ndarray, names: Sequence[str], offset: np.ndarray | N
         (1.098612, 1.098612)
     """
     gaps = np.asarray(gaps, dtype=np.float64)
+    offset = np.zeros(len(gaps)) if offset is None else np.asarray(offset, dtype=np.float64)
+    weight = np.ones(len(gaps)) if weight is None else np.asarray(weight, dtype=np.float64)
+    gaps, offset, weight = gaps[weight > 0], offset[weight > 0], weight[weight > 0]
+    weight = weight / weight.mean()  # the answer knows no unit of the weights; the stopping rule below does
     n_pairs, k = gaps.shape
-    offset = np.zeros(n_pairs) if offset is None else np.asarray(offset, dtype=np.float64)
     scale = np.abs(gaps).max(axis=0, initial=0.0)
     for name, column, largest in zip(names, gaps.T, scale, strict=True):
         if largest == 0:
@@ -74,8 +81,8 @@ def fit_strengths(gaps: np.ndarray, names: Sequence[str], offset: np.ndarray | N
         )
     beta = np.zeros(k)
     for _ in range(200):
-        p, curvature = _force(x, beta, offset)
-        pull = x.T @ p
+        p, curvature = _force(x, beta, offset, weight)
+        pull = x.T @ (weight * p)
         try:
             step = np.linalg.solve(curvature, pull)
         except np.linalg.LinAlgError:
@@ -85,12 +92,15 @@ def fit_strengths(gaps: np.ndarray, names: Sequence[str], offset: np.ndarray | N
             break
         length = 1.0
         if decrement > 1e-6:  # below, the loss is too flat for a comparison and the full step is right
-            before = _loss(x, beta, offset)
-            while _loss(x, beta + length * step, offset) > before - 1e-4 * length * decrement and length > 1e-12:
+            before = _loss(x, beta, offset, weight)
+            while (
+                _loss(x, beta + length * step, offset, weight) > before - 1e-4 * length * decrement and length > 1e-12
+            ):
                 length /= 2
         beta = beta + length * step
         if decrement < 1e-20 * n_pairs or (decrement < 1e-12 and np.abs(step).max() <= 1e-13 * np.abs(beta).max()):
-            error = np.sqrt(np.diag(np.linalg.inv(_force(x, beta, offset)[1])))
+            bread = np.linalg.inv(_force(x, beta, offset, weight)[1])
+            error = np.sqrt(np.diag(bread @ _force(x, beta, offset, weight**2)[1] @ bread))
             if ((np.abs(beta) > 20) & (error > np.abs(beta))).any():  # a huge margin that rests on next to no pair
                 break
             return Fit(beta / scale, (beta - _Z * error) / scale, (beta + _Z * error) / scale)
@@ -99,14 +109,14 @@ def fit_strengths(gaps: np.ndarray, names: Sequence[str], offset: np.ndarray | N
     )
 
 
-def _loss(x: np.ndarray, beta: np.ndarray, offset: np.ndarray) -> float:
-    return float(np.logaddexp(0, -(x @ beta + offset)).sum())
+def _loss(x: np.ndarray, beta: np.ndarray, offset: np.ndarray, weight: np.ndarray) -> float:
+    return float(weight @ np.logaddexp(0, -(x @ beta + offset)))
 
 
-def _force(x: np.ndarray, beta: np.ndarray, offset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """σ(−margin) of each pair, and the curvature of the loss."""
+def _force(x: np.ndarray, beta: np.ndarray, offset: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """σ(−margin) of each pair, and the curvature of the weighted loss."""
     p = expit(-(x @ beta + offset))
-    return p, (x * (p * (1 - p))[:, None]).T @ x
+    return p, (x * (weight * p * (1 - p))[:, None]).T @ x
 
 
 def _separated(x: np.ndarray) -> bool:

@@ -55,9 +55,12 @@ def hint(error: Exception) -> str:
     return f" {error}" if str(error) else ""
 
 
-def number(above: float, below: float | None = None, *, most: float | None = None, word: str | None = None) -> Field:
-    """A finite number above one bound (and below or at most another), or one word."""
-    allowed = f"a number above {above:g}" + ("" if below is None else f" and below {below:g}")
+def number(
+    above: float | None = None, below: float | None = None, *, most: float | None = None, word: str | None = None
+) -> Field:
+    """A finite number (above one bound, and below or at most another), or one word."""
+    allowed = "a number" + ("" if above is None else f" above {above:g}")
+    allowed += "" if below is None else f" and below {below:g}"
     allowed += "" if most is None else f" and at most {most:g}"
     allowed += "" if word is None else f", or {word}"
 
@@ -76,7 +79,7 @@ def number(above: float, below: float | None = None, *, most: float | None = Non
             value = float(value)
         except OverflowError:
             raise ValueError from None
-        if not math.isfinite(value) or value <= above or (below is not None and value >= below):
+        if not math.isfinite(value) or (above is not None and value <= above) or (below is not None and value >= below):
             raise ValueError
         if most is not None and value > most:
             raise ValueError
@@ -142,6 +145,14 @@ def _scalars(value: Any) -> tuple[str | int | float | bool | None, ...]:
     return tuple(_scalar(item) for item in value)
 
 
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise ValueError
+    if len(set(value)) < len(value):
+        raise ValueError("A name occurs twice.")
+    return tuple(value)
+
+
 def one_of(*words: str) -> Field:
     """One of a few words."""
 
@@ -168,6 +179,7 @@ LAYER = Field("a layer number, counted from 0", _whole)
 FEATURES = Field("a list of feature numbers, counted from 0, each once", _features)
 FLAG = Field("true or false", _flag)
 TEXT = Field("text", _text)
+NAMES = Field("a list of names of concepts, each once", _names)
 PATTERN = Field("a regular expression (text that is not empty)", _pattern)
 SCALAR = Field("text, a number, true, false or null", _scalar)
 SCALARS = Field("a list of text, numbers, true, false or null", _scalars)

@@ -1,7 +1,8 @@
 """What a policy will touch, before any training: rows kept, offsets, fitted strengths, predicted shift.
 
-Order of action: the rules on rows look at all pairs, each by itself; a pair goes if one of them drops it. The rules on
-the margin then see only the pairs that stay: standard deviations, centring and fitted strengths come from those.
+Order of action: the rules on rows look at all pairs, each by itself; a pair goes if one of them drops it. All others
+see only the pairs that stay. Weights come next; then the rules on the margin, whose fitted strengths take the weights
+into account.
 """
 
 from collections.abc import Sequence
@@ -16,9 +17,10 @@ from ..audit.predict import predicted_shift
 from ..errors import AnatomyError
 from .bradley_terry import fit_strengths
 from .hidden import HiddenEdit, hidden_strengths
-from .interventions import FilterPairs, Intervention, ShapeReward
+from .interventions import FilterPairs, Intervention, ReweightPairs, ShapeReward
 from .located import PolicyError
 from .policy import ConceptPolicy
+from .weights import Weighed, settle_weights
 
 if TYPE_CHECKING:
     from ..audit.folder import Audit
@@ -36,13 +38,14 @@ class PolicyPlan:
             response; 0 where no rule acts. Centred: each rule's offsets have mean 0 over the responses it acts on.
         rules: a dict per rule, in the order of the policy; numbers that a verb does not have are None:
             `verb`, `concept`, `sign`, `stage`, `where`;
-            `pairs`: pairs in the gate; `rows`: pairs dropped, or kept pairs whose margin moves;
+            `pairs`: pairs in the gate; `rows`: pairs dropped, or kept pairs whose weight or margin moves;
+            `effective_pairs`: (Σw)² / Σw² over the kept pairs in the gate of a rule on the weights;
             `mean_offset`: mean of o(chosen) − o(rejected) over the kept pairs in the gate;
-            `strength` (λ, negative where it amplifies), `ci_low`, `ci_high` (95 %, fitted strengths only), `scale` (the
-            standard deviation that one unit of s̃ stands for);
+            `strength` (λ or the constant, negative where it amplifies), `ci_low`, `ci_high` (95 %, fitted strengths
+            only), `scale` (the standard deviation that one unit of s̃ stands for);
             `gradient_removed`, `gradient_added`: of Σ_i |dL/dmargin_i| = n_pairs / 2 of plain training at the start
-            model, the share that this rule takes and gives, after the rules that act before it; `gradient_share` is
-            added − removed;
+            model, the share that this rule takes and gives, after the rules that act before it (of `reweight_pairs`
+            rules with one gate, the first stands for all); `gradient_share` is added − removed;
             `gradient_touched`: rules on hidden states: share of that sum that comes from the pairs they touch;
             `note`: what a reader should know, or "".
         predicted: a row per concept of the audit: `concept`, `label`, `predicted`, `predicted_under_policy`; None
@@ -88,33 +91,34 @@ def plan_policy(policy: ConceptPolicy, pairs: "Pairs", scores: "Scores", *, audi
     """
     if audit is not None:
         audit.check_pairs(pairs)
-    for rule in policy.rules:
-        for side in (scores.chosen, scores.rejected) if rule.concept in scores.names else ():
-            if not np.isfinite(side[rule.concept]).all():
-                raise AnatomyError(f"The scores of {rule.concept!r} hold NaN or infinity; look at its scorer.")
+    for name in policy.used:
+        for side in (scores.chosen, scores.rejected) if name in scores.names else ():
+            if not np.isfinite(side[name]).all():
+                raise AnatomyError(f"The scores of {name!r} hold NaN or infinity; look at its scorer.")
     gates = _gates(policy, pairs, audit)
 
     dropped = {
-        i: rule.dropped(scores.gap(rule.concept), pairs.rows, gates[i])
+        i: rule.dropped(scores.chosen[rule.concept], scores.rejected[rule.concept], pairs.rows, gates[i])
         for i, rule in enumerate(policy.rules)
         if isinstance(rule, FilterPairs)
     }
     kept = ~np.logical_or.reduce([np.zeros(len(pairs), bool), *dropped.values()])
     if not kept.any():
         raise AnatomyError(f"{policy.source}: the filter_pairs rules leave no pair to train on; lower their fraction.")
-    shaped = _shape(policy, scores, gates, kept)
+    weighed, weight = settle_weights(policy, pairs, scores, gates, kept)
+    shaped = _shape(policy, scores, gates, kept, np.ones(len(pairs)) if weight is None else weight[pairs.rows])
     edited = hidden_strengths(policy, scores, pairs.rows, gates, kept)
     steering = np.zeros((len(pairs.raw), 2, len(edited)))
     for column, strengths in enumerate(edited.values()):
         steering[pairs.rows, :, column] = strengths
 
-    records = _records(policy, gates, kept, dropped, shaped, edited)
+    records = _records(policy, gates, kept, dropped, weighed, shaped, edited)
     offsets = np.zeros((2, len(pairs.raw)))
     for part in shaped.values():
         offsets[:, pairs.rows] += part.offsets
     keep = np.ones(len(pairs.raw), dtype=bool)
     keep[pairs.rows] = kept
-    gaps = {policy.rules[i].concept: np.zeros(len(pairs.raw)) for i in shaped}
+    gaps = {str(policy.rules[i].concept): np.zeros(len(pairs.raw)) for i in shaped}
     for name, gap in gaps.items():
         gap[pairs.rows] = scores.gap(name)
     return PolicyPlan(
@@ -122,9 +126,10 @@ def plan_policy(policy: ConceptPolicy, pairs: "Pairs", scores: "Scores", *, audi
         chosen_offset=offsets[0],
         rejected_offset=offsets[1],
         rules=records,
-        predicted=None if audit is None else _predict(audit, keep, offsets[0] - offsets[1]),
+        predicted=None if audit is None else _predict(audit, keep, offsets[0] - offsets[1], weight),
         counts={"rows": len(pairs.raw), "pairs": len(pairs), "pairs_kept": int(kept.sum())},
         gaps=gaps,
+        weight=weight,
         steering=steering.reshape(len(steering), -1) if edited else None,
     )
 
@@ -141,7 +146,7 @@ def _gates(policy: ConceptPolicy, pairs: "Pairs", audit: "Audit | None") -> list
     for i, rule in enumerate(policy.rules):
         for j, other in enumerate(policy.rules[:i]):
             n_shared = int((gates[i] & gates[j]).sum())
-            if rule.concept == other.concept and rule.sign != other.sign and n_shared:
+            if rule.concept is not None and rule.concept == other.concept and rule.sign != other.sign and n_shared:
                 problems.append(
                     f"{policy.place(f'rules[{i}]')}: found {rule.sign}: {rule.concept}, but rules[{j}] says "
                     f"{other.sign} for {n_shared} of the same pairs, allowed: gates (where) that share no pair."
@@ -157,7 +162,7 @@ class _Shaped:
 
     strength: float
     interval: tuple[float, float] | None
-    scale: float
+    scale: float | None
     offsets: np.ndarray
 
     @property
@@ -166,24 +171,27 @@ class _Shaped:
 
 
 def _shape(
-    policy: ConceptPolicy, scores: "Scores", gates: Sequence[np.ndarray], kept: np.ndarray
+    policy: ConceptPolicy, scores: "Scores", gates: Sequence[np.ndarray], kept: np.ndarray, weight: np.ndarray
 ) -> dict[int, _Shaped]:
-    """Strength and offsets of every margin rule."""
+    """Strength and offsets of every margin rule; `weight` (n_pairs,) counts in the fit."""
     rules = {i: rule for i, rule in enumerate(policy.rules) if isinstance(rule, ShapeReward)}
     standard: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     scales: dict[int, float] = {}
     problems = []
     for i, rule in rules.items():
+        if not (gates[i] & kept).any():
+            problems.append(f"{policy.place(f'rules[{i}]')}: the filter_pairs rules leave no pair in this gate.")
+            continue
         chosen, rejected = scores.chosen[rule.concept], scores.rejected[rule.concept]
         pooled = np.concatenate([chosen[kept], rejected[kept]])
         scales[i] = float(pooled.std())
-        if scales[i] <= 1e-12 * max(1.0, float(np.abs(pooled).max())):
+        if rule.constant is not None:
+            standard[i] = np.full(len(chosen), 0.5), np.full(len(chosen), -0.5)
+        elif scales[i] <= 1e-12 * max(1.0, float(np.abs(pooled).max())):
             problems.append(
                 f"{policy.place(f'rules[{i}]')}: the concept {rule.concept!r} scores {pooled[0]:g} on every response; "
                 "there is nothing to shape. Correct its scorer or drop the rule."
             )
-        elif not (gates[i] & kept).any():
-            problems.append(f"{policy.place(f'rules[{i}]')}: the filter_pairs rules leave no pair in this gate.")
         else:
             standard[i] = ((chosen - pooled.mean()) / scales[i], (rejected - pooled.mean()) / scales[i])
     if problems:
@@ -200,13 +208,17 @@ def _shape(
         # What rules with a given strength already say is part of the margin that the fit starts from.
         given = sum((offsets(i, value) for i, value in strengths.items()), np.zeros((2, len(kept))))
         try:
-            fit = fit_strengths(gaps, [f"{rules[i].concept!r}" for i in fitted], (given[0] - given[1])[kept])
+            names = [f"{rules[i].concept!r}" for i in fitted]
+            fit = fit_strengths(gaps, names, (given[0] - given[1])[kept], weight[kept])
         except AnatomyError as error:
             raise PolicyError([f"{policy.place(f'rules[{fitted[0]}]')}: {error}"]) from None
         for column, i in enumerate(fitted):
             strengths[i] = float(fit.strength[column])
             intervals[i] = (float(fit.ci_low[column]), float(fit.ci_high[column]))
-    return {i: _Shaped(strengths[i], intervals.get(i), scales[i], offsets(i, strengths[i])) for i in rules}
+    return {
+        i: _Shaped(strengths[i], intervals.get(i), None if rule.constant else scales[i], offsets(i, strengths[i]))
+        for i, rule in rules.items()
+    }
 
 
 def _records(
@@ -214,14 +226,15 @@ def _records(
     gates: Sequence[np.ndarray],
     kept: np.ndarray,
     dropped: dict[int, np.ndarray],
+    weighed: dict[int, Weighed],
     shaped: dict[int, _Shaped],
     edited: dict[int, np.ndarray],
 ) -> list[dict[str, Any]]:
     """A dict per rule, as `PolicyPlan.rules` describes it."""
     records: dict[int, dict[str, Any]] = {}
-    alive, margin = np.ones(len(kept), bool), np.zeros(len(kept))
+    alive, margin = np.ones(len(kept)), np.zeros(len(kept))  # weight of each pair, 0 once it is dropped; its offset
     total = len(kept) / 2
-    for i in [*dropped, *shaped, *edited]:
+    for i in [*dropped, *weighed, *shaped, *edited]:
         rule = policy.rules[i]
         before = alive * expit(-margin)
         record: dict[str, Any] = {
@@ -232,10 +245,12 @@ def _records(
             "where": None if rule.where is None else str(rule.where),
             "pairs": int(gates[i].sum()),
             "rows": 0,
-            **dict.fromkeys(("mean_offset", "strength", "ci_low", "ci_high", "scale", "gradient_touched")),
+            **dict.fromkeys(
+                ("mean_offset", "strength", "ci_low", "ci_high", "scale", "effective_pairs", "gradient_touched")
+            ),
         }
         if i in dropped:
-            alive = alive & ~dropped[i]
+            alive = alive * ~dropped[i]
             record["rows"] = int(dropped[i].sum())
         elif i in edited:
             record["rows"] = int(edited[i].any(axis=1).sum())
@@ -243,6 +258,10 @@ def _records(
             record["strength"] = -strength if strength and rule.sign == "amplify" else strength
             touched = before * edited[i].any(axis=1)
             record["gradient_touched"] = float(touched.sum() / total)
+        elif isinstance(rule, ReweightPairs):
+            alive = alive * weighed[i].factor
+            record["rows"] = int((weighed[i].factor[kept] != 1).sum())
+            record["effective_pairs"], record["strength"] = weighed[i].effective, rule.signed
         else:
             part, acts = shaped[i], gates[i] & kept
             margin = margin + part.margin
@@ -255,20 +274,28 @@ def _records(
         record["gradient_removed"] = float(-change[change < 0].sum() / total)
         record["gradient_added"] = float(change[change > 0].sum() / total)
         record["gradient_share"] = record["gradient_added"] - record["gradient_removed"]
-        record["note"] = _note(rule, record)
+        record["note"] = _weight_note(rule, weighed[i], record) if i in weighed else _note(rule, record)
         records[i] = record
     return [records[i] for i in range(len(policy.rules))]
+
+
+def _weight_note(rule: Intervention, weighed: Weighed, record: dict[str, Any]) -> str:
+    parts = [f"the pairs in its gate count like {record['effective_pairs']:.1f} of equal weight"]
+    if weighed.held:
+        parts.append(f"held as they are: {', '.join(weighed.held)}")
+    if weighed.leader is not None:
+        parts.append(f"solved together with rule {weighed.leader + 1}, where its rows and gradient are")
+    elif record["rows"] == 0:
+        parts = ["touches nothing: the weights are 1 already"]
+    return "; ".join(parts)
 
 
 def _note(rule: Intervention, record: dict[str, Any]) -> str:
     if record["gradient_touched"] is not None:
         return f"edits the step of pairs that carry {record['gradient_touched']:.0%} of the gradient"
     if record["rows"] == 0:
-        if isinstance(rule, FilterPairs) and rule.fraction * record["pairs"] < 1:
-            return "touches nothing: the fraction is less than one pair"
         if isinstance(rule, FilterPairs):
-            side = "chosen" if rule.sign == "explain_away" else "rejected"
-            return f"touches nothing: the {side} response scores higher in no pair"
+            return f"touches nothing: {rule.why_none(record['pairs'])}"
         return "touches nothing: the two responses score alike in every pair"
     if record["ci_low"] is None:
         return ""
@@ -279,21 +306,23 @@ def _note(rule: Intervention, record: dict[str, Any]) -> str:
     return ""
 
 
-def _predict(audit: "Audit", keep: np.ndarray, margin: np.ndarray) -> pa.Table:
+def _predict(audit: "Audit", keep: np.ndarray, margin: np.ndarray, weight: np.ndarray | None) -> pa.Table:
     """Mean disparity of each concept: over all pairs, and over the kept ones weighted by their pull.
 
-    A pair whose margin the policy shifts by m pulls at the start model with σ(−m) instead of 1/2: weight 2σ(−m).
+    A pair of weight w whose margin the policy shifts by m pulls at the start model with w·σ(−m) instead of 1/2: it
+    counts 2w·σ(−m) times.
     """
     u, names = audit.disparity()
     rows = audit.pairs["row"].to_numpy()
     kept = keep[rows]
+    pull = 2 * expit(-margin[rows][kept]) * (1.0 if weight is None else weight[rows][kept])
     labels = dict(zip(audit.concepts["concept"].to_pylist(), audit.concepts["label"].to_pylist(), strict=True))
     return pa.table(
         {
             "concept": pa.array(names, pa.string()),
             "label": pa.array([labels.get(name) or "" for name in names], pa.string()),
             "predicted": predicted_shift(u),
-            "predicted_under_policy": predicted_shift(u[kept], 2 * expit(-margin[rows][kept])),
+            "predicted_under_policy": predicted_shift(u[kept], pull),
         }
     )
 
@@ -358,8 +387,8 @@ def _rule_row(n: int, rule: dict[str, Any]) -> list[str]:
         strength += f" ({rule['ci_low']:.3g} to {rule['ci_high']:.3g})"
     return [
         str(n),
-        rule["sign"].replace("_", " "),
-        rule["concept"],
+        (rule["sign"] or "").replace("_", " "),
+        rule["concept"] or "",
         rule["verb"],
         _printable(rule["where"] or "")[:40],
         str(rule["pairs"]),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import AnatomyError
 from .fields import FEATURES, LAYER, PATTERN, TEXT, Field, found, name_like, one_of
 from .interventions import LATER as VERBS_LATER
-from .interventions import VERBS, Intervention
+from .interventions import VERBS, Intervention, ReweightPairs
 from .located import Located, PolicyError, Problems, from_python, read_file
 from .where import FIELDS as WHERE_FIELDS
 from .where import LATER as WHERE_LATER
@@ -139,9 +139,18 @@ class ConceptPolicy:
 
     @property
     def used(self) -> dict[str, ConceptSpec]:
-        """The concepts that a rule acts on, in the order of the policy."""
-        acted_on = {rule.concept for rule in self.rules}
-        return {name: spec for name, spec in self.concepts.items() if name in acted_on}
+        """The concepts that a rule acts on or holds, in the order of the policy."""
+        named = {rule.concept for rule in self.rules} | {name for rule in self.rules for name in self.held(rule)}
+        return {name: spec for name, spec in self.concepts.items() if name in named}
+
+    def held(self, rule: Intervention) -> tuple[str, ...]:
+        """The concepts whose mean gap a `reweight_pairs` rule leaves as it is; empty for other rules."""
+        if not isinstance(rule, ReweightPairs) or rule.concept is None:
+            return ()
+        if rule.hold is not None:
+            return rule.hold
+        weighed = {other.concept for other in self.rules if isinstance(other, ReweightPairs)}
+        return tuple(name for name in self.concepts if name not in weighed)
 
     def place(self, path: str) -> str:
         """Where a key stands (or what holds it, if it is not written), as errors begin: `policy.yaml:12: rules[0]`."""
@@ -297,15 +306,16 @@ class _Reader:
             return None
         self.places[path] = problems.place(value.line)
         signs = [key for key in SIGNS if key in entries]
-        if len(signs) != 1:
+        verb = entries.get("with", Located(None))
+        cls = VERBS.get(verb.value) if isinstance(verb.value, str) else None
+        by_column = cls is ReweightPairs and "column" in entries and not signs
+        if len(signs) != 1 and not by_column:
             what = "both explain_away and amplify" if signs else "neither explain_away nor amplify"
             problems.add(value.line, path, f"found {what}, allowed: one of them, with the name of a concept.")
         for sign in signs:
             name = entries[sign]
             if not isinstance(name.value, str) or name.value not in concepts:
                 problems.unknown(name.line, f"{path}.{sign}", name.plain(), concepts, "the concept ")
-        verb = entries.get("with", Located(None))
-        cls = VERBS.get(verb.value) if isinstance(verb.value, str) else None
         if "with" not in entries:
             problems.add(value.line, path, f"found no key 'with', allowed: {', '.join(VERBS)}.")
         elif verb.value in VERBS_LATER:
@@ -327,11 +337,16 @@ class _Reader:
         for part in fields(cls):
             if part.name in cls.keys and part.name not in entries and part.default is MISSING:
                 problems.add(value.line, path, f"found no key {part.name!r}, allowed: {cls.keys[part.name].allowed}.")
+        for name in values.get("hold") or ():
+            if name not in concepts:
+                problems.unknown(entries["hold"].line, f"{path}.hold", name, concepts, "the concept ")
         if len(problems.entries) > before:
             return None
+        if signs:
+            values |= {"concept": entries[signs[0]].value, "sign": signs[0]}
         try:
             named = {f"{key}_" if iskeyword(key) else key: held for key, held in values.items()}
-            return cls(concept=entries[signs[0]].value, sign=signs[0], where=where, **named)
+            return cls(where=where, **named)
         except AnatomyError as error:  # keys that are right one by one and wrong together
             key = next(iter(cls.keys))
             problems.add(entries[key].line if key in entries else value.line, f"{path}.{key}", str(error))
@@ -357,6 +372,8 @@ class _Reader:
         """Note pairs of rules that pull one concept both ways for the same pairs."""
         first: dict[str, list[tuple[int, Intervention]]] = {}
         for i, item, rule in rules:
+            if rule.concept is None:
+                continue
             for j, other in first.setdefault(rule.concept, []):
                 if rule.sign != other.sign and surely_overlap(rule.where, other.where):
                     self.problems.add(

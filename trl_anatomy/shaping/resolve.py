@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AnatomyError
+from .interventions import ReweightPairs
 from .located import PolicyError, did_you_mean
 from .policy import ConceptPolicy, ConceptSpec
 from .where import Where
@@ -26,7 +27,7 @@ def check_policy(
         policy: the policy.
         audit: the audit in use.
         model_config: the start model's transformers config, for layers and width; None skips those checks.
-        columns: columns of the dataset; None skips the check of `where: {column: ...}`.
+        columns: columns of the dataset; None skips the checks of `column`.
 
     Raises:
         PolicyError: all problems at once: a layer the model lacks, an SAE of another width, a feature the SAE lacks, a
@@ -34,21 +35,28 @@ def check_policy(
     """
     _, problems = resolve_scorers(policy, audit, model_config=model_config)
     for i, rule in enumerate(policy.rules):
+        if (
+            isinstance(rule, ReweightPairs)
+            and rule.column is not None
+            and rule.column not in (columns or [rule.column])
+        ):
+            problems.append(_no_column(policy, f"rules[{i}].column", rule.column, columns or ()))
         if rule.where is not None:
             problems += _gate_problems(policy, f"rules[{i}].where", rule.where, audit, columns)
     if problems:
         raise PolicyError(problems)
 
 
+def _no_column(policy: ConceptPolicy, path: str, name: str, columns: Collection[str]) -> str:
+    close = did_you_mean(name, columns)
+    return f"{policy.place(path)}: found {name!r}, allowed: {', '.join(columns)}, the columns of the dataset.{close}"
+
+
 def _gate_problems(
     policy: ConceptPolicy, path: str, where: Where, audit: "Audit | None", columns: Collection[str] | None
 ) -> list[str]:
     if where.column is not None and columns is not None and where.column not in columns:
-        close = did_you_mean(where.column, columns)
-        return [
-            f"{policy.place(f'{path}.column')}: found {where.column!r}, allowed: {', '.join(columns)}, the columns of "
-            f"the dataset.{close}"
-        ]
+        return [_no_column(policy, f"{path}.column", where.column, columns)]
     if where.data is not None:
         place = policy.place(f"{path}.data")
         if audit is None:

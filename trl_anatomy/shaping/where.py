@@ -1,7 +1,7 @@
 """Gates: the pairs that a rule acts on."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,21 @@ class Where:
                 return f"{key} = {context}"
         return f"prompt ~ {self.prompt}"
 
+    def opens(self, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> np.ndarray:
+        """(n,) bool: where a gate on the prompt or on a column is open, for rows that are no pairs.
+
+        Raises:
+            AnatomyError: no such column.
+        """
+        if self.prompt is not None:
+            return np.array([bool(re.search(self.prompt, text)) for text in prompts], dtype=bool)
+        if self.column is None or self.column not in columns:
+            raise AnatomyError(f"where: the dataset has no column {found(self.column)}; found: {', '.join(columns)}.")
+        return np.array([self._holds(value) for value in columns[self.column]], dtype=bool)
+
+    def _holds(self, value: Any) -> bool:
+        return any(_equal(value, allowed) for allowed in self.values)
+
     def mask(self, pairs: "Pairs", audit: "Audit | None") -> np.ndarray:
         """(n_pairs,) bool: where the gate is open.
 
@@ -71,7 +86,7 @@ class Where:
                     f"where: the dataset has no column {found(self.column)}; found: {', '.join(columns)}."
                 )
             held = pairs.raw.with_format(None).select_columns([self.column])[:][self.column]
-            mask = np.fromiter((any(_equal(held[row], v) for v in self.values) for row in pairs.rows), bool, len(pairs))
+            mask = np.fromiter((self._holds(held[row]) for row in pairs.rows), bool, len(pairs))
             seen = "" if mask.any() else _examples(held)
         elif (context := self.data or self.prompts) is not None:
             if audit is None:

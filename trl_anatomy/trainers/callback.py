@@ -52,7 +52,7 @@ class AuditCallback(TrainerCallback):
         if self.audit is not None:
             found |= {f"audit/{key}": value for key, value in _numbers(self.audit.info.get("counts", {})).items()}
         for n, rule in enumerate(self.plan.rules if self.plan is not None else [], start=1):
-            place = "_".join([str(n), *(str(rule[key]) for key in ("verb", "concept") if key in rule)])
+            place = "_".join([str(n), *(str(rule[key]) for key in ("verb", "concept") if rule.get(key) is not None)])
             found |= {f"policy/{place}/{key}": value for key, value in _numbers(rule).items()}
         return found
 

@@ -189,7 +189,8 @@ class _Replay:
     def __init__(self, outputs: Any, rows: Tensor | None = None) -> None:
         found = {name: value.detach() for name, value in outputs.items() if isinstance(value, Tensor)}
         if rows is not None:
-            found = {name: value[rows] if value.dim() > 1 else value for name, value in found.items()}
+            # What is no row of the batch is the router's auxiliary loss, which no pair's weight touches.
+            found = {name: value[rows] if value.dim() > 1 else 0 * value for name, value in found.items()}
         self.outputs = SimpleNamespace(**found)
 
     def __call__(self, **_: Any) -> Any:

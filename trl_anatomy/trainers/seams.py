@@ -152,9 +152,9 @@ def weigh_gradient(values: Tensor, weight: Tensor) -> Tensor:
     """
     if not values.requires_grad:
         return values
-    factor = torch.cat([weight, weight]).to(values.dtype).view(-1, *[1] * (values.dim() - 1))
+    factor = torch.cat([weight, weight]).view(-1, *[1] * (values.dim() - 1))
     weighed = values.view_as(values)
-    weighed.register_hook(lambda gradient: gradient * factor)
+    weighed.register_hook(lambda gradient: (gradient * factor).to(gradient.dtype))  # the weights keep their precision
     return weighed
 
 
@@ -213,12 +213,13 @@ class ShapedSeams:
             weight: (batch,).
             loss_of: (k,) pairs of the batch -> () their unweighted mean loss, computed aside.
         """
-        value = torch.zeros_like(loss)
+        surplus = torch.zeros_like(loss)
         with self._aside():
             for w in weight.unique():  # pairs of one weight together
                 pairs = (weight == w).nonzero().squeeze(1)
-                value += w * loss_of(pairs) * len(pairs) / len(weight)
-        return loss + (value - loss).detach()
+                if w != 1:
+                    surplus += (w - 1) * loss_of(pairs) * len(pairs) / len(weight)
+        return loss + surplus.detach()
 
     def _log_shaping(self, rewards: Tensor, offsets: Tensor, gaps: Tensor) -> None:
         """Add the live concept metrics of one training batch to TRL's `_metrics`.

@@ -7,45 +7,74 @@ from typing import ClassVar
 
 import numpy as np
 
+from ...errors import AnatomyError
 from ..fields import Field, check, number, one_of
 from ..where import Where
 
 
 @dataclass(frozen=True)
 class FilterPairs:
-    """Drop the pairs whose score gap is largest.
+    """Drop pairs that show the concept, in one of several ways: `fraction`, `above`, or `side` (with `above`).
 
-    `explain_away` drops pairs whose chosen response scores above the rejected one, `amplify` those whose rejected
-    response scores above the chosen one. A pair without such a gap is never dropped, so fewer than `fraction` may go.
+    By the score gap, "explain_away" drops pairs whose chosen response scores above the rejected one, "amplify" those
+    whose rejected response scores above the chosen one. A pair without such a gap is never dropped, so fewer than
+    `fraction` may go.
 
     Args:
         concept: name of the concept.
         sign: "explain_away" or "amplify".
-        fraction: share of the pairs in the gate, rounded down to whole pairs; above 0, below 1.
+        fraction: share of the pairs in the gate, those with the largest gap, rounded down to whole pairs; above 0,
+            below 1. Or "all": every pair in the gate, whatever it scores; needs `where`.
         where: the gate; None for all pairs.
+        above: drop the pairs whose gap exceeds this (at least 0); with `side`, whose score on that side does (default
+            0; any number).
+        side: "chosen", "rejected" or "either": look at the score of that response instead of the gap.
 
     Raises:
-        AnatomyError: a value out of range.
+        AnatomyError: a value out of range, or no way or several ways at once.
+
+    Source: method.md section 8 (example filter).
     """
 
     verb: ClassVar[str] = "filter_pairs"
     stage: ClassVar[str] = "rows"
-    keys: ClassVar[Mapping[str, Field]] = {"fraction": number(above=0, below=1)}
+    keys: ClassVar[Mapping[str, Field]] = {
+        "fraction": number(above=0, below=1, word="all"),
+        "above": number(),
+        "side": one_of("chosen", "rejected", "either"),
+    }
 
     concept: str
     sign: str
-    fraction: float
+    fraction: float | str | None = None
     where: Where | None = None
+    above: float | None = None
+    side: str | None = None
 
     def __post_init__(self) -> None:
         check(self.verb, "sign", one_of("explain_away", "amplify"), self.sign)
-        object.__setattr__(self, "fraction", check(self.verb, "fraction", self.keys["fraction"], self.fraction))
+        for key, field in self.keys.items():
+            if getattr(self, key) is not None:
+                object.__setattr__(self, key, check(self.verb, key, field, getattr(self, key)))
+        given = [key for key in self.keys if getattr(self, key) is not None]
+        if given not in (["fraction"], ["above"], ["side"], ["above", "side"]):
+            raise AnatomyError(
+                f"found {' and '.join(given) or 'no way to choose pairs'}, allowed: fraction ({_FRACTION}), above, "
+                "side, or side and above."
+            )
+        if self.fraction == "all" and self.where is None:
+            raise AnatomyError("found all without where, which drops every pair, allowed: all with a where gate.")
+        if given == ["above"] and self.above is not None and self.above < 0:
+            raise AnatomyError(
+                f"found above: {self.above:g}, allowed: at least 0; a pair without a gap of the rule's sign is never "
+                "dropped. To look at one response, add side."
+            )
 
-    def dropped(self, gap: np.ndarray, rows: np.ndarray, gate: np.ndarray) -> np.ndarray:
+    def dropped(self, chosen: np.ndarray, rejected: np.ndarray, rows: np.ndarray, gate: np.ndarray) -> np.ndarray:
         """Which pairs go.
 
         Args:
-            gap: (n_pairs,) score of chosen minus rejected.
+            chosen, rejected: (n_pairs,) scores.
             rows: (n_pairs,) raw row of each pair; among equal gaps a hash of it and of the concept decides, so that
                 the order of the rows does not.
             gate: (n_pairs,) bool.
@@ -53,12 +82,32 @@ class FilterPairs:
         Returns:
             (n_pairs,) bool.
         """
-        shown = gap if self.sign == "explain_away" else -gap
-        n_drop = int(np.floor(self.fraction * gate.sum() + 1e-9))
+        if self.fraction == "all":
+            return gate
+        if self.side is not None:
+            sides = {"chosen": chosen, "rejected": rejected, "either": np.maximum(chosen, rejected)}
+            return gate & (sides[self.side] > (self.above or 0.0))
+        shown = chosen - rejected if self.sign == "explain_away" else rejected - chosen
+        if self.above is not None:
+            return gate & (shown > self.above)
+        n_drop = int(np.floor(float(self.fraction or 0) * gate.sum() + 1e-9))
         order = np.lexsort((_hash(rows, zlib.crc32(self.concept.encode())), -np.where(gate, shown, -np.inf)))[:n_drop]
-        dropped = np.zeros(len(gap), dtype=bool)
+        dropped = np.zeros(len(gate), dtype=bool)
         dropped[order] = True
         return dropped & gate & (shown > 0)
+
+    def why_none(self, n_gate: int) -> str:
+        """Why no pair of a gate of n_gate pairs is dropped."""
+        if self.side is not None:
+            which = {"either": "neither response scores", "chosen": "no chosen response scores"}
+            return f"{which.get(self.side, 'no rejected response scores')} above {self.above or 0:g}"
+        if isinstance(self.fraction, float) and self.fraction * n_gate < 1:
+            return "the fraction is less than one pair"
+        side = "chosen" if self.sign == "explain_away" else "rejected"
+        return f"the {side} response scores higher{f' by more than {self.above:g}' if self.above else ''} in no pair"
+
+
+_FRACTION = FilterPairs.keys["fraction"].allowed
 
 
 def _hash(rows: np.ndarray, seed: int) -> np.ndarray:

@@ -19,30 +19,47 @@ class ShapeReward:
     its size. With "auto" λ is fitted on the pairs so that they have nothing left to say about the concept; it comes out
     negative where the pairs punish the concept, and then cancels the punishment.
 
+    With `constant` W every pair in the gate gets the margin W (−W where it amplifies), whatever the concept scores: the
+    variant for a hypothesis about a cluster of pairs.
+
     Args:
         concept: name of the concept.
         sign: "explain_away" or "amplify".
-        strength: a number above 0, or "auto" (explain_away only).
+        strength: a number above 0, or "auto" (explain_away only), the default.
+        constant: W above 0, instead of a strength; needs `where`.
         where: the gate; None for all pairs. Outside it the offset is 0 on both responses.
 
     Raises:
-        AnatomyError: a value out of range, or amplify with strength "auto".
+        AnatomyError: a value out of range, amplify with strength "auto", or a constant that comes with a strength or
+            without a gate.
 
     Source: method.md section 8 (loss: reward shaping), section 12 (calibrated strength).
     """
 
     verb: ClassVar[str] = "shape_reward"
     stage: ClassVar[str] = "margin"
-    keys: ClassVar[Mapping[str, Field]] = {"strength": number(above=0, word="auto")}
+    keys: ClassVar[Mapping[str, Field]] = {"strength": number(above=0, word="auto"), "constant": number(above=0)}
 
     concept: str
     sign: str
-    strength: float | str = "auto"
+    strength: float | str | None = None
     where: Where | None = None
+    constant: float | None = None
 
     def __post_init__(self) -> None:
         check(self.verb, "sign", one_of("explain_away", "amplify"), self.sign)
-        object.__setattr__(self, "strength", check(self.verb, "strength", self.keys["strength"], self.strength))
+        if self.constant is not None:
+            object.__setattr__(self, "constant", check(self.verb, "constant", self.keys["constant"], self.constant))
+            if self.strength is not None:
+                raise AnatomyError("found strength beside constant, allowed: one of the two.")
+            if self.where is None:
+                raise AnatomyError(
+                    "found constant without where, allowed: a gate (where). The same margin on every pair says nothing "
+                    "about a concept."
+                )
+            return
+        strength = "auto" if self.strength is None else self.strength
+        object.__setattr__(self, "strength", check(self.verb, "strength", self.keys["strength"], strength))
         if self.sign == "amplify" and self.strength == "auto":
             raise AnatomyError(
                 "found auto, the default, with amplify, allowed: a number above 0. The fitted strength says how much "
@@ -51,10 +68,11 @@ class ShapeReward:
 
     @property
     def fixed(self) -> float | None:
-        """λ when the policy gives it, None when it is to be fitted."""
-        if isinstance(self.strength, str):
+        """λ (or W) when the policy gives it, None when it is to be fitted."""
+        size = self.strength if self.constant is None else self.constant
+        if not isinstance(size, float):
             return None
-        return self.strength if self.sign == "explain_away" else -self.strength
+        return size if self.sign == "explain_away" else -size
 
     @staticmethod
     def offsets(

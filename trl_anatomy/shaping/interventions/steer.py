@@ -68,7 +68,7 @@ class Steer:
         """
         if self.fraction is not None:
             assert gap is not None
-            acts = FilterPairs(self.concept, self.sign, self.fraction).dropped(gap, rows, acts)
+            acts = FilterPairs(self.concept, self.sign, self.fraction).dropped(gap, np.zeros_like(gap), rows, acts)
         alpha = self.strength if self.sign == "explain_away" else -self.strength
         sides = np.array([self.side != "rejected", self.side != "chosen"])
         return np.where(acts[:, None] & sides, alpha, 0.0)

@@ -1,0 +1,79 @@
+"""reweight_pairs: pairs count more or less, so that together they say less (or more) about a concept."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ...errors import AnatomyError
+from ..fields import NAMES, TEXT, Field, check, number, one_of
+from ..where import Where
+
+
+@dataclass(frozen=True)
+class ReweightPairs:
+    """Weigh the loss of each pair in the gate: by balanced weights, or by a column of the dataset.
+
+    Balanced weights are those closest to uniform (Kullback-Leibler divergence, mean 1) under which the mean score gap
+    of the concept is (1 − strength) times what it was for "explain_away", (1 + strength) times for "amplify", while the
+    mean gaps of the held concepts stay (`trl_anatomy.shaping.weights`).
+
+    Args:
+        concept: name of the concept; None with `column`.
+        sign: "explain_away" or "amplify"; None with `column`.
+        strength: share of the gap that is taken away, above 0, at most 1 (default 1: all of it), or added.
+        hold: concepts whose mean gap stays as it is; None for all of the policy that no such rule acts on.
+        column: instead of all that: a column of the dataset with weights, used as they are.
+        where: the gate; None for all pairs. Outside it a pair weighs 1.
+
+    Raises:
+        AnatomyError: a value out of range, keys that do not go together, or amplify without a strength.
+
+    Source: method.md section 8 (reweight), section 12 (balanced weights).
+    """
+
+    verb: ClassVar[str] = "reweight_pairs"
+    stage: ClassVar[str] = "weight"
+    keys: ClassVar[Mapping[str, Field]] = {"strength": number(above=0), "hold": NAMES, "column": TEXT}
+
+    concept: str | None = None
+    sign: str | None = None
+    strength: float | None = None
+    hold: tuple[str, ...] | None = None
+    column: str | None = None
+    where: Where | None = None
+
+    def __post_init__(self) -> None:
+        for key, field in self.keys.items():
+            if getattr(self, key) is not None:
+                object.__setattr__(self, key, check(self.verb, key, field, getattr(self, key)))
+        if self.column is not None:
+            beside = [key for key in ("concept", "sign", "strength", "hold") if getattr(self, key) is not None]
+            if beside:
+                found = beside[0] if beside[0] in self.keys else "explain_away or amplify"
+                raise AnatomyError(
+                    f"found {found} beside column, allowed: column alone; its weights are used as given."
+                )
+            return
+        check(self.verb, "sign", one_of("explain_away", "amplify"), self.sign)
+        if self.concept is None:
+            raise AnatomyError("found no concept, allowed: the name of one, or a column.")
+        if self.sign == "amplify" and self.strength is None:
+            raise AnatomyError("found no strength with amplify, allowed: a number above 0; how much to add is yours.")
+        if self.sign == "explain_away" and self.strength is not None and self.strength > 1:
+            raise AnatomyError(
+                f"found {self.strength:g} with explain_away, allowed: a number above 0, at most 1; 1 takes all of the "
+                "gap away."
+            )
+        if self.hold is not None and self.concept in self.hold:
+            raise AnatomyError(f"found {self.concept!r}, the rule's own concept, in hold, allowed: other concepts.")
+
+    @property
+    def signed(self) -> float | None:
+        """The strength in use, negative where it amplifies; None with a column."""
+        return None if self.column is not None else 1 - self.factor
+
+    @property
+    def factor(self) -> float:
+        """What the mean gap of the concept is multiplied by."""
+        strength = 1.0 if self.strength is None else self.strength
+        return 1 - strength if self.sign == "explain_away" else 1 + strength

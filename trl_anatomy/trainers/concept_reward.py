@@ -1,0 +1,219 @@
+"""A concept policy as a reward function of TRL's online trainers: r − λ·s on generated text (method.md section 8)."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from accelerate import PartialState
+from datasets import Dataset
+from torch import nn
+from transformers import AutoTokenizer
+from trl.trainer.utils import create_model_from_path, get_config_model_id
+
+from ..errors import AnatomyError
+from ..reading.forward import read_texts
+from ..reading.score import score_pairs
+from ..reading.scorers import HiddenScorer, Scorer, reduce_tokens
+from ..reading.scorers.text import TextScorer
+from ..reading.spans import Pairs, flatten_text, read_pairs
+from ..shaping.interventions import ShapeReward
+from ..shaping.located import PolicyError
+from ..shaping.plan import plan_policy
+from ..shaping.policy import ConceptPolicy
+from ..shaping.resolve import check_policy
+
+if TYPE_CHECKING:
+    from ..audit.folder import Audit
+
+
+class ConceptReward:
+    """−λ·s̃ of every generated response, summed over the `shape_reward` rules of a policy (+λ·s̃ where one amplifies).
+
+    Give it to `GRPOTrainer` or `RLOOTrainer` among the `reward_funcs`: the sum of all rewards is then r − λ·s̃. s̃ is the
+    score in standard deviations over both responses of the reference pairs (`reference`, else those of the audit), from
+    their mean; without such pairs it is the raw score. With them, `strength: auto` is the coefficient that their
+    preferences fit. Scores of hidden states come from a frozen start model of its own, on the tokens exactly as they
+    were generated.
+
+    Gates on the prompt and on columns of the training set work; a rule is silent outside its gate. Prompts are
+    tokenised as the trainers do, without tools.
+
+    Args:
+        concept_policy: YAML path, dict or ConceptPolicy, with `shape_reward` rules only.
+        model: the start model for concepts of hidden states: a path or hub name (loaded here, on this process's
+            device), or an instance (copied, so that training it does not move the scores). Default: the audit's.
+        processing_class: its tokenizer; default: the one beside the model.
+        reference: preference pairs to measure scores by. Default: the audit's pairs, else none.
+        audit: audit folder or Audit, for concepts that name its clusters.
+
+    Attributes:
+        strengths: λ per rule, negative where it amplifies.
+        centres, scales: mean and standard deviation per concept; 0 and 1 without a reference.
+
+    Raises:
+        PolicyError: rules that generated text cannot follow (other verbs, `constant`, gates on an audit's contexts,
+            `strength: auto` without reference pairs), all at once, and whatever else is wrong with the policy.
+        AnatomyError: an empty policy; a concept of hidden states without a model.
+
+    Source: method.md section 8 (reward shaping), section 12 (fitted strength).
+
+    Example:
+        >>> reward = ConceptReward({
+        ...     "concepts": {"bold": {"scorer": "text", "pattern": "[*][*]"}},
+        ...     "rules": [{"explain_away": "bold", "with": "shape_reward", "strength": 2}],
+        ... })
+        >>> reward(prompts=["Say b.", "Say b."], completions=["**b**", "b"])
+        [-2.0, 0.0]
+    """
+
+    __name__ = "concept_reward"  # under which TRL logs it
+
+    def __init__(
+        self,
+        concept_policy: "str | Path | dict[str, Any] | ConceptPolicy",
+        *,
+        model: str | Path | nn.Module | None = None,
+        processing_class: Any = None,
+        reference: Dataset | None = None,
+        audit: "str | Path | Audit | None" = None,
+    ) -> None:
+        from ..audit.folder import load_audit
+        from ..audit.reopen import reopen
+
+        self.policy = policy = ConceptPolicy.load(concept_policy)
+        if not policy:
+            raise AnatomyError("concept_policy has no rules; leave ConceptReward out.")
+        found = load_audit(audit) if isinstance(audit, str | Path) else audit
+        source = None if found is None else reopen(found)
+        self.rules = _followed(policy, measured=reference is not None or found is not None)
+        check_policy(policy, found)
+        hidden = [name for name, spec in policy.used.items() if spec.scorer != "text"]
+        if model is None and source is None and hidden:
+            raise AnatomyError(f"The concept {hidden[0]!r} is scored on hidden states: give the start model.")
+        self._tokenizer: Any = processing_class or (_tokenizer(model) if model is not None else None)
+        if self._tokenizer is None and source is not None:
+            self._tokenizer = source.tokenizer
+        self._model: Any = None
+        if hidden:
+            self._model = source.model if model is None and source is not None else _own(model)
+            self._model.eval().requires_grad_(False)
+        self.scorers: dict[str, Scorer] = policy.scorers(audit=found, model=self._model)
+
+        self.strengths = [rule.fixed or 0.0 for rule in self.rules]  # those that are to be fitted come below
+        self.centres, self.scales = dict.fromkeys(self.scorers, 0.0), dict.fromkeys(self.scorers, 1.0)
+        pairs = self._pairs(reference) if reference is not None else source.pairs if source is not None else None
+        if pairs is not None:
+            scores = score_pairs(pairs, self.scorers, self._model)
+            self.strengths = [record["strength"] for record in plan_policy(policy, pairs, scores).rules]
+            for name in self.scorers:
+                pooled = np.concatenate([scores.chosen[name], scores.rejected[name]])
+                self.centres[name], self.scales[name] = float(pooled.mean()), float(pooled.std())
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        """Rewards of a batch.
+
+        Args:
+            prompts, completions: text or lists of messages.
+            completion_ids: the generated tokens, which TRL passes; without them the completions are tokenised.
+            columns: what else TRL passes: columns of the dataset, for gates.
+
+        Raises:
+            AnatomyError: a gate's column is not among `columns`.
+        """
+        scores = self.score(prompts, completions, completion_ids)
+        total = np.zeros(len(completions))
+        for rule, strength in zip(self.rules, self.strengths, strict=True):
+            acts = np.ones(len(total), bool)
+            if rule.where is not None:
+                acts = rule.where.opens([flatten_text(prompt) for prompt in prompts], columns)
+            standard = (scores[rule.concept] - self.centres[rule.concept]) / self.scales[rule.concept]
+            total -= np.where(acts, strength * standard, 0.0)
+        return total.tolist()
+
+    def score(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Raw scores, (n,) per concept; arguments as `__call__`."""
+        texts = [flatten_text(completion) for completion in completions]
+        scores = {name: np.zeros(len(texts)) for name in self.scorers}
+        layers: dict[int, dict[str, HiddenScorer]] = {}
+        for name, scorer in self.scorers.items():
+            if isinstance(scorer, TextScorer):
+                scores[name][:] = [scorer.score_text(text) for text in texts]
+            else:
+                layers.setdefault(scorer.layer, {})[name] = scorer
+        if not layers:
+            return scores
+        before = [self._prompt_ids(prompt) for prompt in prompts]
+        if completion_ids is None:
+            completion_ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        rows = [[*prompt, *ids] for prompt, ids in zip(before, completion_ids, strict=True)]
+        pad = self._tokenizer.eos_token_id if self._tokenizer.pad_token_id is None else self._tokenizer.pad_token_id
+        for layer, scorers in layers.items():
+            for i, states in read_texts(self._model, rows, layer, pad_token_id=pad):
+                for name, scorer in scorers.items():
+                    tokens = scorer.score_tokens(states[len(before[i]) :]).float().cpu()
+                    scores[name][i] = reduce_tokens(tokens, scorer.reduce)
+        return scores
+
+    def _prompt_ids(self, prompt: Any) -> list[int]:
+        """Tokens of a prompt, as TRL's online trainers make them."""
+        if isinstance(prompt, str):
+            return self._tokenizer(text=prompt)["input_ids"]
+        return self._tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+    def _pairs(self, reference: Dataset) -> Pairs:
+        if self._tokenizer is None:
+            raise AnatomyError(
+                "reference is tokenised as TRL does: give the model or its tokenizer (processing_class)."
+            )
+        return read_pairs(reference, self._tokenizer)
+
+
+def _followed(policy: ConceptPolicy, *, measured: bool) -> list[ShapeReward]:
+    """The rules; PolicyError for those that generated text cannot follow."""
+    rules, problems = [], []
+    for i, rule in enumerate(policy.rules):
+        place = policy.place(f"rules[{i}]")
+        if not isinstance(rule, ShapeReward):
+            problems.append(f"{place}.with: found {rule.verb!r}, allowed: shape_reward; there are no pairs to act on.")
+            continue
+        rules.append(rule)
+        if rule.constant is not None:
+            problems.append(f"{place}.constant: found a margin between two responses, allowed: strength.")
+        elif rule.fixed is None and not measured:
+            problems.append(
+                f"{place}.strength: found auto, the default, without reference pairs to fit it on, allowed: a number, "
+                "or pairs (reference or audit)."
+            )
+        if rule.where is not None and (rule.where.data or rule.where.prompts) is not None:
+            problems.append(
+                f"{place}.where: found {rule.where}, which holds pairs of the audit, allowed: a gate on the prompt or "
+                "on a column."
+            )
+    if problems:
+        raise PolicyError(problems)
+    return rules
+
+
+def _tokenizer(model: str | Path | nn.Module) -> Any:
+    name = get_config_model_id(model.config) if isinstance(model, nn.Module) else str(model)
+    return AutoTokenizer.from_pretrained(name)
+
+
+def _own(model: str | Path | nn.Module | None) -> Any:
+    """A model that nobody else trains."""
+    if isinstance(model, nn.Module):
+        return copy.deepcopy(model)
+    return create_model_from_path(str(model), device_map=None).to(PartialState().device)
