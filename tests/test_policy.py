@@ -183,11 +183,11 @@ BAD: dict[str, tuple[str, list[tuple[int, str, list[str]]]]] = {
     ),
     "no verb": (
         TEXT + "rules:\n  - {explain_away: dash}\n",
-        [(5, "rules[0]", ["'with'", "filter_pairs, shape_reward"])],
+        [(5, "rules[0]", ["'with'", ", ".join(VERBS)])],
     ),
     "verb typo": (
         TEXT + "rules:\n  - explain_away: dash\n    with: shape\n",
-        [(6, "rules[0].with", ["'shape'", "allowed: filter_pairs, shape_reward", "mean 'shape_reward'"])],
+        [(6, "rules[0].with", ["'shape'", f"allowed: {', '.join(VERBS)}", "mean 'shape_reward'"])],
     ),
     "verb null": (TEXT + "rules:\n  - {explain_away: dash, with: }\n", [(5, "rules[0].with", ["nothing"])]),
     "key of another verb": (
@@ -285,12 +285,10 @@ def test_each_problem_names_line_key_finding_and_remedy(tmp_path: Path, case: st
             assert fragment in problem, problem
 
 
-@pytest.mark.parametrize(
-    "verb", ["mask_tokens", "reweight_pairs", "inoculate", "steer", "ablate_features", "project_out", "residualize"]
-)
+@pytest.mark.parametrize("verb", LATER)
 def test_verbs_of_later_versions_are_told_apart_from_typos(tmp_path: Path, verb: str) -> None:
     [problem] = problems_of(write(tmp_path, TEXT + f"rules:\n  - {{explain_away: dash, with: {verb}, alpha: 3}}\n"))
-    assert "not available in this version; allowed: filter_pairs, shape_reward" in problem
+    assert f"not available in this version; allowed: {', '.join(VERBS)}" in problem
 
 
 @pytest.mark.parametrize(

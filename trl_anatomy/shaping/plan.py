@@ -1,10 +1,11 @@
 """What a policy will touch, before any training: rows kept, offsets, fitted strengths, predicted shift.
 
-Order of action: the rules on rows look at all pairs, each by itself; a pair goes if one of them drops it. The rules on
-the margin then see only the pairs that stay: standard deviations, centring and fitted strengths come from those.
+Order of action: the rules on rows look at all pairs, each by itself; a pair goes if one of them drops it. Then tokens
+leave the loss, each rule by itself. The rules on the margin see only the pairs that stay: standard deviations, centring
+and fitted strengths come from those.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from scipy.special import expit
 from ..audit.predict import predicted_shift
 from ..errors import AnatomyError
 from .bradley_terry import fit_strengths
-from .interventions import FilterPairs, ShapeReward
+from .interventions import FilterPairs, Intervention, MaskTokens, ShapeReward
 from .located import PolicyError
 from .policy import ConceptPolicy
 
@@ -35,19 +36,23 @@ class PolicyPlan:
             response; 0 where no rule acts. Centred: each rule's offsets have mean 0 over the responses it acts on.
         rules: a dict per rule, in the order of the policy; numbers that a verb does not have are None:
             `verb`, `concept`, `sign`, `stage`, `where`;
-            `pairs`: pairs in the gate; `rows`: pairs dropped, or kept pairs whose margin moves;
+            `pairs`: pairs in the gate; `rows`: pairs dropped, or kept pairs that the rule touches;
+            `tokens`: response tokens (after truncation) that the rule takes out of the loss;
             `mean_offset`: mean of o(chosen) − o(rejected) over the kept pairs in the gate;
             `strength` (λ, negative where it amplifies), `ci_low`, `ci_high` (95 %, fitted strengths only), `scale` (the
             standard deviation that one unit of s̃ stands for);
             `gradient_removed`, `gradient_added`: of Σ_i |dL/dmargin_i| = n_pairs / 2 of plain training at the start
-            model, the share that this rule takes and gives, after the rules that act before it; `gradient_share` is
-            added − removed;
+            model, the share that this rule takes and gives, after the rules that act before it (a pair whose responses
+            lose a third of their tokens loses a third); `gradient_share` is added − removed;
             `note`: what a reader should know, or "".
         predicted: a row per concept of the audit: `concept`, `label`, `predicted`, `predicted_under_policy`; None
             without an audit.
-        counts: `rows` (raw), `pairs` (scored), `pairs_kept`.
+        counts: `rows` (raw), `pairs` (scored), `pairs_kept`; with rules on tokens `chosen_masked`: kept pairs whose
+            chosen response has no token left in the loss.
         gaps: concept of a margin rule -> (n_raw_rows,) its score gaps, 0 where a row was not scored; for the log.
         weight: (n_raw_rows,) float64 weight of each pair's loss, 1 where no rule weighs; None without such a rule.
+        kept_tokens: raw row -> int8 flags of its chosen and rejected response, 1 for a token (before truncation) that
+            stays in the loss; rows of which all tokens stay are absent. None without a rule on tokens.
     """
 
     keep: np.ndarray
@@ -58,9 +63,17 @@ class PolicyPlan:
     counts: dict[str, int] = field(default_factory=dict)
     gaps: dict[str, np.ndarray] = field(default_factory=dict)
     weight: np.ndarray | None = None
+    kept_tokens: dict[int, tuple[np.ndarray, np.ndarray]] | None = None
 
 
-def plan_policy(policy: ConceptPolicy, pairs: "Pairs", scores: "Scores", *, audit: "Audit | None" = None) -> PolicyPlan:
+def plan_policy(
+    policy: ConceptPolicy,
+    pairs: "Pairs",
+    scores: "Scores",
+    *,
+    audit: "Audit | None" = None,
+    read: Mapping[int, Any] | None = None,
+) -> PolicyPlan:
     """Settle what a policy does to these pairs.
 
     Args:
@@ -68,6 +81,8 @@ def plan_policy(policy: ConceptPolicy, pairs: "Pairs", scores: "Scores", *, audi
         pairs: the pairs of the raw dataset.
         scores: scores of at least the concepts that a rule acts on.
         audit: the audit of these pairs: for gates on its contexts, and for the predicted shift.
+        read: what `settle_policy` read for a rule, by its number: mask_tokens: pair -> bool flags of the tokens of its
+            chosen and rejected response (before truncation) that leave the loss.
 
     Raises:
         PolicyError: gates that cannot be applied, two rules that fight over some pair, a concept that scores all
@@ -82,7 +97,7 @@ def plan_policy(policy: ConceptPolicy, pairs: "Pairs", scores: "Scores", *, audi
         for side in (scores.chosen, scores.rejected):
             if not np.isfinite(side[rule.concept]).all():
                 raise AnatomyError(f"The scores of {rule.concept!r} hold NaN or infinity; look at its scorer.")
-    gates = _gates(policy, pairs, audit)
+    gates = rule_gates(policy, pairs, audit)
 
     dropped = {
         i: rule.dropped(scores.gap(rule.concept), pairs.rows, gates[i])
@@ -92,9 +107,10 @@ def plan_policy(policy: ConceptPolicy, pairs: "Pairs", scores: "Scores", *, audi
     kept = ~np.logical_or.reduce([np.zeros(len(pairs), bool), *dropped.values()])
     if not kept.any():
         raise AnatomyError(f"{policy.source}: the filter_pairs rules leave no pair to train on; lower their fraction.")
+    masked = {i: _Masked(pairs, (read or {})[i], kept) for i, r in enumerate(policy.rules) if isinstance(r, MaskTokens)}
     shaped = _shape(policy, scores, gates, kept)
 
-    records = _records(policy, gates, kept, dropped, shaped)
+    records = _records(policy, gates, kept, pairs.response_bounds, dropped, masked, shaped)
     offsets = np.zeros((2, len(pairs.raw)))
     for part in shaped.values():
         offsets[:, pairs.rows] += part.offsets
@@ -103,18 +119,24 @@ def plan_policy(policy: ConceptPolicy, pairs: "Pairs", scores: "Scores", *, audi
     gaps = {policy.rules[i].concept: np.zeros(len(pairs.raw)) for i in shaped}
     for name, gap in gaps.items():
         gap[pairs.rows] = scores.gap(name)
+    counts = {"rows": len(pairs.raw), "pairs": len(pairs), "pairs_kept": int(kept.sum())}
+    if masked:
+        gone = np.logical_or.reduce([part.tokens for part in masked.values()])
+        chosen = pairs.response_bounds[:-1].reshape(-1, 2)
+        counts["chosen_masked"] = sum(bool(gone[start:stop].all()) for start, stop in chosen[kept])
     return PolicyPlan(
         keep=keep,
         chosen_offset=offsets[0],
         rejected_offset=offsets[1],
         rules=records,
         predicted=None if audit is None else _predict(audit, keep, offsets[0] - offsets[1]),
-        counts={"rows": len(pairs.raw), "pairs": len(pairs), "pairs_kept": int(kept.sum())},
+        counts=counts,
         gaps=gaps,
+        kept_tokens=_kept_tokens(pairs, list(masked.values())) if masked else None,
     )
 
 
-def _gates(policy: ConceptPolicy, pairs: "Pairs", audit: "Audit | None") -> list[np.ndarray]:
+def rule_gates(policy: ConceptPolicy, pairs: "Pairs", audit: "Audit | None") -> list[np.ndarray]:
     """(n_pairs,) bool per rule: where it may act."""
     gates, problems = [], []
     for i, rule in enumerate(policy.rules):
@@ -134,6 +156,32 @@ def _gates(policy: ConceptPolicy, pairs: "Pairs", audit: "Audit | None") -> list
     if problems:
         raise PolicyError(problems)
     return gates
+
+
+class _Masked:
+    """One rule on tokens at work: `flags` of the kept pairs that it touches, and `tokens`, a set of all it takes."""
+
+    def __init__(self, pairs: "Pairs", flags: Mapping[int, tuple[np.ndarray, np.ndarray]], kept: np.ndarray) -> None:
+        self.flags = {}
+        self.tokens = np.zeros(int(pairs.response_bounds[-1]), bool)
+        for i, sides in flags.items():
+            cut = [flag[pairs.kept_part(i, span)] for flag, span in zip(sides, ("chosen", "rejected"), strict=True)]
+            if kept[i] and (cut[0].any() or cut[1].any()):
+                self.flags[i] = sides
+                start = int(pairs.response_bounds[2 * i])
+                self.tokens[start : start + len(cut[0]) + len(cut[1])] = np.concatenate(cut)
+
+
+def _kept_tokens(pairs: "Pairs", masked: Sequence[_Masked]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """`PolicyPlan.kept_tokens` of several rules: what none of them takes."""
+    kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for part in masked:
+        for i, flags in part.flags.items():
+            chosen, rejected = (~flag for flag in flags)
+            row = int(pairs.rows[i])
+            before = kept.get(row, (1, 1))
+            kept[row] = ((chosen * before[0]).astype(np.int8), (rejected * before[1]).astype(np.int8))
+    return kept
 
 
 @dataclass(frozen=True)
@@ -198,14 +246,17 @@ def _records(
     policy: ConceptPolicy,
     gates: Sequence[np.ndarray],
     kept: np.ndarray,
+    bounds: np.ndarray,
     dropped: dict[int, np.ndarray],
+    masked: dict[int, _Masked],
     shaped: dict[int, _Shaped],
 ) -> list[dict[str, Any]]:
     """A dict per rule, as `PolicyPlan.rules` describes it."""
     records: dict[int, dict[str, Any]] = {}
-    alive, margin = np.ones(len(kept), bool), np.zeros(len(kept))
+    alive, margin = np.ones(len(kept)), np.zeros(len(kept))  # alive: share of a pair's tokens in the loss
+    n_tokens, gone = np.diff(bounds[::2]), np.zeros(int(bounds[-1]), bool)
     total = len(kept) / 2
-    for i in [*dropped, *shaped]:
+    for i in [*dropped, *masked, *shaped]:
         rule = policy.rules[i]
         before = alive * expit(-margin)
         record: dict[str, Any] = {
@@ -216,11 +267,16 @@ def _records(
             "where": None if rule.where is None else str(rule.where),
             "pairs": int(gates[i].sum()),
             "rows": 0,
-            **dict.fromkeys(("mean_offset", "strength", "ci_low", "ci_high", "scale")),
+            **dict.fromkeys(("tokens", "mean_offset", "strength", "ci_low", "ci_high", "scale")),
         }
         if i in dropped:
-            alive = alive & ~dropped[i]
+            alive = alive * ~dropped[i]
             record["rows"] = int(dropped[i].sum())
+        elif i in masked:
+            gone |= masked[i].tokens
+            left = n_tokens - np.diff(np.concatenate([[0], np.cumsum(gone)])[bounds[::2]])
+            alive = np.where(kept, left / np.maximum(n_tokens, 1), 0.0)
+            record["rows"], record["tokens"] = len(masked[i].flags), int(masked[i].tokens.sum())
         else:
             part, acts = shaped[i], gates[i] & kept
             margin = margin + part.margin
@@ -238,13 +294,15 @@ def _records(
     return [records[i] for i in range(len(policy.rules))]
 
 
-def _note(rule: FilterPairs | ShapeReward, record: dict[str, Any]) -> str:
+def _note(rule: Intervention, record: dict[str, Any]) -> str:
     if record["rows"] == 0:
         if isinstance(rule, FilterPairs) and rule.fraction * record["pairs"] < 1:
             return "touches nothing: the fraction is less than one pair"
         if isinstance(rule, FilterPairs):
             side = "chosen" if rule.sign == "explain_away" else "rejected"
             return f"touches nothing: the {side} response scores higher in no pair"
+        if isinstance(rule, MaskTokens):
+            return "touches nothing: no token shows the concept"
         return "touches nothing: the two responses score alike in every pair"
     if record["ci_low"] is None:
         return ""
@@ -322,6 +380,7 @@ _RULE_HEADER = [
     "where",
     "pairs",
     "touched",
+    "tokens",
     "strength (95 %)",
     "mean offset",
     "gradient",
@@ -340,6 +399,7 @@ def _rule_row(n: int, rule: dict[str, Any]) -> list[str]:
         _printable(rule["where"] or "")[:40],
         str(rule["pairs"]),
         str(rule["rows"]),
+        "" if rule["tokens"] is None else str(rule["tokens"]),
         strength,
         "" if rule["mean_offset"] is None else f"{rule['mean_offset']:+.3f}",
         f"-{rule['gradient_removed']:.1%} +{rule['gradient_added']:.1%}",

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AnatomyError
+from .interventions import MaskTokens
 from .located import PolicyError, did_you_mean
 from .policy import ConceptPolicy, ConceptSpec
 from .where import Where
@@ -32,12 +33,31 @@ def check_policy(
         PolicyError: all problems at once: a layer the model lacks, an SAE of another width, a feature the SAE lacks, a
             cluster or context that is not in the audit, a column that is not in the dataset, a file that is not there.
     """
-    _, problems = resolve_scorers(policy, audit, model_config=model_config)
+    scorers, problems = resolve_scorers(policy, audit, model_config=model_config)
     for i, rule in enumerate(policy.rules):
+        if rule.concept in scorers:
+            problems += _rule_problems(policy, i, scorers[rule.concept])
         if rule.where is not None:
             problems += _gate_problems(policy, f"rules[{i}].where", rule.where, audit, columns)
     if problems:
         raise PolicyError(problems)
+
+
+def _rule_problems(policy: ConceptPolicy, i: int, scorer: "Scorer") -> list[str]:
+    """What a rule asks of a scorer that cannot give it."""
+    from ..reading.scorers import shown_above
+
+    rule, text = policy.rules[i], policy.concepts[policy.rules[i].concept].scorer == "text"
+    if isinstance(rule, MaskTokens):
+        if text and rule.threshold is not None:
+            place = policy.place(f"rules[{i}].threshold")
+            return [f"{place}: found {rule.threshold:g} for a text rule, allowed: no threshold; what it matches goes."]
+        if rule.threshold is None and shown_above(scorer, token=True) is None:
+            place = policy.place(f"rules[{i}]")
+            return [
+                f"{place}: found no threshold, and the scorer of {rule.concept!r} says none for tokens; give a number."
+            ]
+    return []
 
 
 def _gate_problems(

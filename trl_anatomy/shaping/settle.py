@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .plan import PolicyPlan, plan_policy
+from .interventions import MaskTokens
+from .plan import PolicyPlan, plan_policy, rule_gates
 from .policy import ConceptPolicy
 
 if TYPE_CHECKING:
@@ -33,8 +34,19 @@ def settle_policy(
         PolicyError, AnatomyError: as `ConceptPolicy.scorers`, `score_pairs` and `plan_policy`.
     """
     from ..reading.score import score_pairs
+    from ..reading.scorers import shown_above
 
+    gates = rule_gates(policy, pairs, audit)
     reads_hidden = any(spec.scorer != "text" for spec in policy.used.values())
     model = start_model() if reads_hidden else None
-    scores = score_pairs(pairs, policy.scorers(audit=audit, model=model), model, cache_dir=cache_dir)
-    return plan_policy(policy, pairs, scores, audit=audit)
+    scorers = policy.scorers(audit=audit, model=model)
+    by_token = {rule.concept for rule in policy.rules if isinstance(rule, MaskTokens)}
+    scores = score_pairs(pairs, scorers, model, tokens=by_token, cache_dir=cache_dir)
+    read: dict[int, Any] = {}
+    for i, rule in enumerate(policy.rules):
+        if isinstance(rule, MaskTokens):
+            threshold = shown_above(scorers[rule.concept], token=True) if rule.threshold is None else rule.threshold
+            pattern = policy.concepts[rule.concept].pattern
+            shown = rule.shown(pairs, gates[i], pattern=pattern, scores=scores, threshold=threshold or 0.0)
+            read[i] = {pair: (chosen.tokens, rejected.tokens) for pair, (chosen, rejected) in shown.items()}
+    return plan_policy(policy, pairs, scores, audit=audit, read=read)

@@ -27,7 +27,7 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id
 from ..errors import AnatomyError
 from ..reading.forward import frozen
 from .callback import AuditCallback
-from .seams import CHOSEN_OFFSET, COLUMNS, CONCEPT_GAPS, REJECTED_OFFSET, WEIGHT
+from .seams import CHOSEN_KEPT, CHOSEN_OFFSET, COLUMNS, CONCEPT_GAPS, REJECTED_KEPT, REJECTED_OFFSET, WEIGHT
 
 if TYPE_CHECKING:
     from ..audit.config import AuditConfig
@@ -88,6 +88,10 @@ def plan_columns(plan: "PolicyPlan") -> dict[str, list[Any]]:
         columns[CONCEPT_GAPS] = np.stack(list(plan.gaps.values()), axis=1).tolist()
     if plan.weight is not None:
         columns[WEIGHT] = plan.weight.tolist()
+    if plan.kept_tokens:
+        nothing = np.zeros(0, np.int8), np.zeros(0, np.int8)
+        for side, name in enumerate((CHOSEN_KEPT, REJECTED_KEPT)):
+            columns[name] = [plan.kept_tokens.get(row, nothing)[side].tolist() for row in range(len(plan.keep))]
     return columns
 
 

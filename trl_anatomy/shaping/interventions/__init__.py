@@ -3,12 +3,13 @@
 from typing import TypeAlias
 
 from .filter_pairs import FilterPairs
+from .mask_tokens import MaskTokens
 from .shape_reward import ShapeReward
 
-Intervention: TypeAlias = FilterPairs | ShapeReward
+Intervention: TypeAlias = FilterPairs | MaskTokens | ShapeReward
 
-VERBS: dict[str, type[Intervention]] = {verb.verb: verb for verb in (FilterPairs, ShapeReward)}
+VERBS: dict[str, type[Intervention]] = {verb.verb: verb for verb in (FilterPairs, MaskTokens, ShapeReward)}
 # Named by the policy's language, and not built yet.
-LATER = ("mask_tokens", "reweight_pairs", "inoculate", "steer", "ablate_features", "project_out", "residualize")
+LATER = ("reweight_pairs", "inoculate", "steer", "ablate_features", "project_out", "residualize")
 
-__all__ = ["LATER", "VERBS", "FilterPairs", "Intervention", "ShapeReward"]
+__all__ = ["LATER", "VERBS", "FilterPairs", "Intervention", "MaskTokens", "ShapeReward"]

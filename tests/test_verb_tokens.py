@@ -1,0 +1,244 @@
+"""mask_tokens, inoculate, residualize: our trainer's loss and gradient against explicit formulas in float64.
+
+The reference never asks the code under test: rows are cut into tokens, masked, given another prompt and padded here.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_tokenizer, preference_rows
+from parity import EXACT, fresh
+from test_shaping_seam import (
+    CONCEPTS,
+    EPSILON,
+    SHAPEABLE,
+    TAU,
+    dpo,
+    expected_offsets,
+    formula,
+    gradients,
+    log_probability,
+    lora,
+    wpo_weight,
+)
+from torch import Tensor
+from trl import DPOTrainer, RewardConfig
+
+from trl_anatomy import AnatomyError, AnatomyRewardTrainer
+
+MASK = {"concepts": CONCEPTS, "rules": [{"explain_away": "bold", "with": "mask_tokens"}]}
+SHAPE_RULE = {"explain_away": "bold", "with": "shape_reward", "strength": 1.5}
+AMPLIFY_RULE = {"amplify": "low", "with": "shape_reward", "strength": 0.7}
+TOKENIZER = build_tokenizer()
+BOLD_ID = TOKENIZER.convert_tokens_to_ids("**bold**")
+
+
+def ids(text: str) -> list[int]:
+    return TOKENIZER.convert_tokens_to_ids(text.split())
+
+
+def cut_rows(rows: Sequence[dict[str, Any]]) -> list[tuple[list[int], list[int], list[int]]]:
+    """Tokens of prompt, chosen and rejected of every row."""
+    made = []
+    for row in rows:
+        if isinstance(row["prompt"], str):
+            made.append((ids(row["prompt"]), ids(row["chosen"] + " </s>"), ids(row["rejected"] + " </s>")))
+        else:
+            prompt = " ".join(f"<{m['role']}> {m['content']} </s>" for m in row["prompt"]) + " <assistant>"
+            made.append((ids(prompt), *(ids(row[side][0]["content"] + " </s>") for side in ("chosen", "rejected"))))
+    return made
+
+
+def batch_of(
+    rows: Sequence[dict[str, Any]],
+    *,
+    stays: Callable[[int], bool] = lambda token: True,
+    prompts: dict[tuple[int, int], list[int]] | None = None,
+    max_length: int | None = None,
+    truncation: str = "keep_start",
+) -> dict[str, Tensor]:
+    """Padded inputs, chosen rows then rejected rows; `prompts` replaces that of (row, side) after truncation."""
+    made: list[tuple[list[int], list[int], list[int]]] = []
+    for side in (0, 1):
+        for i, (prompt, *responses) in enumerate(cut_rows(rows)):
+            tokens = [(token, 0) for token in prompt] + [(token, 1) for token in responses[side]]
+            if max_length is not None and len(tokens) > max_length:
+                tokens = tokens[:max_length] if truncation == "keep_start" else tokens[-max_length:]
+            other = (prompts or {}).get((i, side))
+            if other is not None:
+                tokens = [(token, 0) for token in other] + [pair for pair in tokens if pair[1]]
+            found = [token for token, _ in tokens]
+            made.append((found, [1] * len(found), [int(bool(c) and stays(token)) for token, c in tokens]))
+    width = max(len(row[0]) for row in made)
+    padded = [[list_ + [0] * (width - len(list_)) for list_ in row] for row in made]
+    names = ("input_ids", "attention_mask", "completion_mask")
+    return {name: torch.tensor([row[k] for row in padded]) for k, name in enumerate(names)}
+
+
+def check(
+    trainer: Any,
+    weights: dict[str, float],
+    policy: dict[str, Tensor],
+    reference: dict[str, Tensor],
+    offsets: Any = None,
+) -> None:
+    """Loss and gradient of every parameter on all rows of the trainer's dataset, as one batch."""
+    model = trainer.model
+    model.train()
+    trainer._set_signature_columns_if_needed()
+    rows = trainer.train_dataset.select_columns(
+        [name for name in trainer.train_dataset.column_names if name in trainer._signature_columns]
+    )
+    batch = trainer._prepare_inputs(trainer.data_collator([rows[i] for i in range(len(rows))]))
+    loss = trainer.compute_loss(model, batch)
+    loss.backward()
+    got = gradients(model)
+
+    model.gradient_checkpointing_disable()
+    with torch.no_grad():
+        if trainer.ref_model is not None:
+            reference_logps = log_probability(trainer.ref_model, reference, trainer.ld_alpha)
+        else:
+            with model.disable_adapter():
+                reference_logps = log_probability(model, reference, trainer.ld_alpha)
+    logps = log_probability(model, policy, trainer.ld_alpha)
+    length = policy["completion_mask"].sum(1).view(2, -1).double()
+    offset = torch.zeros_like(length) if offsets is None else torch.tensor(offsets).T
+    pair_weight = wpo_weight(model, policy) if trainer.use_weighting else 1.0
+    expected = sum(
+        weight * (pair_weight * formula(name, logps - reference_logps, offset, length, logps)).mean()
+        for name, weight in weights.items()
+    )
+    expected.backward()
+    wanted = gradients(model)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-7)
+    assert got.keys() == wanted.keys()
+    largest = max(gradient.abs().max().item() for gradient in wanted.values())
+    assert largest > 1e-4
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(
+            got[name], gradient, rtol=1e-5, atol=1e-6 * max(1.0, largest), msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "lora": {"peft_config": lora()},
+    "precomputed": {"other_reference": True, "precompute_ref_log_probs": True},
+    "lora, precomputed": {"peft_config": lora(), "precompute_ref_log_probs": True},
+    "checkpointing, reentrant": {"gradient_checkpointing_kwargs": {"use_reentrant": True}, "other_reference": True},
+    "lora, checkpointing": {"gradient_checkpointing_kwargs": {"use_reentrant": False}, "peft_config": lora()},
+    "length desensitised": {"ld_alpha": 0.4, "other_reference": True},
+    "weighted": {"use_weighting": True, "other_reference": True},
+    "truncated at the end": {"max_length": 9, "other_reference": True},
+    "truncated at the front": {"max_length": 9, "truncation_mode": "keep_end", "other_reference": True},
+    "truncated into the response": {
+        "max_length": 4,
+        "truncation_mode": "keep_end",
+        "peft_config": lora(),
+        "precompute_ref_log_probs": True,
+    },
+    "mixture": {"loss_type": ["sigmoid", "nca_pair", "sft"], "loss_weights": [0.7, 0.3, 0.5], "other_reference": True},
+}
+
+
+def length_of(options: dict[str, Any]) -> dict[str, Any]:
+    return {"max_length": options.get("max_length"), "truncation": options.get("truncation_mode", "keep_start")}
+
+
+def options_of(name: str) -> dict[str, Any]:
+    return {"dtype": torch.float64, "gradient_checkpointing": "checkpointing" in name, **OPTIONS[name]}
+
+
+# --- mask_tokens ---
+
+
+def not_bold(token: int) -> bool:
+    return token != BOLD_ID
+
+
+@pytest.mark.parametrize("loss_type", [*SHAPEABLE, "sft"])
+def test_masked_loss_and_gradient_of_every_loss(loss_type: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    rows = preference_rows(6)
+    smoothing = EPSILON if loss_type in ("exo_pair", "robust") else 0.0
+    trainer = dpo(
+        tiny_model_dir,
+        tmp_path,
+        rows,
+        policy=MASK,
+        dtype=torch.float64,
+        other_reference=True,
+        loss_type=loss_type,
+        label_smoothing=smoothing,
+        discopop_tau=TAU,
+    )
+    batch = batch_of(rows, stays=not_bold)
+    assert (batch["completion_mask"] != batch_of(rows)["completion_mask"]).any()
+    check(trainer, {loss_type: 1.0}, batch, batch)
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+@pytest.mark.parametrize("name", list(OPTIONS))
+def test_masked_loss_and_gradient_under_options(
+    name: str, conversational: bool, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """With a margin rule beside the mask."""
+    options = options_of(name)
+    rows = preference_rows(6, conversational=conversational)
+    rules = [*MASK["rules"], SHAPE_RULE, AMPLIFY_RULE]
+    if conversational:
+        rules = MASK["rules"]
+    trainer = dpo(tiny_model_dir, tmp_path, rows, policy={"concepts": CONCEPTS, "rules": rules}, **options)
+    kept = rows
+    if options.get("max_length") and options.get("truncation_mode") is None:  # TRL drops what has no response left
+        kept = [row for row, (prompt, *_) in zip(rows, cut_rows(rows), strict=True) if len(prompt) < 9]
+    batch = batch_of(kept, stays=not_bold, **length_of(options))
+    offsets = None if conversational else expected_offsets(kept)
+    check(trainer, dict(zip(trainer.loss_types, trainer.loss_weights, strict=True)), batch, batch, offsets)
+
+
+@pytest.mark.parametrize("settings", [{"loss_type": "aot"}, {"f_divergence_type": "js_divergence"}])
+def test_masks_go_with_what_offsets_cannot(settings: dict[str, Any], tiny_model_dir: Path, tmp_path: Path) -> None:
+    """TRL's own loss on the thinner mask, for losses that no formula of ours covers."""
+    rows = preference_rows(6)
+    ours = dpo(tiny_model_dir, tmp_path / "a", rows, policy=MASK, dtype=torch.float64, other_reference=True, **settings)
+    stock = dpo(tiny_model_dir, tmp_path / "b", rows, DPOTrainer, dtype=torch.float64, other_reference=True, **settings)
+    examples = [ours.train_dataset[i] for i in range(6)]
+    loss = ours.compute_loss(ours.model.train(), ours.data_collator(examples))
+    loss.backward()
+    expected = stock.compute_loss(stock.model.train(), batch_of(rows, stays=not_bold))
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
+    wanted = gradients(stock.model)
+    for name, gradient in gradients(ours.model).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-7, atol=1e-10)
+
+
+def test_a_wholly_masked_pair_is_a_constant(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Nothing is left to learn from it; sft, which has no value there, is refused by name."""
+    rows = [{"prompt": "w1 w2", "chosen": " w3 w4", "rejected": " w5"}]
+    policy = {
+        "concepts": {"all": {"scorer": "text", "pattern": r"\S+"}, "end": {"scorer": "text", "pattern": "w5"}},
+        "rules": [{"explain_away": "all", "with": "mask_tokens"}],
+    }
+    trainer = dpo(tiny_model_dir, tmp_path, rows, policy=policy, max_length=4)  # the end of sequence is cut off
+    assert trainer.plan.counts["chosen_masked"] == 1
+    loss = trainer.compute_loss(trainer.model.train(), trainer.data_collator([trainer.train_dataset[0]]))
+    assert loss.item() != 0
+    loss.backward()
+    rejected = gradients(trainer.model)
+    assert any(gradient.abs().max() > 0 for gradient in rejected.values())  # the rejected side has its </s> left
+    with pytest.raises(AnatomyError, match="'sft' is a mean over the tokens of chosen responses"):
+        dpo(tiny_model_dir, tmp_path, rows, policy=policy, max_length=4, loss_type=["sigmoid", "sft"])
+
+
+def test_reward_models_have_no_tokens_to_mask(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(AnatomyError, match="mask_tokens does not act on a reward model"):
+        AnatomyRewardTrainer(
+            model=str(tiny_model_dir),
+            args=RewardConfig(output_dir=str(tmp_path), **EXACT),
+            train_dataset=fresh(preference_rows(4)),
+            concept_policy=MASK,
+        )
