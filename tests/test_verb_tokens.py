@@ -3,6 +3,7 @@
 The reference never asks the code under test: rows are cut into tokens, masked, given another prompt and padded here.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,9 @@ def batch_of(
                 tokens = tokens[:max_length] if truncation == "keep_start" else tokens[-max_length:]
             other = (prompts or {}).get((i, side))
             if other is not None:
+                front = max(0, len(prompt) - sum(1 - part for _, part in tokens)) if truncation == "keep_end" else 0
+                # Where no token of the prompt is left, neither is one of the instruction
+                other = other[front:] if front < len(prompt) else []
                 tokens = [(token, 0) for token in other] + [pair for pair in tokens if pair[1]]
             found = [token for token, _ in tokens]
             made.append((found, [1] * len(found), [int(bool(c) and stays(token)) for token, c in tokens]))
@@ -148,6 +152,13 @@ def length_of(options: dict[str, Any]) -> dict[str, Any]:
     return {"max_length": options.get("max_length"), "truncation": options.get("truncation_mode", "keep_start")}
 
 
+def left_by_trl(rows: list[dict[str, Any]], options: dict[str, Any]) -> list[dict[str, Any]]:
+    """TRL drops rows of which truncation at the end leaves no response."""
+    if not options.get("max_length") or "truncation_mode" in options:
+        return rows
+    return [row for row, (prompt, *_) in zip(rows, cut_rows(rows), strict=True) if len(prompt) < options["max_length"]]
+
+
 def options_of(name: str) -> dict[str, Any]:
     return {"dtype": torch.float64, "gradient_checkpointing": "checkpointing" in name, **OPTIONS[name]}
 
@@ -191,9 +202,7 @@ def test_masked_loss_and_gradient_under_options(
     if conversational:
         rules = MASK["rules"]
     trainer = dpo(tiny_model_dir, tmp_path, rows, policy={"concepts": CONCEPTS, "rules": rules}, **options)
-    kept = rows
-    if options.get("max_length") and options.get("truncation_mode") is None:  # TRL drops what has no response left
-        kept = [row for row, (prompt, *_) in zip(rows, cut_rows(rows), strict=True) if len(prompt) < 9]
+    kept = left_by_trl(rows, options)
     batch = batch_of(kept, stays=not_bold, **length_of(options))
     offsets = None if conversational else expected_offsets(kept)
     check(trainer, dict(zip(trainer.loss_types, trainer.loss_weights, strict=True)), batch, batch, offsets)
@@ -242,3 +251,117 @@ def test_reward_models_have_no_tokens_to_mask(tiny_model_dir: Path, tmp_path: Pa
             train_dataset=fresh(preference_rows(4)),
             concept_policy=MASK,
         )
+
+
+# --- inoculate ---
+
+ASK = "yes no"
+
+
+def inoculation(**keys: Any) -> dict[str, Any]:
+    rule = {"explain_away": "bold", "with": "inoculate", "instruction": ASK, **keys}
+    return {"concepts": CONCEPTS, "rules": [rule]}
+
+
+def asked(rows: Sequence[dict[str, Any]], side: str = "both") -> dict[tuple[int, int], list[int]]:
+    """(row, side) -> its prompt with the instruction, where the chosen response is bold."""
+    found = {}
+    for i, (row, (_, chosen, _)) in enumerate(zip(rows, cut_rows(rows), strict=True)):
+        if BOLD_ID not in chosen:
+            continue
+        if isinstance(row["prompt"], str):
+            prompt = ids(f"{ASK} {row['prompt']}")
+        else:
+            prompt = ids(" ".join(f"<{m['role']}> {m['content']} {ASK} </s>" for m in row["prompt"]) + " <assistant>")
+        for s in (0,) if side == "chosen" else (0, 1):
+            found[i, s] = prompt
+    return found
+
+
+@pytest.mark.parametrize("side", ["chosen", "both"])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "nca_pair", "sft"])
+def test_inoculated_loss_and_gradient(loss_type: str, side: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Policy with the instruction, reference without, on flagged pairs only."""
+    rows = preference_rows(6)
+    policy = inoculation(side=side)
+    trainer = dpo(
+        tiny_model_dir, tmp_path, rows, policy=policy, dtype=torch.float64, other_reference=True, loss_type=loss_type
+    )
+    prompts = asked(rows, side)
+    assert 0 < len({i for i, _ in prompts}) < 6
+    check(trainer, {loss_type: 1.0}, batch_of(rows, prompts=prompts), batch_of(rows))
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+@pytest.mark.parametrize("name", list(OPTIONS))
+def test_inoculated_loss_and_gradient_under_options(
+    name: str, conversational: bool, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Together with a mask, a margin, and truncation."""
+    options = options_of(name)
+    rows = preference_rows(6, conversational=conversational)
+    rules = [*inoculation(side="chosen")["rules"], *MASK["rules"]] + (
+        [] if conversational else [SHAPE_RULE, AMPLIFY_RULE]
+    )
+    trainer = dpo(tiny_model_dir, tmp_path, rows, policy={"concepts": CONCEPTS, "rules": rules}, **options)
+    cut = {"stays": not_bold, **length_of(options)}
+    rows = left_by_trl(rows, options)
+    offsets = None if conversational else expected_offsets(rows)
+    policy = batch_of(rows, prompts=asked(rows, "chosen"), **cut)
+    check(
+        trainer,
+        dict(zip(trainer.loss_types, trainer.loss_weights, strict=True)),
+        policy,
+        batch_of(rows, **cut),
+        offsets,
+    )
+
+
+def test_inoculated_reward_model(tiny_model_dir: Path, tmp_path: Path) -> None:
+    rows = preference_rows(6, conversational=True)
+    trainer = AnatomyRewardTrainer(
+        model=str(tiny_model_dir),
+        args=RewardConfig(
+            output_dir=str(tmp_path), **{**EXACT, "model_init_kwargs": {"dtype": torch.float64}, "max_length": None}
+        ),
+        train_dataset=fresh(rows),
+        concept_policy=inoculation(side="chosen"),
+    )
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(6)]))
+    results = []
+    for training, prompts in ((True, asked(rows, "chosen")), (False, {})):
+        trainer.model.train(training)
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        got = gradients(trainer.model)
+        inputs = batch_of(rows, prompts=prompts)
+        r = trainer.model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+        ).logits.view(2, -1)
+        expected = -torch.nn.functional.logsigmoid(r[0] - r[1]).mean()
+        expected.backward()
+        torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
+        for name, gradient in gradients(trainer.model).items():
+            torch.testing.assert_close(got[name], gradient, rtol=1e-7, atol=1e-10)
+        results.append(loss.item())
+    assert results[0] != results[1]
+
+
+def test_two_instructions_stand_in_the_order_of_the_policy(tiny_model_dir: Path, tmp_path: Path) -> None:
+    rows = preference_rows(8)
+    rules = [
+        {"explain_away": "bold", "with": "inoculate", "instruction": "yes"},
+        {"explain_away": "low", "with": "inoculate", "instruction": "no", "side": "chosen"},
+    ]
+    trainer = dpo(tiny_model_dir, tmp_path, rows, policy={"concepts": CONCEPTS, "rules": rules})
+    bold, low = ([bool(re.search(CONCEPTS[c]["pattern"], row["chosen"])) for row in rows] for c in ("bold", "low"))
+    assert {(b, w) for b, w in zip(bold, low, strict=True)} >= {(True, True), (True, False)}
+    for i, (row, b, w) in enumerate(zip(rows, bold, low, strict=True)):
+        own = row["prompt"]
+        chosen = " ".join(["yes"] * b + ["no"] * w + [own])
+        rejected = " ".join(["yes"] * b + [own])
+        prepared = trainer.train_dataset[i]
+        assert prepared["anatomy_chosen_prompt"] == (ids(chosen) if b or w else [])
+        assert prepared["anatomy_rejected_prompt"] == (ids(rejected) if b else [])
+    assert [rule["rows"] for rule in trainer.plan.rules] == [sum(bold), sum(low)]
+    assert trainer.plan.rules[0]["tokens"] == sum(2 + (w + 0) for b, w in zip(bold, low, strict=True) if b)

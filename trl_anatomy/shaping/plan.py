@@ -1,8 +1,8 @@
 """What a policy will touch, before any training: rows kept, offsets, fitted strengths, predicted shift.
 
 Order of action: the rules on rows look at all pairs, each by itself; a pair goes if one of them drops it. Then tokens
-leave the loss, each rule by itself. The rules on the margin see only the pairs that stay: standard deviations, centring
-and fitted strengths come from those.
+leave the loss, each rule by itself, and prompts get their instructions. The rules on the margin see only the pairs that
+stay: standard deviations, centring and fitted strengths come from those.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from scipy.special import expit
 from ..audit.predict import predicted_shift
 from ..errors import AnatomyError
 from .bradley_terry import fit_strengths
-from .interventions import FilterPairs, Intervention, MaskTokens, ShapeReward
+from .interventions import FilterPairs, Inoculate, Intervention, MaskTokens, ShapeReward
 from .located import PolicyError
 from .policy import ConceptPolicy
 
@@ -37,7 +37,8 @@ class PolicyPlan:
         rules: a dict per rule, in the order of the policy; numbers that a verb does not have are None:
             `verb`, `concept`, `sign`, `stage`, `where`;
             `pairs`: pairs in the gate; `rows`: pairs dropped, or kept pairs that the rule touches;
-            `tokens`: response tokens (after truncation) that the rule takes out of the loss;
+            `tokens`: response tokens (after truncation) that the rule takes out of the loss, or prompt tokens that the
+            policy sees in addition;
             `mean_offset`: mean of o(chosen) − o(rejected) over the kept pairs in the gate;
             `strength` (λ, negative where it amplifies), `ci_low`, `ci_high` (95 %, fitted strengths only), `scale` (the
             standard deviation that one unit of s̃ stands for);
@@ -53,6 +54,10 @@ class PolicyPlan:
         weight: (n_raw_rows,) float64 weight of each pair's loss, 1 where no rule weighs; None without such a rule.
         kept_tokens: raw row -> int8 flags of its chosen and rejected response, 1 for a token (before truncation) that
             stays in the loss; rows of which all tokens stay are absent. None without a rule on tokens.
+        prompts: raw row -> prompt tokens (before truncation) that the policy sees before its chosen and its rejected
+            response, [] for the pair's own; rows that keep their own are absent. None without a rule on prompts.
+        prompt_lengths: (n_raw_rows,) int64 tokens of the own prompts, 0 where a row was not read; None without such a
+            rule.
     """
 
     keep: np.ndarray
@@ -64,6 +69,8 @@ class PolicyPlan:
     gaps: dict[str, np.ndarray] = field(default_factory=dict)
     weight: np.ndarray | None = None
     kept_tokens: dict[int, tuple[np.ndarray, np.ndarray]] | None = None
+    prompts: dict[int, tuple[list[int], list[int]]] | None = None
+    prompt_lengths: np.ndarray | None = None
 
 
 def plan_policy(
@@ -82,7 +89,8 @@ def plan_policy(
         scores: scores of at least the concepts that a rule acts on.
         audit: the audit of these pairs: for gates on its contexts, and for the predicted shift.
         read: what `settle_policy` read for a rule, by its number: mask_tokens: pair -> bool flags of the tokens of its
-            chosen and rejected response (before truncation) that leave the loss.
+            chosen and rejected response (before truncation) that leave the loss; inoculate: pair -> prompt tokens of
+            the policy for each response, [] for its own.
 
     Raises:
         PolicyError: gates that cannot be applied, two rules that fight over some pair, a concept that scores all
@@ -107,10 +115,16 @@ def plan_policy(
     kept = ~np.logical_or.reduce([np.zeros(len(pairs), bool), *dropped.values()])
     if not kept.any():
         raise AnatomyError(f"{policy.source}: the filter_pairs rules leave no pair to train on; lower their fraction.")
-    masked = {i: _Masked(pairs, (read or {})[i], kept) for i, r in enumerate(policy.rules) if isinstance(r, MaskTokens)}
+    read = read or {}
+    masked = {i: _Masked(pairs, read[i], kept) for i, rule in enumerate(policy.rules) if isinstance(rule, MaskTokens)}
+    asked = {
+        i: {pair: prompts for pair, prompts in read[i].items() if kept[pair]}
+        for i, rule in enumerate(policy.rules)
+        if isinstance(rule, Inoculate)
+    }
     shaped = _shape(policy, scores, gates, kept)
 
-    records = _records(policy, gates, kept, pairs.response_bounds, dropped, masked, shaped)
+    records = _records(policy, pairs, gates, kept, dropped, masked, asked, shaped)
     offsets = np.zeros((2, len(pairs.raw)))
     for part in shaped.values():
         offsets[:, pairs.rows] += part.offsets
@@ -124,6 +138,10 @@ def plan_policy(
         gone = np.logical_or.reduce([part.tokens for part in masked.values()])
         chosen = pairs.response_bounds[:-1].reshape(-1, 2)
         counts["chosen_masked"] = sum(bool(gone[start:stop].all()) for start, stop in chosen[kept])
+    prompt_lengths = None
+    if asked:
+        prompt_lengths = np.zeros(len(pairs.raw), np.int64)
+        prompt_lengths[pairs.rows] = [len(pairs.ids(i, "prompt")) for i in range(len(pairs))]
     return PolicyPlan(
         keep=keep,
         chosen_offset=offsets[0],
@@ -133,6 +151,8 @@ def plan_policy(
         counts=counts,
         gaps=gaps,
         kept_tokens=_kept_tokens(pairs, list(masked.values())) if masked else None,
+        prompts={int(pairs.rows[pair]): p for part in asked.values() for pair, p in part.items()} if asked else None,
+        prompt_lengths=prompt_lengths,
     )
 
 
@@ -244,19 +264,21 @@ def _shape(
 
 def _records(
     policy: ConceptPolicy,
+    pairs: "Pairs",
     gates: Sequence[np.ndarray],
     kept: np.ndarray,
-    bounds: np.ndarray,
     dropped: dict[int, np.ndarray],
     masked: dict[int, _Masked],
+    asked: dict[int, dict[int, tuple[list[int], list[int]]]],
     shaped: dict[int, _Shaped],
 ) -> list[dict[str, Any]]:
     """A dict per rule, as `PolicyPlan.rules` describes it."""
     records: dict[int, dict[str, Any]] = {}
     alive, margin = np.ones(len(kept)), np.zeros(len(kept))  # alive: share of a pair's tokens in the loss
+    bounds = pairs.response_bounds
     n_tokens, gone = np.diff(bounds[::2]), np.zeros(int(bounds[-1]), bool)
     total = len(kept) / 2
-    for i in [*dropped, *masked, *shaped]:
+    for i in [*dropped, *masked, *asked, *shaped]:
         rule = policy.rules[i]
         before = alive * expit(-margin)
         record: dict[str, Any] = {
@@ -277,6 +299,9 @@ def _records(
             left = n_tokens - np.diff(np.concatenate([[0], np.cumsum(gone)])[bounds[::2]])
             alive = np.where(kept, left / np.maximum(n_tokens, 1), 0.0)
             record["rows"], record["tokens"] = len(masked[i].flags), int(masked[i].tokens.sum())
+        elif i in asked:
+            more = [len(ids) - len(pairs.ids(pair, "prompt")) for pair, p in asked[i].items() for ids in p if ids]
+            record["rows"], record["tokens"] = len(asked[i]), sum(more)
         else:
             part, acts = shaped[i], gates[i] & kept
             margin = margin + part.margin
@@ -303,6 +328,8 @@ def _note(rule: Intervention, record: dict[str, Any]) -> str:
             return f"touches nothing: the {side} response scores higher in no pair"
         if isinstance(rule, MaskTokens):
             return "touches nothing: no token shows the concept"
+        if isinstance(rule, Inoculate):
+            return "touches nothing: no chosen response shows the concept"
         return "touches nothing: the two responses score alike in every pair"
     if record["ci_low"] is None:
         return ""

@@ -27,7 +27,18 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id
 from ..errors import AnatomyError
 from ..reading.forward import frozen
 from .callback import AuditCallback
-from .seams import CHOSEN_KEPT, CHOSEN_OFFSET, COLUMNS, CONCEPT_GAPS, REJECTED_KEPT, REJECTED_OFFSET, WEIGHT
+from .seams import (
+    CHOSEN_KEPT,
+    CHOSEN_OFFSET,
+    CHOSEN_PROMPT,
+    COLUMNS,
+    CONCEPT_GAPS,
+    PROMPT_LENGTH,
+    REJECTED_KEPT,
+    REJECTED_OFFSET,
+    REJECTED_PROMPT,
+    WEIGHT,
+)
 
 if TYPE_CHECKING:
     from ..audit.config import AuditConfig
@@ -92,6 +103,10 @@ def plan_columns(plan: "PolicyPlan") -> dict[str, list[Any]]:
         nothing = np.zeros(0, np.int8), np.zeros(0, np.int8)
         for side, name in enumerate((CHOSEN_KEPT, REJECTED_KEPT)):
             columns[name] = [plan.kept_tokens.get(row, nothing)[side].tolist() for row in range(len(plan.keep))]
+    if plan.prompts and plan.prompt_lengths is not None:
+        for side, name in enumerate((CHOSEN_PROMPT, REJECTED_PROMPT)):
+            columns[name] = [plan.prompts.get(row, ([], []))[side] for row in range(len(plan.keep))]
+        columns[PROMPT_LENGTH] = plan.prompt_lengths.tolist()
     return columns
 
 

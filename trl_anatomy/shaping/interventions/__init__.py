@@ -3,13 +3,14 @@
 from typing import TypeAlias
 
 from .filter_pairs import FilterPairs
+from .inoculate import Inoculate
 from .mask_tokens import MaskTokens
 from .shape_reward import ShapeReward
 
-Intervention: TypeAlias = FilterPairs | MaskTokens | ShapeReward
+Intervention: TypeAlias = FilterPairs | Inoculate | MaskTokens | ShapeReward
 
-VERBS: dict[str, type[Intervention]] = {verb.verb: verb for verb in (FilterPairs, MaskTokens, ShapeReward)}
+VERBS: dict[str, type[Intervention]] = {verb.verb: verb for verb in (FilterPairs, MaskTokens, Inoculate, ShapeReward)}
 # Named by the policy's language, and not built yet.
-LATER = ("reweight_pairs", "inoculate", "steer", "ablate_features", "project_out", "residualize")
+LATER = ("reweight_pairs", "steer", "ablate_features", "project_out", "residualize")
 
-__all__ = ["LATER", "VERBS", "FilterPairs", "Intervention", "MaskTokens", "ShapeReward"]
+__all__ = ["LATER", "VERBS", "FilterPairs", "Inoculate", "Intervention", "MaskTokens", "ShapeReward"]
