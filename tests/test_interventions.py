@@ -8,7 +8,13 @@ import pytest
 from trl_anatomy.errors import AnatomyError
 from trl_anatomy.shaping.interventions import LATER, VERBS, FilterPairs, ShapeReward
 
-STAGES = {"filter_pairs": "rows", "mask_tokens": "tokens", "inoculate": "prompt", "shape_reward": "margin"}
+STAGES = {
+    "filter_pairs": "rows",
+    "mask_tokens": "tokens",
+    "inoculate": "prompt",
+    "shape_reward": "margin",
+    "residualize": "margin",
+}
 
 
 def test_registration() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import build_tokenizer, preference_rows
@@ -26,9 +27,11 @@ from test_shaping_seam import (
     wpo_weight,
 )
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 from trl import DPOTrainer, RewardConfig
 
 from trl_anatomy import AnatomyError, AnatomyRewardTrainer
+from trl_anatomy.reading.scorers.direction import DirectionScorer
 
 MASK = {"concepts": CONCEPTS, "rules": [{"explain_away": "bold", "with": "mask_tokens"}]}
 SHAPE_RULE = {"explain_away": "bold", "with": "shape_reward", "strength": 1.5}
@@ -365,3 +368,130 @@ def test_two_instructions_stand_in_the_order_of_the_policy(tiny_model_dir: Path,
         assert prepared["anatomy_rejected_prompt"] == (ids(rejected) if b else [])
     assert [rule["rows"] for rule in trainer.plan.rules] == [sum(bold), sum(low)]
     assert trainer.plan.rules[0]["tokens"] == sum(2 + (w + 0) for b, w in zip(bold, low, strict=True) if b)
+
+
+# --- residualize ---
+
+
+def residual(**keys: Any) -> dict[str, Any]:
+    return {"concepts": CONCEPTS, "rules": [{"explain_away": "bold", "with": "residualize", **keys}]}
+
+
+def likelihood_ratio(
+    model_dir: Path, rows: Sequence[dict[str, Any]], prompts: dict[tuple[int, int], list[int]], **cut: Any
+) -> Tensor:
+    """(2, n) log pi0(y | asked) - log pi0(y) of the start model, from the logits."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
+    with torch.no_grad():
+        asked_logps = log_probability(model, batch_of(rows, prompts=prompts, **cut))
+        return asked_logps - log_probability(model, batch_of(rows, **cut))
+
+
+def ask_all(rows: Sequence[dict[str, Any]]) -> dict[tuple[int, int], list[int]]:
+    return {(i, side): ids(f"{ASK} {row['prompt']}") for i, row in enumerate(rows) for side in (0, 1)}
+
+
+def as_offsets(ratio: Tensor, strength: float) -> np.ndarray:
+    return (strength * (ratio - ratio.mean())).T.numpy()
+
+
+@pytest.mark.parametrize("loss_type", SHAPEABLE)
+def test_residualized_loss_and_gradient_of_every_loss(loss_type: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    rows = preference_rows(6)
+    smoothing = EPSILON if loss_type in ("exo_pair", "robust") else 0.0
+    trainer = dpo(
+        tiny_model_dir,
+        tmp_path,
+        rows,
+        policy=residual(instruction=ASK, strength=0.8),
+        dtype=torch.float64,
+        other_reference=True,
+        loss_type=loss_type,
+        label_smoothing=smoothing,
+        discopop_tau=TAU,
+    )
+    offsets = as_offsets(likelihood_ratio(tiny_model_dir, rows, ask_all(rows)), 0.8)
+    assert np.abs(offsets[:, 0] - offsets[:, 1]).max() > 0.1
+    batch = batch_of(rows)
+    check(trainer, {loss_type: 1.0}, batch, batch, offsets)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "truncated into the response"])
+def test_residualized_loss_and_gradient_under_options(name: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Beside a mask (of the loss, not of A) and an inoculation."""
+    options = options_of(name)
+    rows = preference_rows(6)
+    rules = [*residual(instruction=ASK, strength=0.8)["rules"], *MASK["rules"], *inoculation(side="chosen")["rules"]]
+    trainer = dpo(tiny_model_dir, tmp_path, rows, policy={"concepts": CONCEPTS, "rules": rules}, **options)
+    cut = length_of(options)
+    offsets = as_offsets(likelihood_ratio(tiny_model_dir, rows, ask_all(rows), **cut), 0.8)
+    policy = batch_of(rows, prompts=asked(rows, "chosen"), stays=not_bold, **cut)
+    reference = batch_of(rows, stays=not_bold, **cut)
+    check(trainer, dict(zip(trainer.loss_types, trainer.loss_weights, strict=True)), policy, reference, offsets)
+
+
+def test_residualize_needs_a_prompt_to_ask_in(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(AnatomyError, match=r"changes log pi0.y. by 0 on every response"):
+        dpo(
+            tiny_model_dir,
+            tmp_path,
+            preference_rows(4),
+            policy=residual(instruction=ASK),
+            max_length=2,
+            truncation_mode="keep_end",
+        )
+
+
+def test_fitted_strengths_leave_no_pull(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Jointly with a shape_reward rule: at the start model the pairs pull along neither A nor the score."""
+    rows = preference_rows(40)
+    rules = [*residual(instruction=ASK)["rules"], {"explain_away": "bold", "with": "shape_reward"}]
+    trainer = dpo(tiny_model_dir, tmp_path, rows, policy={"concepts": CONCEPTS, "rules": rules})
+    ratio = likelihood_ratio(tiny_model_dir, rows, ask_all(rows))
+    bold = torch.tensor([[float("bold" in row[side]) for row in rows] for side in ("chosen", "rejected")])
+    first, second = trainer.plan.rules
+    score = (bold - bold.mean()) / bold.double().std(correction=0)
+    margin = first["strength"] * (ratio[0] - ratio[1]) + second["strength"] * (score[0] - score[1])
+    offsets = torch.tensor(
+        np.array([trainer.train_dataset[f"anatomy_{side}_offset"] for side in ("chosen", "rejected")])
+    )
+    torch.testing.assert_close(offsets[0] - offsets[1], margin, rtol=1e-4, atol=1e-5)
+    for gap in (ratio[0] - ratio[1], score[0] - score[1]):
+        assert abs((torch.sigmoid(-margin) * gap).sum().item()) < 1e-3 * gap.abs().sum().item()
+    assert first["ci_low"] < first["strength"] < first["ci_high"]
+    assert first["scale"] is None
+
+
+@pytest.mark.parametrize("sign", ["explain_away", "amplify"])
+def test_residualized_by_steering(sign: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    rows = preference_rows(6)
+    vector = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    DirectionScorer(vector, layer=0).save(tmp_path / "concept")
+    policy = {
+        "concepts": {"d": {"scorer": "direction", "path": str(tmp_path / "concept")}},
+        "rules": [{sign: "d", "with": "residualize", "steer": 3.0, "strength": 0.5}],
+    }
+    trainer = dpo(
+        tiny_model_dir, tmp_path, rows, policy=policy, dtype=torch.float64, other_reference=True, loss_type="sigmoid"
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float64)
+    batch = batch_of(rows)
+    with torch.no_grad():
+        plain = log_probability(model, batch)
+        model.model.layers[0].register_forward_hook(lambda module, args, out: out + 3.0 * (vector / vector.norm()))
+        ratio = log_probability(model, batch) - plain
+    check(trainer, {"sigmoid": 1.0}, batch, batch, as_offsets(ratio, 0.5 if sign == "explain_away" else -0.5))
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "both": ({"instruction": ASK, "steer": 1.0}, "both instruction and steer"),
+    "neither": ({}, "neither instruction nor steer"),
+    "text": ({"steer": 1.0}, "found a text rule, allowed: a direction or SAE features"),
+}
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_refused(name: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    keys, sentence = REFUSED[name]
+    with pytest.raises(AnatomyError, match=sentence):
+        dpo(tiny_model_dir, tmp_path, preference_rows(4), policy=residual(**keys))

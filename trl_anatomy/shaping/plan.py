@@ -16,9 +16,10 @@ from scipy.special import expit
 from ..audit.predict import predicted_shift
 from ..errors import AnatomyError
 from .bradley_terry import fit_strengths
-from .interventions import FilterPairs, Inoculate, Intervention, MaskTokens, ShapeReward
+from .interventions import FilterPairs, Inoculate, Intervention, MaskTokens, Residualize, ShapeReward
 from .located import PolicyError
 from .policy import ConceptPolicy
+from .tokens import Masked, chosen_masked, tokens_kept
 
 if TYPE_CHECKING:
     from ..audit.folder import Audit
@@ -41,7 +42,7 @@ class PolicyPlan:
             policy sees in addition;
             `mean_offset`: mean of o(chosen) − o(rejected) over the kept pairs in the gate;
             `strength` (λ, negative where it amplifies), `ci_low`, `ci_high` (95 %, fitted strengths only), `scale` (the
-            standard deviation that one unit of s̃ stands for);
+            standard deviation that one unit of s̃ stands for; None for log-probabilities);
             `gradient_removed`, `gradient_added`: of Σ_i |dL/dmargin_i| = n_pairs / 2 of plain training at the start
             model, the share that this rule takes and gives, after the rules that act before it (a pair whose responses
             lose a third of their tokens loses a third); `gradient_share` is added − removed;
@@ -90,7 +91,7 @@ def plan_policy(
         audit: the audit of these pairs: for gates on its contexts, and for the predicted shift.
         read: what `settle_policy` read for a rule, by its number: mask_tokens: pair -> bool flags of the tokens of its
             chosen and rejected response (before truncation) that leave the loss; inoculate: pair -> prompt tokens of
-            the policy for each response, [] for its own.
+            the policy for each response, [] for its own; residualize: (2, n_pairs) A(y) of the responses.
 
     Raises:
         PolicyError: gates that cannot be applied, two rules that fight over some pair, a concept that scores all
@@ -116,13 +117,13 @@ def plan_policy(
     if not kept.any():
         raise AnatomyError(f"{policy.source}: the filter_pairs rules leave no pair to train on; lower their fraction.")
     read = read or {}
-    masked = {i: _Masked(pairs, read[i], kept) for i, rule in enumerate(policy.rules) if isinstance(rule, MaskTokens)}
+    masked = {i: Masked(pairs, read[i], kept) for i, rule in enumerate(policy.rules) if isinstance(rule, MaskTokens)}
     asked = {
         i: {pair: prompts for pair, prompts in read[i].items() if kept[pair]}
         for i, rule in enumerate(policy.rules)
         if isinstance(rule, Inoculate)
     }
-    shaped = _shape(policy, scores, gates, kept)
+    shaped = _shape(policy, scores, read, gates, kept)
 
     records = _records(policy, pairs, gates, kept, dropped, masked, asked, shaped)
     offsets = np.zeros((2, len(pairs.raw)))
@@ -135,9 +136,7 @@ def plan_policy(
         gap[pairs.rows] = scores.gap(name)
     counts = {"rows": len(pairs.raw), "pairs": len(pairs), "pairs_kept": int(kept.sum())}
     if masked:
-        gone = np.logical_or.reduce([part.tokens for part in masked.values()])
-        chosen = pairs.response_bounds[:-1].reshape(-1, 2)
-        counts["chosen_masked"] = sum(bool(gone[start:stop].all()) for start, stop in chosen[kept])
+        counts["chosen_masked"] = chosen_masked(pairs, list(masked.values()), kept)
     prompt_lengths = None
     if asked:
         prompt_lengths = np.zeros(len(pairs.raw), np.int64)
@@ -150,7 +149,7 @@ def plan_policy(
         predicted=None if audit is None else _predict(audit, keep, offsets[0] - offsets[1]),
         counts=counts,
         gaps=gaps,
-        kept_tokens=_kept_tokens(pairs, list(masked.values())) if masked else None,
+        kept_tokens=tokens_kept(pairs, list(masked.values())) if masked else None,
         prompts={int(pairs.rows[pair]): p for part in asked.values() for pair, p in part.items()} if asked else None,
         prompt_lengths=prompt_lengths,
     )
@@ -178,39 +177,13 @@ def rule_gates(policy: ConceptPolicy, pairs: "Pairs", audit: "Audit | None") -> 
     return gates
 
 
-class _Masked:
-    """One rule on tokens at work: `flags` of the kept pairs that it touches, and `tokens`, a set of all it takes."""
-
-    def __init__(self, pairs: "Pairs", flags: Mapping[int, tuple[np.ndarray, np.ndarray]], kept: np.ndarray) -> None:
-        self.flags = {}
-        self.tokens = np.zeros(int(pairs.response_bounds[-1]), bool)
-        for i, sides in flags.items():
-            cut = [flag[pairs.kept_part(i, span)] for flag, span in zip(sides, ("chosen", "rejected"), strict=True)]
-            if kept[i] and (cut[0].any() or cut[1].any()):
-                self.flags[i] = sides
-                start = int(pairs.response_bounds[2 * i])
-                self.tokens[start : start + len(cut[0]) + len(cut[1])] = np.concatenate(cut)
-
-
-def _kept_tokens(pairs: "Pairs", masked: Sequence[_Masked]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """`PolicyPlan.kept_tokens` of several rules: what none of them takes."""
-    kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    for part in masked:
-        for i, flags in part.flags.items():
-            chosen, rejected = (~flag for flag in flags)
-            row = int(pairs.rows[i])
-            before = kept.get(row, (1, 1))
-            kept[row] = ((chosen * before[0]).astype(np.int8), (rejected * before[1]).astype(np.int8))
-    return kept
-
-
 @dataclass(frozen=True)
 class _Shaped:
     """One margin rule at work: `offsets` (2, n_pairs) for chosen and rejected."""
 
     strength: float
     interval: tuple[float, float] | None
-    scale: float
+    scale: float | None
     offsets: np.ndarray
 
     @property
@@ -219,24 +192,34 @@ class _Shaped:
 
 
 def _shape(
-    policy: ConceptPolicy, scores: "Scores", gates: Sequence[np.ndarray], kept: np.ndarray
+    policy: ConceptPolicy,
+    scores: "Scores",
+    ratios: Mapping[int, np.ndarray],
+    gates: Sequence[np.ndarray],
+    kept: np.ndarray,
 ) -> dict[int, _Shaped]:
     """Strength and offsets of every margin rule."""
-    rules = {i: rule for i, rule in enumerate(policy.rules) if isinstance(rule, ShapeReward)}
+    rules = {i: rule for i, rule in enumerate(policy.rules) if isinstance(rule, ShapeReward | Residualize)}
     standard: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     scales: dict[int, float] = {}
     problems = []
     for i, rule in rules.items():
-        chosen, rejected = scores.chosen[rule.concept], scores.rejected[rule.concept]
+        if isinstance(rule, Residualize):
+            chosen, rejected = ratios[i]
+        else:
+            chosen, rejected = scores.chosen[rule.concept], scores.rejected[rule.concept]
         pooled = np.concatenate([chosen[kept], rejected[kept]])
         scales[i] = float(pooled.std())
         if scales[i] <= 1e-12 * max(1.0, float(np.abs(pooled).max())):
+            what = "what is asked for changes log pi0(y) by" if i in ratios else f"the concept {rule.concept!r} scores"
             problems.append(
-                f"{policy.place(f'rules[{i}]')}: the concept {rule.concept!r} scores {pooled[0]:g} on every response; "
-                "there is nothing to shape. Correct its scorer or drop the rule."
+                f"{policy.place(f'rules[{i}]')}: {what} {pooled[0]:g} on every response; there is nothing to shape. "
+                "Correct its scorer or drop the rule."
             )
         elif not (gates[i] & kept).any():
             problems.append(f"{policy.place(f'rules[{i}]')}: the filter_pairs rules leave no pair in this gate.")
+        elif isinstance(rule, Residualize):  # log-probabilities have a unit of their own
+            standard[i] = (chosen, rejected)
         else:
             standard[i] = ((chosen - pooled.mean()) / scales[i], (rejected - pooled.mean()) / scales[i])
     if problems:
@@ -259,7 +242,15 @@ def _shape(
         for column, i in enumerate(fitted):
             strengths[i] = float(fit.strength[column])
             intervals[i] = (float(fit.ci_low[column]), float(fit.ci_high[column]))
-    return {i: _Shaped(strengths[i], intervals.get(i), scales[i], offsets(i, strengths[i])) for i in rules}
+    return {
+        i: _Shaped(
+            strengths[i],
+            intervals.get(i),
+            None if isinstance(rule, Residualize) else scales[i],
+            offsets(i, strengths[i]),
+        )
+        for i, rule in rules.items()
+    }
 
 
 def _records(
@@ -268,7 +259,7 @@ def _records(
     gates: Sequence[np.ndarray],
     kept: np.ndarray,
     dropped: dict[int, np.ndarray],
-    masked: dict[int, _Masked],
+    masked: dict[int, Masked],
     asked: dict[int, dict[int, tuple[list[int], list[int]]]],
     shaped: dict[int, _Shaped],
 ) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AnatomyError
-from .interventions import Inoculate, MaskTokens
+from .interventions import Inoculate, MaskTokens, Residualize
 from .located import PolicyError, did_you_mean
 from .policy import ConceptPolicy, ConceptSpec
 from .where import Where
@@ -57,6 +57,11 @@ def _rule_problems(policy: ConceptPolicy, i: int, scorer: "Scorer") -> list[str]
             return [
                 f"{place}: found no threshold, and the scorer of {rule.concept!r} says none for tokens; give a number."
             ]
+    if isinstance(rule, Residualize) and rule.steer is not None and text:
+        place = policy.place(f"rules[{i}].steer")
+        return [
+            f"{place}: found a text rule, allowed: a direction or SAE features, which have a vector; or instruction."
+        ]
     if isinstance(rule, Inoculate) and rule.above is None and shown_above(scorer) is None:
         place = policy.place(f"rules[{i}]")
         return [f"{place}: found no key 'above', and the scorer of {rule.concept!r} says no threshold; give a number."]

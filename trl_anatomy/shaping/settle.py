@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .interventions import Inoculate, MaskTokens
+from .interventions import Inoculate, Intervention, MaskTokens, Residualize
 from .plan import PolicyPlan, plan_policy, rule_gates
 from .policy import ConceptPolicy
+from .residual import likelihood_ratios
+from .tokens import prompts_of_rules, tokens_to_mask
 
 if TYPE_CHECKING:
     from ..audit.folder import Audit
@@ -39,50 +41,26 @@ def settle_policy(
     from ..reading.scorers import shown_above
 
     gates = rule_gates(policy, pairs, audit)
-    reads_hidden = any(spec.scorer != "text" for spec in policy.used.values())
-    model = start_model() if reads_hidden else None
+    reads = any(spec.scorer != "text" for spec in policy.used.values()) or any(map(_reads_text, policy.rules))
+    model = start_model() if reads else None
     scorers = policy.scorers(audit=audit, model=model)
     by_token = {rule.concept for rule in policy.rules if isinstance(rule, MaskTokens)}
     scores = score_pairs(pairs, scorers, model, tokens=by_token, cache_dir=cache_dir)
     flagged: dict[int, np.ndarray] = {}
     read: dict[int, Any] = {}
     for i, rule in enumerate(policy.rules):
+        scorer = scorers[rule.concept]
         if isinstance(rule, MaskTokens):
-            threshold = shown_above(scorers[rule.concept], token=True) if rule.threshold is None else rule.threshold
-            pattern = policy.concepts[rule.concept].pattern
-            shown = rule.shown(pairs, gates[i], pattern=pattern, scores=scores, threshold=threshold or 0.0)
-            read[i] = {pair: (chosen.tokens, rejected.tokens) for pair, (chosen, rejected) in shown.items()}
-        if isinstance(rule, Inoculate):
-            above = shown_above(scorers[rule.concept]) if rule.above is None else rule.above
+            read[i] = tokens_to_mask(policy, i, pairs, gates[i], scores, scorer, model, cache_dir)
+        elif isinstance(rule, Inoculate):
+            above = shown_above(scorer) if rule.above is None else rule.above
             flagged[i] = rule.flagged(scores.chosen[rule.concept], above or 0.0, gates[i])
-    read |= _instructed(policy, pairs, flagged)
+        elif isinstance(rule, Residualize):
+            read[i] = likelihood_ratios(rule, pairs, gates[i], scorer, model, cache_dir)
+    read |= prompts_of_rules(policy, pairs, flagged)
     return plan_policy(policy, pairs, scores, audit=audit, read=read)
 
 
-def _instructed(
-    policy: ConceptPolicy, pairs: "Pairs", flagged: dict[int, np.ndarray]
-) -> dict[int, dict[int, tuple[list[int], list[int]]]]:
-    """Rule -> the pairs that it flags -> the prompt of their chosen and rejected response, [] for the pair's own.
-
-    A pair that several rules flag has all their instructions, in the order of the policy.
-    """
-    from ..reading.instruct import instructed_prompts
-
-    asked: dict[tuple[int, int], list[str]] = {}  # (pair, side) -> instructions
-    for i, pairs_of_rule in flagged.items():
-        rule: Any = policy.rules[i]
-        for pair in np.flatnonzero(pairs_of_rule).tolist():
-            for side in (0,) if rule.side == "chosen" else (0, 1):
-                asked.setdefault((pair, side), []).append(rule.instruction)
-    together: dict[str, dict[int, list[int]]] = {}
-    for (pair, side), instructions in asked.items():
-        together.setdefault("\n\n".join(instructions), {}).setdefault(pair, []).append(side)
-    prompts: dict[int, tuple[list[int], list[int]]] = {}
-    for instruction, sides in together.items():
-        for pair, made in instructed_prompts(pairs, list(sides), instruction).items():
-            before = prompts.get(pair, ([], []))
-            prompts[pair] = tuple(made[s] if s in sides[pair] else before[s] for s in (0, 1))  # type: ignore[assignment]
-    return {
-        i: {pair: prompts[pair] for pair in np.flatnonzero(pairs_of_rule).tolist()}
-        for i, pairs_of_rule in flagged.items()
-    }
+def _reads_text(rule: Intervention) -> bool:
+    """Whether the rule asks the start model how likely tokens are."""
+    return isinstance(rule, Residualize) or (isinstance(rule, MaskTokens) and rule.positions == "decided")

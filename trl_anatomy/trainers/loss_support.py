@@ -111,7 +111,10 @@ def check_masks(n_masked: int, loss_types: Sequence[str]) -> None:
 
 
 # verb -> why it is not for reward models
-NOT_FOR_REWARD: dict[str, str] = {"mask_tokens": "it reads one score from the whole response"}
+NOT_FOR_REWARD: dict[str, str] = {
+    "mask_tokens": "it reads one score from the whole response",
+    "residualize": "it gives no log-probabilities, which the rule compares",
+}
 
 
 def check_losses(loss_types: Sequence[str], f_divergence_type: str = "reverse_kl", beta: float = 0.1) -> None:

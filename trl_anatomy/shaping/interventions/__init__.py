@@ -5,12 +5,15 @@ from typing import TypeAlias
 from .filter_pairs import FilterPairs
 from .inoculate import Inoculate
 from .mask_tokens import MaskTokens
+from .residualize import Residualize
 from .shape_reward import ShapeReward
 
-Intervention: TypeAlias = FilterPairs | Inoculate | MaskTokens | ShapeReward
+Intervention: TypeAlias = FilterPairs | Inoculate | MaskTokens | Residualize | ShapeReward
 
-VERBS: dict[str, type[Intervention]] = {verb.verb: verb for verb in (FilterPairs, MaskTokens, Inoculate, ShapeReward)}
+VERBS: dict[str, type[Intervention]] = {
+    verb.verb: verb for verb in (FilterPairs, MaskTokens, Inoculate, ShapeReward, Residualize)
+}
 # Named by the policy's language, and not built yet.
-LATER = ("reweight_pairs", "steer", "ablate_features", "project_out", "residualize")
+LATER = ("reweight_pairs", "steer", "ablate_features", "project_out")
 
-__all__ = ["LATER", "VERBS", "FilterPairs", "Inoculate", "Intervention", "MaskTokens", "ShapeReward"]
+__all__ = ["LATER", "VERBS", "FilterPairs", "Inoculate", "Intervention", "MaskTokens", "Residualize", "ShapeReward"]

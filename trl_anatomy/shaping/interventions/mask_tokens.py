@@ -41,6 +41,7 @@ class MaskTokens:
     Source: method.md section 8 (token filter), section 12 (decision tokens).
     """
 
+    default_chance: ClassVar[float] = 0.05
     verb: ClassVar[str] = "mask_tokens"
     stage: ClassVar[str] = "tokens"
     keys: ClassVar[Mapping[str, Field]] = {
