@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from trl_anatomy.errors import AnatomyError
-from trl_anatomy.shaping.interventions import LATER, VERBS, FilterPairs, ShapeReward
+from trl_anatomy.shaping.interventions import VERBS, FilterPairs, ShapeReward
 from trl_anatomy.shaping.located import MAX_BYTES, PolicyError
 from trl_anatomy.shaping.policy import SCORERS, ConceptPolicy, ConceptSpec
 from trl_anatomy.shaping.where import FIELDS as WHERE_FIELDS
@@ -183,17 +183,11 @@ BAD: dict[str, tuple[str, list[tuple[int, str, list[str]]]]] = {
     ),
     "no verb": (
         TEXT + "rules:\n  - {explain_away: dash}\n",
-        [(5, "rules[0]", ["'with'", "filter_pairs, reweight_pairs, shape_reward"])],
+        [(5, "rules[0]", ["'with'", ", ".join(VERBS)])],
     ),
     "verb typo": (
         TEXT + "rules:\n  - explain_away: dash\n    with: shape\n",
-        [
-            (
-                6,
-                "rules[0].with",
-                ["'shape'", "allowed: filter_pairs, reweight_pairs, shape_reward", "mean 'shape_reward'"],
-            )
-        ],
+        [(6, "rules[0].with", ["'shape'", f"allowed: {', '.join(VERBS)}", "mean 'shape_reward'"])],
     ),
     "verb null": (TEXT + "rules:\n  - {explain_away: dash, with: }\n", [(5, "rules[0].with", ["nothing"])]),
     "key of another verb": (
@@ -289,12 +283,6 @@ def test_each_problem_names_line_key_finding_and_remedy(tmp_path: Path, case: st
         assert problem.startswith(f"{path}:{line}: {key}{': ' if key else ''}"), problem
         for fragment in fragments:
             assert fragment in problem, problem
-
-
-@pytest.mark.parametrize("verb", ["mask_tokens", "inoculate", "residualize"])
-def test_verbs_of_later_versions_are_told_apart_from_typos(tmp_path: Path, verb: str) -> None:
-    [problem] = problems_of(write(tmp_path, TEXT + f"rules:\n  - {{explain_away: dash, with: {verb}, alpha: 3}}\n"))
-    assert "not available in this version; allowed: filter_pairs, reweight_pairs, shape_reward" in problem
 
 
 @pytest.mark.parametrize(
@@ -471,7 +459,7 @@ def test_every_example_of_the_documentation_is_a_policy(tmp_path: Path) -> None:
 
 def test_the_documentation_names_every_scorer_key_verb_and_gate() -> None:
     text = DOCS.read_text(encoding="utf-8")
-    named = [*SCORERS, *(key for keys in SCORERS.values() for key in keys), *VERBS, *LATER]
+    named = [*SCORERS, *(key for keys in SCORERS.values() for key in keys), *VERBS]
     named += [key for verb in VERBS.values() for key in verb.keys]
     assert [name for name in named if f"`{name}`" not in text] == []
     assert [gate for gate in WHERE_FIELDS if f"{gate}:" not in text] == []

@@ -180,7 +180,7 @@ def read_texts(
     """
     device = next(model.parameters()).device
     lengths = np.array([len(sequence) for sequence in sequences])
-    for batch in _batches(lengths, range(len(sequences)), batch_tokens):
+    for batch in token_batches(lengths, range(len(sequences)), batch_tokens):
         width = max(1, int(lengths[batch].max()))
         ids = torch.full((len(batch), width), pad_token_id)
         for row, i in enumerate(batch):
@@ -196,10 +196,11 @@ def length_sorted_batches(pairs: Pairs, indices: Iterable[int], max_tokens: int)
 
     A pair longer than `max_tokens` makes a batch of its own. The order is the same in every run.
     """
-    return _batches(pairs.packed_lengths, indices, max_tokens)
+    return token_batches(pairs.packed_lengths, indices, max_tokens)
 
 
-def _batches(lengths: np.ndarray, indices: Iterable[int], max_tokens: int) -> Iterator[list[int]]:
+def token_batches(lengths: np.ndarray, indices: Iterable[int], max_tokens: int) -> Iterator[list[int]]:
+    """As `length_sorted_batches`, for sequences of these lengths (n,)."""
     batch: list[int] = []
     for i in sorted(indices, key=lambda i: (-int(lengths[i]), i)):
         if batch and (len(batch) + 1) * int(lengths[batch[0]]) > max_tokens:

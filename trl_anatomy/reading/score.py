@@ -1,7 +1,7 @@
 """Scores of all concepts over all pairs: one frozen pass for the hidden-state scorers together, cached."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +30,14 @@ class Scores:
         names: the concepts, in the order they were given.
         chosen: concept -> (n_pairs,) float64.
         rejected: concept -> (n_pairs,) float64.
+        tokens: concept -> (n_tokens,) float32 score of every response token, in the order of `Pairs.response_bounds`;
+            only for the concepts that were asked for.
     """
 
     names: tuple[str, ...]
     chosen: dict[str, np.ndarray]
     rejected: dict[str, np.ndarray]
+    tokens: dict[str, np.ndarray] = field(default_factory=dict)
 
     def gap(self, name: str) -> np.ndarray:
         """(n_pairs,) float64: score of the chosen response minus that of the rejected one."""
@@ -46,6 +49,7 @@ def score_pairs(
     scorers: Mapping[str, Scorer],
     model: nn.Module | None = None,
     *,
+    tokens: Collection[str] = (),
     cache_dir: str | Path | None = None,
     batch_tokens: int = 8192,
     progress: bool = True,
@@ -56,6 +60,7 @@ def score_pairs(
         pairs: tokenised pairs.
         scorers: concept -> scorer.
         model: the frozen start model; needed by scorers on hidden states, not by text rules.
+        tokens: concepts scored on hidden states whose scores of every token are wanted too.
         cache_dir: folder that keeps scores under a key of tokens, model, scorer (SAE included) and version. Text rules
             are not kept: matching is faster than tokenising was.
         batch_tokens: padded tokens of one forward pass.
@@ -67,6 +72,7 @@ def score_pairs(
     text_rules = {name: scorer for name, scorer in scorers.items() if isinstance(scorer, TextScorer)}
     hidden = {name: scorer for name, scorer in scorers.items() if not isinstance(scorer, TextScorer)}
     values = {name: np.zeros((2, len(pairs))) for name in scorers}
+    by_token = {name: np.zeros(pairs.response_bounds[-1], np.float32) for name in hidden if name in tokens}
     if hidden:
         if model is None:
             raise AnatomyError(f"The concept {next(iter(hidden))!r} is scored on hidden states: give the model.")
@@ -75,7 +81,7 @@ def score_pairs(
                 scorer.check(model)
             except AnatomyError as error:
                 raise AnatomyError(f"concept {name!r}: {error}") from error
-        _score_hidden(pairs, hidden, model, values, cache_dir, batch_tokens, progress)
+        _score_hidden(pairs, hidden, model, values, by_token, cache_dir, batch_tokens, progress)
     if text_rules:
         for i in range(len(pairs)):
             texts = pairs.texts(i)[1:]
@@ -85,6 +91,7 @@ def score_pairs(
         names=tuple(scorers),
         chosen={name: value[0] for name, value in values.items()},
         rejected={name: value[1] for name, value in values.items()},
+        tokens=by_token,
     )
 
 
@@ -93,6 +100,7 @@ def _score_hidden(
     scorers: Mapping[str, HiddenScorer],
     model: nn.Module,
     values: Mapping[str, np.ndarray],
+    by_token: Mapping[str, np.ndarray],
     cache_dir: str | Path | None,
     batch_tokens: int,
     progress: bool,
@@ -103,9 +111,11 @@ def _score_hidden(
         made_from = {"version": __version__, "pairs": pairs.fingerprint, **model_key(model)}
         for name, scorer in scorers.items():
             files[name] = Path(cache_dir) / f"scores-{hash_json({**made_from, 'scorer': scorer.key()})}.safetensors"
-            stored = _load_scores(files[name], len(pairs))
-            if stored is not None:
-                values[name][:] = stored
+            stored = _load_scores(files[name])
+            wanted = {"scores": values[name]} | ({"tokens": by_token[name]} if name in by_token else {})
+            if all(key in stored and stored[key].shape == value.shape for key, value in wanted.items()):
+                for key, value in wanted.items():
+                    value[:] = stored[key]
                 del missing[name]
     if not missing:
         return
@@ -120,6 +130,9 @@ def _score_hidden(
                         span = len(SPANS) * j + 1 + side
                         part = tokens[read.bounds[span] : read.bounds[span + 1]]
                         values[name][side, pair] = reduce_tokens(part, scorer.reduce)
+                        if name in by_token:
+                            start = pairs.response_bounds[2 * pair + side]
+                            by_token[name][start : start + len(part)] = part.numpy()
             bar.update(len(batch))
     for name, scorer in missing.items():
         bad = ~np.isfinite(values[name])
@@ -131,13 +144,13 @@ def _score_hidden(
             )
         if name in files:
             files[name].parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(files[name], save_tensors({"scores": values[name]}))
+            stored = {"scores": values[name]} | ({"tokens": by_token[name]} if name in by_token else {})
+            write_atomically(files[name], save_tensors(stored))
 
 
-def _load_scores(file: Path, n_pairs: int) -> np.ndarray | None:
-    """Stored scores (2, n_pairs), or None where there are none or they cannot be read: they are then made anew."""
+def _load_scores(file: Path) -> dict[str, np.ndarray]:
+    """Stored scores (2, n_pairs), and of tokens where they were asked for; empty where they cannot be read."""
     try:
-        scores = load_tensors(file.read_bytes())["scores"]
+        return load_tensors(file.read_bytes())
     except Exception:  # a broken cache costs a pass, nothing else
-        return None
-    return scores if scores.shape == (2, n_pairs) else None
+        return {}

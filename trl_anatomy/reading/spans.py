@@ -42,6 +42,7 @@ class Pairs:
         pad_token_id: the trainer's padding token.
         bos_token_id: the tokenizer's first token, if it has one; it carries no text and stays out of pooling.
         left_out: reason -> number of raw rows left out.
+        tokenizer: what made the tokens; None where they were not made of text.
     """
 
     dataset: Dataset
@@ -51,6 +52,7 @@ class Pairs:
     pad_token_id: int
     bos_token_id: int | None
     left_out: dict[str, int]
+    tokenizer: Any = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -63,7 +65,7 @@ class Pairs:
     @property
     def begins_with_bos(self) -> bool:
         """Whether the first prompt begins with the tokenizer's BOS."""
-        prompt = self._ids(0, "prompt")
+        prompt = self.ids(0, "prompt")
         return len(prompt) > 0 and prompt[0] == self.bos_token_id
 
     @cached_property
@@ -103,13 +105,14 @@ class Pairs:
             for span, column in zip(SPANS, columns, strict=True)
         }
 
-    def _ids(self, i: int, span: str) -> np.ndarray:
+    def ids(self, i: int, span: str) -> np.ndarray:
+        """(n_tokens,) int32: tokens of one span of pair `i`, before truncation."""
         values, offsets = self._flat[span]
         return values[offsets[i] : offsets[i + 1]]
 
     def arrays(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """As `tokens`, as int32 arrays."""
-        prompt, chosen, rejected = (self._ids(i, span) for span in SPANS)
+        prompt, chosen, rejected = (self.ids(i, span) for span in SPANS)
         return (*self._cut(prompt, chosen), *self._cut(prompt, rejected))
 
     def _cut(self, prompt: np.ndarray, response: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -119,6 +122,27 @@ class Pairs:
         if self.truncation == "keep_end":
             return prompt[surplus:], response[max(0, surplus - len(prompt)) :]
         return prompt[: self.max_length], response[: max(0, len(response) - surplus)]
+
+    @cached_property
+    def response_bounds(self) -> np.ndarray:
+        """(2 * n_pairs + 1,) int64: offsets of the truncated responses, chosen before rejected, pair after pair."""
+        prompt, *sides = (np.diff(self._flat[span][1]) for span in SPANS)
+        lengths = np.stack(sides, axis=1)
+        if self.max_length is not None:
+            surplus = np.maximum(0, prompt[:, None] + lengths - self.max_length)
+            if self.truncation == "keep_end":
+                surplus = np.maximum(0, surplus - prompt[:, None])
+            lengths = np.maximum(0, lengths - surplus)
+        return np.concatenate([np.zeros(1, np.int64), lengths.ravel()]).cumsum()
+
+    def kept_part(self, i: int, span: str) -> slice:
+        """The tokens of a response (``"chosen"`` or ``"rejected"``) of pair `i` that truncation leaves."""
+        side = SPANS.index(span) - 1
+        n_kept = int(np.diff(self.response_bounds[2 * i + side : 2 * i + side + 2])[0])
+        if self.truncation == "keep_end":
+            n_all = len(self.ids(i, span))
+            return slice(n_all - n_kept, n_all)
+        return slice(0, n_kept)
 
     def tokens(self, i: int) -> tuple[list[int], list[int], list[int], list[int]]:
         """Tokens of pair `i` after truncation: chosen-side prompt, chosen, rejected-side prompt, rejected.
@@ -305,6 +329,7 @@ def read_pairs(
         pad_token_id=text_tokenizer.eos_token_id if pad is None else pad,
         bos_token_id=text_tokenizer.bos_token_id,
         left_out=left_out,
+        tokenizer=text_tokenizer,
     )
 
 
@@ -331,7 +356,7 @@ def turn_starts(pairs: Pairs, tokenizer: Any, *, num_proc: int | None = None) ->
         other = raw.map(_with_last_user_text, fn_kwargs={"text": text}, num_proc=num_proc, desc="Finding user turns")
         changed = read_pairs(other, tokenizer, max_length=None, num_proc=num_proc)
         for i in range(len(pairs)):
-            found[i] = min(found[i], _common_prefix(pairs._ids(i, "prompt"), changed._ids(i, "prompt")))
+            found[i] = min(found[i], _common_prefix(pairs.ids(i, "prompt"), changed.ids(i, "prompt")))
     has_turn = [any(message["role"] == "user" for message in split_row(row)["prompt"]) for row in raw]
     starts[pairs.rows] = np.where(has_turn, found, 0)
     return starts

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import AnatomyError
@@ -175,6 +175,7 @@ def name_like(pattern: str, allowed: str) -> Field:
     return Field(allowed, read)
 
 
+NUMBER = replace(number(above=-math.inf), allowed="a number")
 LAYER = Field("a layer number, counted from 0", _whole)
 FEATURES = Field("a list of feature numbers, counted from 0, each once", _features)
 FLAG = Field("true or false", _flag)

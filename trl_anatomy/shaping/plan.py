@@ -1,11 +1,11 @@
 """What a policy will touch, before any training: rows kept, offsets, fitted strengths, predicted shift.
 
 Order of action: the rules on rows look at all pairs, each by itself; a pair goes if one of them drops it. All others
-see only the pairs that stay. Weights come next; then the rules on the margin, whose fitted strengths take the weights
-into account.
+see only the pairs that stay. Tokens leave the loss, each rule by itself, and prompts get their instructions; weights
+come next; then the rules on the margin, whose fitted strengths take the weights into account.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,14 @@ from scipy.special import expit
 
 from ..audit.predict import predicted_shift
 from ..errors import AnatomyError
-from .bradley_terry import fit_strengths
 from .hidden import HiddenEdit, hidden_strengths
-from .interventions import FilterPairs, Intervention, ReweightPairs, ShapeReward
+from .interventions import FilterPairs, Inoculate, MaskTokens
 from .located import PolicyError
+from .margins import settle_margins
 from .policy import ConceptPolicy
-from .weights import Weighed, settle_weights
+from .records import Acting, rule_records
+from .tokens import Masked, chosen_masked, tokens_kept
+from .weights import settle_weights
 
 if TYPE_CHECKING:
     from ..audit.folder import Audit
@@ -38,21 +40,31 @@ class PolicyPlan:
             response; 0 where no rule acts. Centred: each rule's offsets have mean 0 over the responses it acts on.
         rules: a dict per rule, in the order of the policy; numbers that a verb does not have are None:
             `verb`, `concept`, `sign`, `stage`, `where`;
-            `pairs`: pairs in the gate; `rows`: pairs dropped, or kept pairs whose weight or margin moves;
+            `pairs`: pairs in the gate; `rows`: pairs dropped, or kept pairs that the rule touches;
+            `tokens`: response tokens (after truncation) that the rule takes out of the loss, or prompt tokens that the
+            policy sees in addition;
             `effective_pairs`: (Σw)² / Σw² over the kept pairs in the gate of a rule on the weights;
             `mean_offset`: mean of o(chosen) − o(rejected) over the kept pairs in the gate;
             `strength` (λ or the constant, negative where it amplifies), `ci_low`, `ci_high` (95 %, fitted strengths
-            only), `scale` (the standard deviation that one unit of s̃ stands for);
+            only), `scale` (the standard deviation that one unit of s̃ stands for; None for log-probabilities);
             `gradient_removed`, `gradient_added`: of Σ_i |dL/dmargin_i| = n_pairs / 2 of plain training at the start
-            model, the share that this rule takes and gives, after the rules that act before it (of `reweight_pairs`
-            rules with one gate, the first stands for all); `gradient_share` is added − removed;
+            model, the share that this rule takes and gives, after the rules that act before it (a pair whose responses
+            lose a third of their tokens loses a third; of `reweight_pairs` rules with one gate, the first stands for
+            all); `gradient_share` is added − removed;
             `gradient_touched`: rules on hidden states: share of that sum that comes from the pairs they touch;
             `note`: what a reader should know, or "".
         predicted: a row per concept of the audit: `concept`, `label`, `predicted`, `predicted_under_policy`; None
             without an audit.
-        counts: `rows` (raw), `pairs` (scored), `pairs_kept`.
+        counts: `rows` (raw), `pairs` (scored), `pairs_kept`; with rules on tokens `chosen_masked`: kept pairs whose
+            chosen response has no token left in the loss.
         gaps: concept of a margin rule -> (n_raw_rows,) its score gaps, 0 where a row was not scored; for the log.
         weight: (n_raw_rows,) float64 weight of each pair's loss, 1 where no rule weighs; None without such a rule.
+        kept_tokens: raw row -> int8 flags of its chosen and rejected response, 1 for a token (before truncation) that
+            stays in the loss; rows of which all tokens stay are absent. None without a rule on tokens.
+        prompts: raw row -> prompt tokens (before truncation) that the policy sees before its chosen and its rejected
+            response, [] for the pair's own; rows that keep their own are absent. None without a rule on prompts.
+        prompt_lengths: (n_raw_rows,) int64 tokens of the own prompts, 0 where a row was not read; None without such a
+            rule.
         steering: (n_raw_rows, 2 * n_hidden_rules) float64: strengths of each rule on hidden states on the chosen, then
             on the rejected side; None without such a rule.
         turns: (n_raw_rows,) int64 tokens of the prompt before its last user turn; None where no rule asks.
@@ -67,12 +79,22 @@ class PolicyPlan:
     counts: dict[str, int] = field(default_factory=dict)
     gaps: dict[str, np.ndarray] = field(default_factory=dict)
     weight: np.ndarray | None = None
+    kept_tokens: dict[int, tuple[np.ndarray, np.ndarray]] | None = None
+    prompts: dict[int, tuple[list[int], list[int]]] | None = None
+    prompt_lengths: np.ndarray | None = None
     steering: np.ndarray | None = None
     turns: np.ndarray | None = None
     hidden: tuple[HiddenEdit, ...] = ()
 
 
-def plan_policy(policy: ConceptPolicy, pairs: "Pairs", scores: "Scores", *, audit: "Audit | None" = None) -> PolicyPlan:
+def plan_policy(
+    policy: ConceptPolicy,
+    pairs: "Pairs",
+    scores: "Scores",
+    *,
+    audit: "Audit | None" = None,
+    read: Mapping[int, Any] | None = None,
+) -> PolicyPlan:
     """Settle what a policy does to these pairs.
 
     Args:
@@ -81,6 +103,9 @@ def plan_policy(policy: ConceptPolicy, pairs: "Pairs", scores: "Scores", *, audi
         scores: scores of the concepts that a rule acts on; those that rules on hidden states edit without a fraction
             may be left out.
         audit: the audit of these pairs: for gates on its contexts, and for the predicted shift.
+        read: what `settle_policy` read for a rule, by its number: mask_tokens: pair -> bool flags of the tokens of its
+            chosen and rejected response (before truncation) that leave the loss; inoculate: pair -> prompt tokens of
+            the policy for each response, [] for its own; residualize: (2, n_pairs) A(y) of the responses.
 
     Raises:
         PolicyError: gates that cannot be applied, two rules that fight over some pair, a concept that scores all
@@ -95,7 +120,7 @@ def plan_policy(policy: ConceptPolicy, pairs: "Pairs", scores: "Scores", *, audi
         for side in (scores.chosen, scores.rejected) if name in scores.names else ():
             if not np.isfinite(side[name]).all():
                 raise AnatomyError(f"The scores of {name!r} hold NaN or infinity; look at its scorer.")
-    gates = _gates(policy, pairs, audit)
+    gates = rule_gates(policy, pairs, audit)
 
     dropped = {
         i: rule.dropped(scores.chosen[rule.concept], scores.rejected[rule.concept], pairs.rows, gates[i])
@@ -105,14 +130,23 @@ def plan_policy(policy: ConceptPolicy, pairs: "Pairs", scores: "Scores", *, audi
     kept = ~np.logical_or.reduce([np.zeros(len(pairs), bool), *dropped.values()])
     if not kept.any():
         raise AnatomyError(f"{policy.source}: the filter_pairs rules leave no pair to train on; lower their fraction.")
+    read = read or {}
+    masked = {i: Masked(pairs, read[i], kept) for i, rule in enumerate(policy.rules) if isinstance(rule, MaskTokens)}
+    asked = {
+        i: {pair: prompts for pair, prompts in read[i].items() if kept[pair]}
+        for i, rule in enumerate(policy.rules)
+        if isinstance(rule, Inoculate)
+    }
     weighed, weight = settle_weights(policy, pairs, scores, gates, kept)
-    shaped = _shape(policy, scores, gates, kept, np.ones(len(pairs)) if weight is None else weight[pairs.rows])
+    shaped = settle_margins(
+        policy, scores, read, gates, kept, np.ones(len(pairs)) if weight is None else weight[pairs.rows]
+    )
     edited = hidden_strengths(policy, scores, pairs.rows, gates, kept)
     steering = np.zeros((len(pairs.raw), 2, len(edited)))
     for column, strengths in enumerate(edited.values()):
         steering[pairs.rows, :, column] = strengths
 
-    records = _records(policy, gates, kept, dropped, weighed, shaped, edited)
+    records = rule_records(policy, pairs, gates, kept, Acting(dropped, masked, asked, weighed, shaped, edited))
     offsets = np.zeros((2, len(pairs.raw)))
     for part in shaped.values():
         offsets[:, pairs.rows] += part.offsets
@@ -121,20 +155,30 @@ def plan_policy(policy: ConceptPolicy, pairs: "Pairs", scores: "Scores", *, audi
     gaps = {str(policy.rules[i].concept): np.zeros(len(pairs.raw)) for i in shaped}
     for name, gap in gaps.items():
         gap[pairs.rows] = scores.gap(name)
+    counts = {"rows": len(pairs.raw), "pairs": len(pairs), "pairs_kept": int(kept.sum())}
+    if masked:
+        counts["chosen_masked"] = chosen_masked(pairs, list(masked.values()), kept)
+    prompt_lengths = None
+    if asked:
+        prompt_lengths = np.zeros(len(pairs.raw), np.int64)
+        prompt_lengths[pairs.rows] = [len(pairs.ids(i, "prompt")) for i in range(len(pairs))]
     return PolicyPlan(
         keep=keep,
         chosen_offset=offsets[0],
         rejected_offset=offsets[1],
         rules=records,
         predicted=None if audit is None else _predict(audit, keep, offsets[0] - offsets[1], weight),
-        counts={"rows": len(pairs.raw), "pairs": len(pairs), "pairs_kept": int(kept.sum())},
+        counts=counts,
         gaps=gaps,
         weight=weight,
+        kept_tokens=tokens_kept(pairs, list(masked.values())) if masked else None,
+        prompts={int(pairs.rows[pair]): p for part in asked.values() for pair, p in part.items()} if asked else None,
+        prompt_lengths=prompt_lengths,
         steering=steering.reshape(len(steering), -1) if edited else None,
     )
 
 
-def _gates(policy: ConceptPolicy, pairs: "Pairs", audit: "Audit | None") -> list[np.ndarray]:
+def rule_gates(policy: ConceptPolicy, pairs: "Pairs", audit: "Audit | None") -> list[np.ndarray]:
     """(n_pairs,) bool per rule: where it may act."""
     gates, problems = [], []
     for i, rule in enumerate(policy.rules):
@@ -154,156 +198,6 @@ def _gates(policy: ConceptPolicy, pairs: "Pairs", audit: "Audit | None") -> list
     if problems:
         raise PolicyError(problems)
     return gates
-
-
-@dataclass(frozen=True)
-class _Shaped:
-    """One margin rule at work: `offsets` (2, n_pairs) for chosen and rejected."""
-
-    strength: float
-    interval: tuple[float, float] | None
-    scale: float | None
-    offsets: np.ndarray
-
-    @property
-    def margin(self) -> np.ndarray:
-        return self.offsets[0] - self.offsets[1]
-
-
-def _shape(
-    policy: ConceptPolicy, scores: "Scores", gates: Sequence[np.ndarray], kept: np.ndarray, weight: np.ndarray
-) -> dict[int, _Shaped]:
-    """Strength and offsets of every margin rule; `weight` (n_pairs,) counts in the fit."""
-    rules = {i: rule for i, rule in enumerate(policy.rules) if isinstance(rule, ShapeReward)}
-    standard: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    scales: dict[int, float] = {}
-    problems = []
-    for i, rule in rules.items():
-        if not (gates[i] & kept).any():
-            problems.append(f"{policy.place(f'rules[{i}]')}: the filter_pairs rules leave no pair in this gate.")
-            continue
-        chosen, rejected = scores.chosen[rule.concept], scores.rejected[rule.concept]
-        pooled = np.concatenate([chosen[kept], rejected[kept]])
-        scales[i] = float(pooled.std())
-        if rule.constant is not None:
-            standard[i] = np.full(len(chosen), 0.5), np.full(len(chosen), -0.5)
-        elif scales[i] <= 1e-12 * max(1.0, float(np.abs(pooled).max())):
-            problems.append(
-                f"{policy.place(f'rules[{i}]')}: the concept {rule.concept!r} scores {pooled[0]:g} on every response; "
-                "there is nothing to shape. Correct its scorer or drop the rule."
-            )
-        else:
-            standard[i] = ((chosen - pooled.mean()) / scales[i], (rejected - pooled.mean()) / scales[i])
-    if problems:
-        raise PolicyError(problems)
-
-    def offsets(i: int, strength: float) -> np.ndarray:
-        return np.stack(ShapeReward.offsets(strength, *standard[i], gates[i] & kept))
-
-    strengths = {i: rule.fixed for i, rule in rules.items() if rule.fixed is not None}
-    intervals: dict[int, tuple[float, float]] = {}
-    fitted = [i for i in rules if i not in strengths]
-    if fitted:
-        gaps = np.stack([np.where(gates[i], standard[i][0] - standard[i][1], 0.0)[kept] for i in fitted], axis=1)
-        # What rules with a given strength already say is part of the margin that the fit starts from.
-        given = sum((offsets(i, value) for i, value in strengths.items()), np.zeros((2, len(kept))))
-        try:
-            names = [f"{rules[i].concept!r}" for i in fitted]
-            fit = fit_strengths(gaps, names, (given[0] - given[1])[kept], weight[kept])
-        except AnatomyError as error:
-            raise PolicyError([f"{policy.place(f'rules[{fitted[0]}]')}: {error}"]) from None
-        for column, i in enumerate(fitted):
-            strengths[i] = float(fit.strength[column])
-            intervals[i] = (float(fit.ci_low[column]), float(fit.ci_high[column]))
-    return {
-        i: _Shaped(strengths[i], intervals.get(i), None if rule.constant else scales[i], offsets(i, strengths[i]))
-        for i, rule in rules.items()
-    }
-
-
-def _records(
-    policy: ConceptPolicy,
-    gates: Sequence[np.ndarray],
-    kept: np.ndarray,
-    dropped: dict[int, np.ndarray],
-    weighed: dict[int, Weighed],
-    shaped: dict[int, _Shaped],
-    edited: dict[int, np.ndarray],
-) -> list[dict[str, Any]]:
-    """A dict per rule, as `PolicyPlan.rules` describes it."""
-    records: dict[int, dict[str, Any]] = {}
-    alive, margin = np.ones(len(kept)), np.zeros(len(kept))  # weight of each pair, 0 once it is dropped; its offset
-    total = len(kept) / 2
-    for i in [*dropped, *weighed, *shaped, *edited]:
-        rule = policy.rules[i]
-        before = alive * expit(-margin)
-        record: dict[str, Any] = {
-            "verb": rule.verb,
-            "concept": rule.concept,
-            "sign": rule.sign,
-            "stage": rule.stage,
-            "where": None if rule.where is None else str(rule.where),
-            "pairs": int(gates[i].sum()),
-            "rows": 0,
-            **dict.fromkeys(
-                ("mean_offset", "strength", "ci_low", "ci_high", "scale", "effective_pairs", "gradient_touched")
-            ),
-        }
-        if i in dropped:
-            alive = alive * ~dropped[i]
-            record["rows"] = int(dropped[i].sum())
-        elif i in edited:
-            record["rows"] = int(edited[i].any(axis=1).sum())
-            strength = getattr(rule, "strength", None)
-            record["strength"] = -strength if strength and rule.sign == "amplify" else strength
-            touched = before * edited[i].any(axis=1)
-            record["gradient_touched"] = float(touched.sum() / total)
-        elif isinstance(rule, ReweightPairs):
-            alive = alive * weighed[i].factor
-            record["rows"] = int((weighed[i].factor[kept] != 1).sum())
-            record["effective_pairs"], record["strength"] = weighed[i].effective, rule.signed
-        else:
-            part, acts = shaped[i], gates[i] & kept
-            margin = margin + part.margin
-            record["rows"] = int((part.margin != 0).sum())
-            record["mean_offset"] = float(part.margin[acts].mean())
-            record["strength"], record["scale"] = part.strength, part.scale
-            if part.interval is not None:
-                record["ci_low"], record["ci_high"] = part.interval
-        change = alive * expit(-margin) - before
-        record["gradient_removed"] = float(-change[change < 0].sum() / total)
-        record["gradient_added"] = float(change[change > 0].sum() / total)
-        record["gradient_share"] = record["gradient_added"] - record["gradient_removed"]
-        record["note"] = _weight_note(rule, weighed[i], record) if i in weighed else _note(rule, record)
-        records[i] = record
-    return [records[i] for i in range(len(policy.rules))]
-
-
-def _weight_note(rule: Intervention, weighed: Weighed, record: dict[str, Any]) -> str:
-    parts = [f"the pairs in its gate count like {record['effective_pairs']:.1f} of equal weight"]
-    if weighed.held:
-        parts.append(f"held as they are: {', '.join(weighed.held)}")
-    if weighed.leader is not None:
-        parts.append(f"solved together with rule {weighed.leader + 1}, where its rows and gradient are")
-    elif record["rows"] == 0:
-        parts = ["touches nothing: the weights are 1 already"]
-    return "; ".join(parts)
-
-
-def _note(rule: Intervention, record: dict[str, Any]) -> str:
-    if record["gradient_touched"] is not None:
-        return f"edits the step of pairs that carry {record['gradient_touched']:.0%} of the gradient"
-    if record["rows"] == 0:
-        if isinstance(rule, FilterPairs):
-            return f"touches nothing: {rule.why_none(record['pairs'])}"
-        return "touches nothing: the two responses score alike in every pair"
-    if record["ci_low"] is None:
-        return ""
-    if record["ci_low"] <= 0 <= record["ci_high"]:
-        return "the interval holds 0: these pairs say next to nothing about the concept"
-    if record["strength"] < 0:
-        return "the pairs punish this concept; the offset cancels that"
-    return ""
 
 
 def _predict(audit: "Audit", keep: np.ndarray, margin: np.ndarray, weight: np.ndarray | None) -> pa.Table:
@@ -375,6 +269,7 @@ _RULE_HEADER = [
     "where",
     "pairs",
     "touched",
+    "tokens",
     "strength (95 %)",
     "mean offset",
     "gradient",
@@ -393,6 +288,7 @@ def _rule_row(n: int, rule: dict[str, Any]) -> list[str]:
         _printable(rule["where"] or "")[:40],
         str(rule["pairs"]),
         str(rule["rows"]),
+        "" if rule["tokens"] is None else str(rule["tokens"]),
         strength,
         "" if rule["mean_offset"] is None else f"{rule['mean_offset']:+.3f}",
         f"-{rule['gradient_removed']:.1%} +{rule['gradient_added']:.1%}",

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import AnatomyError
 from .fields import FEATURES, LAYER, PATTERN, TEXT, Field, found, name_like, one_of
-from .interventions import LATER as VERBS_LATER
 from .interventions import VERBS, Intervention, ReweightPairs
 from .located import Located, PolicyError, Problems, from_python, read_file
 from .where import FIELDS as WHERE_FIELDS
@@ -318,9 +317,6 @@ class _Reader:
                 problems.unknown(name.line, f"{path}.{sign}", name.plain(), concepts, "the concept ")
         if "with" not in entries:
             problems.add(value.line, path, f"found no key 'with', allowed: {', '.join(VERBS)}.")
-        elif verb.value in VERBS_LATER:
-            text = f"found {verb.value!r}, which is not available in this version; allowed: {', '.join(VERBS)}."
-            problems.add(verb.line, f"{path}.with", text)
         elif cls is None:
             problems.unknown(verb.line, f"{path}.with", verb.plain(), VERBS)
         where = self.where(entries["where"], f"{path}.where") if "where" in entries else None

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AnatomyError
-from .interventions import ReweightPairs
+from .interventions import Inoculate, MaskTokens, Residualize, ReweightPairs
 from .located import PolicyError, did_you_mean
 from .policy import ConceptPolicy, ConceptSpec
 from .where import Where
@@ -33,14 +33,12 @@ def check_policy(
         PolicyError: all problems at once: a layer the model lacks, an SAE of another width, a feature the SAE lacks, a
             cluster or context that is not in the audit, a column that is not in the dataset, a file that is not there.
     """
-    _, problems = resolve_scorers(policy, audit, model_config=model_config)
+    scorers, problems = resolve_scorers(policy, audit, model_config=model_config)
     for i, rule in enumerate(policy.rules):
-        if (
-            isinstance(rule, ReweightPairs)
-            and rule.column is not None
-            and rule.column not in (columns or [rule.column])
-        ):
-            problems.append(_no_column(policy, f"rules[{i}].column", rule.column, columns or ()))
+        if isinstance(rule, ReweightPairs) and rule.column is not None and columns and rule.column not in columns:
+            problems.append(_no_column(policy, f"rules[{i}].column", rule.column, columns))
+        if rule.concept in scorers:
+            problems += _rule_problems(policy, i, scorers[rule.concept])
         if rule.where is not None:
             problems += _gate_problems(policy, f"rules[{i}].where", rule.where, audit, columns)
     if problems:
@@ -50,6 +48,32 @@ def check_policy(
 def _no_column(policy: ConceptPolicy, path: str, name: str, columns: Collection[str]) -> str:
     close = did_you_mean(name, columns)
     return f"{policy.place(path)}: found {name!r}, allowed: {', '.join(columns)}, the columns of the dataset.{close}"
+
+
+def _rule_problems(policy: ConceptPolicy, i: int, scorer: "Scorer") -> list[str]:
+    """What a rule asks of a scorer that cannot give it."""
+    from ..reading.scorers import shown_above
+
+    rule = policy.rules[i]
+    text = rule.concept is not None and policy.concepts[rule.concept].scorer == "text"
+    if isinstance(rule, MaskTokens):
+        if text and rule.threshold is not None:
+            place = policy.place(f"rules[{i}].threshold")
+            return [f"{place}: found {rule.threshold:g} for a text rule, allowed: no threshold; what it matches goes."]
+        if rule.threshold is None and shown_above(scorer, token=True) is None:
+            place = policy.place(f"rules[{i}]")
+            return [
+                f"{place}: found no threshold, and the scorer of {rule.concept!r} says none for tokens; give a number."
+            ]
+    if isinstance(rule, Residualize) and rule.steer is not None and text:
+        place = policy.place(f"rules[{i}].steer")
+        return [
+            f"{place}: found a text rule, allowed: a direction or SAE features, which have a vector; or instruction."
+        ]
+    if isinstance(rule, Inoculate) and rule.above is None and shown_above(scorer) is None:
+        place = policy.place(f"rules[{i}]")
+        return [f"{place}: found no key 'above', and the scorer of {rule.concept!r} says no threshold; give a number."]
+    return []
 
 
 def _gate_problems(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
 
 from .hidden import HiddenEdits
-from .loss_support import check_dpo_rules, divides_by_length
+from .loss_support import check_dpo_rules, check_masks, divides_by_length
 from .prepare import bind, prepare
 from .seams import (
     CHOSEN_OFFSET,
@@ -81,6 +81,8 @@ class AnatomyDPOTrainer(ShapedSeams, DPOTrainer):
         self.plan, self.audit = prepared.plan, prepared.audit
         self._acts, self._shaped_concepts = prepared.acts, prepared.shaped_concepts
         if self.plan is not None:
+            loss_types = getattr(bound.arguments.get("args"), "loss_type", ())
+            check_masks(self.plan.counts.get("chosen_masked", 0), loss_types)
             self._tag_names = [*type(self)._tag_names, TAG]
         super().__init__(*bound.args[1:], **bound.kwargs)
         if self.plan is not None and self.plan.hidden:

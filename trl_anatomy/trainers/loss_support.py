@@ -96,8 +96,28 @@ def check_reward_rules(rules: Sequence[Any], config: Any) -> None:
             raise AnatomyError(f"{rule.verb} does not act on a reward model: {NOT_FOR_REWARD[rule.verb]}.")
 
 
+def check_masks(n_masked: int, loss_types: Sequence[str]) -> None:
+    """Refuse a loss that has no value where no token of a chosen response is left.
+
+    Args:
+        n_masked: `PolicyPlan.counts["chosen_masked"]`.
+        loss_types: `DPOConfig.loss_type`, a list.
+
+    Raises:
+        AnatomyError: naming the loss.
+    """
+    if n_masked and "sft" in loss_types:
+        raise AnatomyError(
+            f"loss_type 'sft' is a mean over the tokens of chosen responses, and mask_tokens leaves none in {n_masked} "
+            "pairs: a batch of such pairs would give NaN. Drop 'sft', raise the threshold, or drop these pairs."
+        )
+
+
 # verb -> why it is not for reward models
-NOT_FOR_REWARD: dict[str, str] = {}
+NOT_FOR_REWARD: dict[str, str] = {
+    "mask_tokens": "it reads one score from the whole response",
+    "residualize": "it gives no log-probabilities, which the rule compares",
+}
 
 
 def check_losses(loss_types: Sequence[str], f_divergence_type: str = "reverse_kl", beta: float = 0.1) -> None:

@@ -28,7 +28,20 @@ from ..errors import AnatomyError
 from ..reading.forward import frozen
 from .callback import AuditCallback
 from .hidden import check_hidden
-from .seams import CHOSEN_OFFSET, COLUMNS, CONCEPT_GAPS, REJECTED_OFFSET, STEERING, TURN, WEIGHT
+from .seams import (
+    CHOSEN_KEPT,
+    CHOSEN_OFFSET,
+    CHOSEN_PROMPT,
+    COLUMNS,
+    CONCEPT_GAPS,
+    PROMPT_LENGTH,
+    REJECTED_KEPT,
+    REJECTED_OFFSET,
+    REJECTED_PROMPT,
+    STEERING,
+    TURN,
+    WEIGHT,
+)
 
 if TYPE_CHECKING:
     from ..audit.config import AuditConfig
@@ -89,6 +102,14 @@ def plan_columns(plan: "PolicyPlan") -> dict[str, list[Any]]:
         columns[CONCEPT_GAPS] = np.stack(list(plan.gaps.values()), axis=1).tolist()
     if plan.weight is not None:
         columns[WEIGHT] = plan.weight.tolist()
+    if plan.kept_tokens:
+        nothing = np.zeros(0, np.int8), np.zeros(0, np.int8)
+        for side, name in enumerate((CHOSEN_KEPT, REJECTED_KEPT)):
+            columns[name] = [plan.kept_tokens.get(row, nothing)[side].tolist() for row in range(len(plan.keep))]
+    if plan.prompts and plan.prompt_lengths is not None:
+        for side, name in enumerate((CHOSEN_PROMPT, REJECTED_PROMPT)):
+            columns[name] = [plan.prompts.get(row, ([], []))[side] for row in range(len(plan.keep))]
+        columns[PROMPT_LENGTH] = plan.prompt_lengths.tolist()
     if plan.steering is not None:
         columns[STEERING] = plan.steering.tolist()
     if plan.turns is not None:

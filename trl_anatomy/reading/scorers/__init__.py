@@ -6,6 +6,7 @@ at one layer of the frozen start model, and a reduction over the response's toke
 
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 from torch import Tensor
 
 from ...errors import AnatomyError
@@ -31,6 +32,22 @@ class HiddenScorer(Protocol):
 
 
 Scorer: TypeAlias = TextScorer | HiddenScorer
+
+
+def shown_above(scorer: Scorer, *, token: bool = False) -> float | None:
+    """The score above which a response (or a token) shows the concept; None where nothing says.
+
+    0 for text rules and SAE latents; the best-F1 threshold of the held-out texts where a fitted scorer's card has one,
+    for tokens only if the score of a text is that of its highest token.
+    """
+    card = getattr(scorer, "card", None)
+    if card is None:
+        return 0.0
+    reduce = getattr(scorer, "reduce", None)
+    found = card.get("held_out", {}).get("threshold")
+    if found is None or card.get("reduce", reduce) != reduce or (token and reduce != "max"):
+        return None
+    return float(np.nextafter(found, -np.inf))  # the card's metrics count a score at the threshold as shown
 
 
 def check_reduce(reduce: str) -> str:

@@ -10,6 +10,8 @@ from ...errors import AnatomyError
 from ..fields import Field, check, number, one_of
 from ..where import Where
 
+_STRENGTH = number(above=0, word="auto")
+
 
 @dataclass(frozen=True)
 class ShapeReward:
@@ -38,7 +40,7 @@ class ShapeReward:
 
     verb: ClassVar[str] = "shape_reward"
     stage: ClassVar[str] = "margin"
-    keys: ClassVar[Mapping[str, Field]] = {"strength": number(above=0, word="auto"), "constant": number(above=0)}
+    keys: ClassVar[Mapping[str, Field]] = {"strength": _STRENGTH, "constant": number(above=0)}
 
     concept: str
     sign: str
@@ -59,20 +61,13 @@ class ShapeReward:
                 )
             return
         strength = "auto" if self.strength is None else self.strength
-        object.__setattr__(self, "strength", check(self.verb, "strength", self.keys["strength"], strength))
-        if self.sign == "amplify" and self.strength == "auto":
-            raise AnatomyError(
-                "found auto, the default, with amplify, allowed: a number above 0. The fitted strength says how much "
-                "to take away; how much to add is yours to say."
-            )
+        object.__setattr__(self, "strength", read_strength(self.verb, self.sign, strength))
 
     @property
     def fixed(self) -> float | None:
         """λ (or W) when the policy gives it, None when it is to be fitted."""
         size = self.strength if self.constant is None else self.constant
-        if not isinstance(size, float):
-            return None
-        return size if self.sign == "explain_away" else -size
+        return signed_strength(self.sign, "auto" if size is None else size)
 
     @staticmethod
     def offsets(
@@ -92,3 +87,21 @@ class ShapeReward:
             return np.zeros(len(chosen)), np.zeros(len(chosen))
         centre = (chosen[acts].mean() + rejected[acts].mean()) / 2
         return tuple(np.where(acts, strength * (score - centre), 0.0) for score in (chosen, rejected))  # type: ignore[return-value]
+
+
+def read_strength(verb: str, sign: str, strength: float | str) -> float | str:
+    """The strength of a margin rule; AnatomyError where it is out of range, or "auto" with amplify."""
+    strength = check(verb, "strength", _STRENGTH, strength)
+    if sign == "amplify" and strength == "auto":
+        raise AnatomyError(
+            "found auto, the default, with amplify, allowed: a number above 0. The fitted strength says how much "
+            "to take away; how much to add is yours to say."
+        )
+    return strength
+
+
+def signed_strength(sign: str, strength: float | str) -> float | None:
+    """λ, negative where it amplifies; None when it is to be fitted."""
+    if isinstance(strength, str):
+        return None
+    return strength if sign == "explain_away" else -strength

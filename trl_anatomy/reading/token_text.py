@@ -1,0 +1,70 @@
+"""Which characters of a response each of its tokens stands for, and back: from characters to tokens."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+_UNFINISHED = "\ufffd"  # what a token decodes to that ends within a character
+_WORD = re.compile(r"\S+")
+
+
+def token_text(tokenizer: Any, ids: Sequence[int]) -> tuple[str, np.ndarray]:
+    """The text of some tokens, and the part of it that each stands for.
+
+    The given tokens are decoded, one after the other behind those before them: encoding the text again may give other
+    tokens, and a token by itself may lose its leading blank. Tokens that share a character (bytes of an emoji) get all
+    of it; special tokens have no text.
+
+    Args:
+        tokenizer: of transformers.
+        ids: (n_tokens,) tokens.
+
+    Returns:
+        The text, and (n_tokens, 2) int64: begin and end of each token's characters.
+    """
+    ids = [int(i) for i in ids]
+    bounds = np.zeros((len(ids), 2), dtype=np.int64)
+    text, context, begin = "", 0, 0  # tokens ids[context:begin] are decoded before the next ones
+    before = ""
+    for i in range(len(ids)):
+        piece = decode(tokenizer, ids[context : i + 1])
+        if piece.endswith(_UNFINISHED) and i + 1 < len(ids):
+            continue
+        bounds[begin : i + 1, 0] = len(text)
+        text += piece[len(before) :]
+        bounds[begin : i + 1, 1] = len(text)
+        context, begin = begin, i + 1
+        before = decode(tokenizer, ids[context:begin])
+    return text, bounds
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Text of some tokens, without special tokens and as it stands."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def tokens_of(characters: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """Which tokens hold a marked character.
+
+    Args:
+        characters: (n_characters,) bool.
+        bounds: (n_tokens, 2) of `token_text`.
+
+    Returns:
+        (n_tokens,) bool.
+
+    >>> tokens_of(np.array([False, True, True]), np.array([[0, 1], [1, 2], [2, 3], [3, 3]])).tolist()
+    [False, True, True, False]
+    """
+    count = np.concatenate([[0], np.cumsum(characters)])
+    return count[bounds[:, 1]] > count[bounds[:, 0]]
+
+
+def whole_words(text: str, characters: np.ndarray) -> np.ndarray:
+    """(n_characters,) bool: the marked characters, and every word (run without a blank) that has one."""
+    marked = characters.copy()
+    for word in _WORD.finditer(text):
+        marked[word.start() : word.end()] |= characters[word.start() : word.end()].any()
+    return marked

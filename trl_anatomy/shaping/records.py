@@ -1,0 +1,134 @@
+"""What a plan says of each rule: the rows, tokens and share of the gradient that it touches, and a note."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.special import expit
+
+from .interventions import FilterPairs, Inoculate, Intervention, MaskTokens, ReweightPairs
+from .margins import Shaped
+from .policy import ConceptPolicy
+from .tokens import Masked
+from .weights import Weighed
+
+if TYPE_CHECKING:
+    from ..reading.spans import Pairs
+
+# Numbers that some verbs have and others do not
+_NUMBERS = (
+    "tokens",
+    "mean_offset",
+    "strength",
+    "ci_low",
+    "ci_high",
+    "scale",
+    "effective_pairs",
+    "gradient_touched",
+)
+
+
+@dataclass(frozen=True)
+class Acting:
+    """What each rule does, by its number: pairs dropped (n_pairs,) bool; tokens; prompts; weights; offsets; edits."""
+
+    dropped: dict[int, np.ndarray]
+    masked: dict[int, Masked]
+    asked: dict[int, dict[int, tuple[list[int], list[int]]]]
+    weighed: dict[int, Weighed]
+    shaped: dict[int, Shaped]
+    edited: dict[int, np.ndarray]
+
+
+def rule_records(
+    policy: ConceptPolicy, pairs: "Pairs", gates: Sequence[np.ndarray], kept: np.ndarray, acting: Acting
+) -> list[dict[str, Any]]:
+    """A dict per rule, as `PolicyPlan.rules` describes it."""
+    records: dict[int, dict[str, Any]] = {}
+    alive, margin = np.ones(len(kept)), np.zeros(len(kept))  # share of each pair that is in the loss; its offset
+    bounds = pairs.response_bounds
+    n_tokens, gone = np.diff(bounds[::2]), np.zeros(int(bounds[-1]), bool)
+    total = len(kept) / 2
+    a = acting
+    for i in [*a.dropped, *a.masked, *a.asked, *a.weighed, *a.shaped, *a.edited]:
+        rule = policy.rules[i]
+        before = alive * expit(-margin)
+        record: dict[str, Any] = {
+            "verb": rule.verb,
+            "concept": rule.concept,
+            "sign": rule.sign,
+            "stage": rule.stage,
+            "where": None if rule.where is None else str(rule.where),
+            "pairs": int(gates[i].sum()),
+            "rows": 0,
+            **dict.fromkeys(_NUMBERS),
+        }
+        if i in a.dropped:
+            alive = alive * ~a.dropped[i]
+            record["rows"] = int(a.dropped[i].sum())
+        elif i in a.masked:
+            gone |= a.masked[i].tokens
+            left = n_tokens - np.diff(np.concatenate([[0], np.cumsum(gone)])[bounds[::2]])
+            alive = np.where(kept, left / np.maximum(n_tokens, 1), 0.0)
+            record["rows"], record["tokens"] = len(a.masked[i].flags), int(a.masked[i].tokens.sum())
+        elif i in a.asked:
+            more = [len(ids) - len(pairs.ids(pair, "prompt")) for pair, p in a.asked[i].items() for ids in p if ids]
+            record["rows"], record["tokens"] = len(a.asked[i]), sum(more)
+        elif isinstance(rule, ReweightPairs):
+            weighed = a.weighed[i]
+            alive = alive * weighed.factor
+            record["rows"] = int((weighed.factor[kept] != 1).sum())
+            record["effective_pairs"], record["strength"] = weighed.effective, rule.signed
+        elif i in a.edited:
+            touched = a.edited[i].any(axis=1)
+            record["rows"] = int(touched.sum())
+            strength = getattr(rule, "strength", None)
+            record["strength"] = -strength if strength and rule.sign == "amplify" else strength
+            record["gradient_touched"] = float((before * touched).sum() / total)
+        else:
+            part, acts = a.shaped[i], gates[i] & kept
+            margin = margin + part.margin
+            record["rows"] = int((part.margin != 0).sum())
+            record["mean_offset"] = float(part.margin[acts].mean())
+            record["strength"], record["scale"] = part.strength, part.scale
+            if part.interval is not None:
+                record["ci_low"], record["ci_high"] = part.interval
+        change = alive * expit(-margin) - before
+        record["gradient_removed"] = float(-change[change < 0].sum() / total)
+        record["gradient_added"] = float(change[change > 0].sum() / total)
+        record["gradient_share"] = record["gradient_added"] - record["gradient_removed"]
+        record["note"] = _weight_note(a.weighed[i], record) if i in a.weighed else _note(rule, record)
+        records[i] = record
+    return [records[i] for i in range(len(policy.rules))]
+
+
+def _weight_note(weighed: Weighed, record: dict[str, Any]) -> str:
+    parts = [f"the pairs in its gate count like {record['effective_pairs']:.1f} of equal weight"]
+    if weighed.held:
+        parts.append(f"held as they are: {', '.join(weighed.held)}")
+    if weighed.leader is not None:
+        parts.append(f"solved together with rule {weighed.leader + 1}, where its rows and gradient are")
+    elif record["rows"] == 0:
+        parts = ["touches nothing: the weights are 1 already"]
+    return "; ".join(parts)
+
+
+def _note(rule: Intervention, record: dict[str, Any]) -> str:
+    if record["gradient_touched"] is not None:
+        return f"edits the step of pairs that carry {record['gradient_touched']:.0%} of the gradient"
+    if record["rows"] == 0:
+        if isinstance(rule, FilterPairs):
+            return f"touches nothing: {rule.why_none(record['pairs'])}"
+        if isinstance(rule, MaskTokens):
+            return "touches nothing: no token shows the concept"
+        if isinstance(rule, Inoculate):
+            return "touches nothing: no chosen response shows the concept"
+        return "touches nothing: the two responses score alike in every pair"
+    if record["ci_low"] is None:
+        return ""
+    if record["ci_low"] <= 0 <= record["ci_high"]:
+        return "the interval holds 0: these pairs say next to nothing about the concept"
+    if record["strength"] < 0:
+        return "the pairs punish this concept; the offset cancels that"
+    return ""
