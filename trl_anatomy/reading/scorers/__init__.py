@@ -4,46 +4,11 @@ A text rule scores a response's text. Every other scorer gives each token of a r
 at one layer of the frozen start model, and a reduction over the response's tokens (method.md section 9).
 """
 
-from typing import Any, Protocol, TypeAlias
+from typing import TypeAlias
 
-from torch import Tensor
-
-from ...errors import AnatomyError
+from .hidden import HiddenScorer
 from .text import TextScorer
-
-REDUCTIONS = ("max", "mean", "sum")
-
-
-class HiddenScorer(Protocol):
-    """What a scorer on hidden states has to offer."""
-
-    layer: int
-    reduce: str
-
-    def score_tokens(self, hidden: Tensor) -> Tensor:
-        """(n_tokens, d_model) float32 -> (n_tokens,) float32."""
-
-    def check(self, model: Any) -> None:
-        """Raise AnatomyError where the scorer does not fit the model."""
-
-    def key(self) -> dict[str, Any]:
-        """All that its scores depend on, for caches."""
-
 
 Scorer: TypeAlias = TextScorer | HiddenScorer
 
-
-def check_reduce(reduce: str) -> str:
-    """`reduce` itself, or AnatomyError where it is not one of max, mean, sum."""
-    if reduce not in REDUCTIONS:
-        raise AnatomyError(f"reduce is {reduce!r}; allowed: {', '.join(REDUCTIONS)}.")
-    return reduce
-
-
-def reduce_tokens(scores: Tensor, reduce: str) -> float:
-    """One number from the scores (n_tokens,) of a response; 0.0 where it has no token."""
-    if not len(scores):
-        return 0.0
-    if reduce == "max":
-        return float(scores.max())
-    return float(scores.double().mean() if reduce == "mean" else scores.double().sum())
+__all__ = ["HiddenScorer", "Scorer", "TextScorer"]
