@@ -20,7 +20,7 @@ from trl_anatomy.reading.scorers.features import FeaturesScorer
 from trl_anatomy.reading.scorers.hidden import reduce_spans
 from trl_anatomy.reading.scorers.linear_probe import LinearProbe
 from trl_anatomy.reading.scorers.metrics import best_threshold, detector_metrics, roc_auc
-from trl_anatomy.reading.scorers.training import Standardised, objective
+from trl_anatomy.reading.scorers.training import EPOCHS, Standardised, objective
 
 WIDTH = 24
 
@@ -137,7 +137,8 @@ def test_defaults_are_the_published_ones() -> None:
     import inspect
 
     linear, attention = (inspect.signature(kind.fit).parameters for kind in (LinearProbe, AttentionProbe))
-    assert [linear[name].default for name in ("lr", "weight_decay", "epochs", "batch_size")] == [5e-3, 1e-3, 12, 64]
+    assert [linear[name].default for name in ("lr", "weight_decay", "batch_size")] == [5e-3, 1e-3, 64]
+    assert EPOCHS == 12
     assert [attention[name].default for name in ("lr", "weight_decay", "n_heads")] == [1e-3, 1e-3, 4]
 
 

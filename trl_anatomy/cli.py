@@ -1,4 +1,4 @@
-"""The command line: `trl-anatomy audit | plan | dpo | reward | compare | report | demo`.
+"""The command line: `trl-anatomy audit | plan | dpo | reward | fit | compare | report | demo`.
 
 Exit codes: 0 done; 2 bad input, told in one sentence on standard error; 1 anything unexpected, with its traceback;
 130 interrupted (start the same command again: finished parts are kept).
@@ -293,6 +293,88 @@ def _reward(argv: list[str]) -> int:
     return _train("reward", argv)
 
 
+# fit -----------------------------------------------------------------------------------------------------------------
+
+
+def _fit(argv: list[str]) -> int:
+    parser = _parser("fit", "trl-anatomy fit --model M --dataset refusals.jsonl --scorer probe --out concepts/refusal")
+    parser.add_argument("--model", required=True, help="start model: folder or hub name")
+    parser.add_argument(
+        "--dataset",
+        required=True,
+        help="rows with text and label, or prompt, response and label, or chosen (shows the concept) and rejected",
+    )
+    parser.add_argument("--dataset_split", default="train", help="split of the dataset (default train)")
+    parser.add_argument("--negatives", help="examples of another concept: its rows with label 1 become negatives")
+    parser.add_argument("--scorer", default="probe", help="direction, probe, attention_probe or features")
+    parser.add_argument("--layers", help="layers to try, such as 8,12,16; default: up to eight, spread evenly")
+    parser.add_argument("--sae", help="SAE to select features in: folder, or RELEASE:ID")
+    parser.add_argument("--tokens", default="response", help="response, or prompt_end: the last token before it")
+    parser.add_argument("--reduce", help="tokens to one score: max, mean, sum, last (default: the scorer's)")
+    parser.add_argument("--per", help="what probes are fitted on: response (default), token, or pair")
+    parser.add_argument("--held_out", type=float, default=0.2, help="share judged; as much again chooses the layer")
+    parser.add_argument("--max_length", type=int, default=1024, help="tokens read of prompt and response")
+    parser.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16 or float16")
+    parser.add_argument("--device", default="auto", help="auto (cuda where there is one), cpu, cuda, ...")
+    parser.add_argument("--batch_tokens", type=int, default=8192, help="tokens in one batch of the frozen pass")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", required=True, help="folder of the stored concept")
+    parser.add_argument("--json", action="store_true", help="print the card as JSON")
+    args = parser.parse_args(argv)
+
+    from .audit.config import AuditConfig
+    from .audit.run import load_dataset, load_model, load_tokenizer
+    from .reading.fit import KINDS, fit_concept, fit_report, read_examples, split_examples
+    from .reading.sae import load_sae
+
+    if args.scorer not in KINDS:
+        raise AnatomyError(
+            f"Unknown scorer '{args.scorer}'{_did_you_mean(args.scorer, KINDS)}; allowed: {', '.join(KINDS)}."
+        )
+    layers = _layers(args.layers)
+    settings = {name: value for name in ("reduce", "per") if (value := getattr(args, name)) is not None}
+    if args.per is not None and args.scorer not in ("probe", "attention_probe"):
+        raise AnatomyError("--per goes with the scorers probe and attention_probe.")
+    if (args.scorer == "features") != (args.sae is not None):
+        raise AnatomyError("--sae goes with --scorer features, which needs it.")
+    config = AuditConfig(
+        model=args.model, dataset=args.dataset, dataset_split=args.dataset_split, dtype=args.dtype, device=args.device
+    )
+    negatives = None
+    if args.negatives is not None:
+        negatives = load_dataset(dataclasses.replace(config, dataset=args.negatives))
+    examples = read_examples(
+        load_dataset(config),
+        load_tokenizer(args.model),
+        tokens=args.tokens,
+        negatives=negatives,
+        max_length=args.max_length,
+    )
+    split_examples(examples.labels, examples.groups, args.held_out, args.seed)  # refuses before weights are loaded
+    fitted = fit_concept(
+        load_model(config),
+        examples,
+        scorer=args.scorer,
+        layers=layers,
+        sae=None if args.sae is None else load_sae(args.sae),
+        held_out=args.held_out,
+        seed=args.seed,
+        batch_tokens=args.batch_tokens,
+        **settings,
+    )
+    out = fitted.scorer.save(args.out)
+    print((out / "card.json").read_text() if args.json else fit_report(fitted, out), end="")
+    return 0
+
+
+def _layers(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    if not all(word.strip().isdecimal() for word in text.split(",")):
+        raise AnatomyError(f"--layers is '{text}'; give layer numbers from 0, such as 8,12,16.")
+    return [int(word) for word in text.split(",")]
+
+
 # compare, report, demo -----------------------------------------------------------------------------------------------
 
 
@@ -371,6 +453,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "plan": (_plan, "Show what each rule of a policy would touch, before any training."),
     "dpo": (_dpo, "Train with DPO: the flags and YAML of `trl dpo`, plus a concept policy."),
     "reward": (_reward, "Train a reward model: the flags and YAML of `trl reward`, plus a concept policy."),
+    "fit": (_fit, "Learn a concept from labelled text, judge it on held-out text, and store it for policies."),
     "compare": (_compare, "Set the predicted shift beside the one that training made."),
     "report": (_report, "Rebuild or open the page of an audit."),
     "demo": (_demo, "See all of it on a small model with planted habits, in minutes on a CPU."),

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -359,6 +360,31 @@ def fit_concept(
         "layers": rows,
     }
     return Fitted(chosen, rows)
+
+
+def fit_report(fitted: Fitted, out: Path) -> str:
+    """The figures as text for a terminal: a row per layer, the recommendation, and a line for a policy."""
+    card, scorer = fitted.scorer.card, fitted.scorer
+    lines = [
+        f"{card['n_positive']} examples with the concept, {card['n_negative']} without; split by {card['split_by']}; "
+        f"held out: {card['held_out']['n']}.",
+        "",
+        f"{'layer':>5}  {'ROC-AUC to choose':>17}  {'held out: F1 (95 %)':<21}  {'ROC-AUC':<21}  PR-AUC",
+    ]
+    for row in fitted.layers:
+        judged = row["held_out"]
+        shown = [
+            f"{judged[name]:.3f} ({judged[f'{name}_low']:.3f}, {judged[f'{name}_high']:.3f})"
+            for name in ("f1", "roc_auc", "pr_auc")
+        ]
+        mark = "  <" if row["layer"] == scorer.layer else ""
+        lines.append(f"{row['layer']:>5}  {row['choice']['roc_auc']:>17.3f}  {'  '.join(shown)}{mark}")
+    lines += [
+        "",
+        f"Recommended: layer {scorer.layer}, threshold {card['threshold']:.4g}. Stored in {out}.",
+        f"In a policy: {out.name}: {{scorer: {scorer.kind}, path: {out}}}",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _part(

@@ -111,7 +111,7 @@ class AttentionProbe(HiddenScorer):
         residual: bool = False,
         lr: float = 1e-3,
         weight_decay: float = 1e-3,
-        epochs: int = 12,
+        epochs: int | None = None,
         batch_size: int = 64,
         seed: int = 0,
     ) -> "AttentionProbe":
@@ -127,7 +127,8 @@ class AttentionProbe(HiddenScorer):
             n_heads: heads.
             position: learn a position bias.
             residual: learn a linear term of the token itself.
-            lr, weight_decay, epochs, batch_size: of AdamW, on standardised dimensions.
+            lr, weight_decay, batch_size: of AdamW, on standardised dimensions.
+            epochs: passes; None means 12, or as many as make 300 steps.
             seed: of the first weights and of the order of the batches.
 
         Raises:

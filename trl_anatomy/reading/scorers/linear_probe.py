@@ -59,7 +59,7 @@ class LinearProbe(HiddenScorer):
         per: str = "response",
         lr: float = 5e-3,
         weight_decay: float = 1e-3,
-        epochs: int = 12,
+        epochs: int | None = None,
         batch_size: int = 64,
         seed: int = 0,
     ) -> "LinearProbe":
@@ -72,7 +72,8 @@ class LinearProbe(HiddenScorer):
             layer: layer that `hidden` is the output of.
             reduce: of the scorer.
             per: ``"response"``, ``"token"`` or ``"pair"`` (`training.objective`).
-            lr, weight_decay, epochs, batch_size, seed: of AdamW, on standardised dimensions.
+            lr, weight_decay, batch_size, seed: of AdamW, on standardised dimensions.
+            epochs: passes; None means 12, or as many as make 300 steps.
 
         Raises:
             AnatomyError: one label only, pairs not in turn, hidden states that are not finite.

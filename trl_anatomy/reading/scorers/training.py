@@ -11,6 +11,9 @@ from torch import Tensor
 from ...errors import AnatomyError
 from .hidden import reduce_spans
 
+EPOCHS = 12
+_LEAST_STEPS = 300  # a dozen passes over a few texts would hardly leave the start
+
 OBJECTIVES = ("response", "token", "pair")
 _FLOOR = 1e-6  # of a dimension's standard deviation, as a share of the largest: a constant dimension says nothing
 
@@ -96,7 +99,7 @@ def descend(
     reduce: str,
     lr: float,
     weight_decay: float,
-    epochs: int,
+    epochs: int | None,
     batch_size: int,
     seed: int,
 ) -> None:
@@ -108,7 +111,8 @@ def descend(
         data: the spans.
         labels: (n_spans,) bool.
         per, reduce: as in `objective`; the positive weight is n⁻/n⁺, counted in what the objective sums over.
-        lr, weight_decay, epochs: of AdamW; the rate falls linearly to zero.
+        lr, weight_decay: of AdamW; the rate falls linearly to zero.
+        epochs: passes; None means 12, or as many as make 300 steps.
         batch_size: spans (or pairs) of one step.
         seed: of the order of the batches.
 
@@ -125,12 +129,13 @@ def descend(
     if not n_positive or not n_negative:
         raise AnatomyError(f"All examples are labelled {int(n_positive > 0)}; a probe needs both labels.")
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
-    n_steps = epochs * -(-len(wanted) // (batch_size * (2 if per == "pair" else 1)))
-    # At a constant rate, steps of Adam keep small weights trembling by about the rate itself.
-    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, total_iters=n_steps)
-    rng = np.random.default_rng(seed)
     units = np.arange(len(wanted)).reshape(-1, 2 if per == "pair" else 1)
-    for _ in range(epochs):
+    per_epoch = -(-len(units) // batch_size)
+    n_epochs = max(EPOCHS, -(-_LEAST_STEPS // per_epoch)) if epochs is None else epochs
+    # At a constant rate, steps of Adam keep small weights trembling by about the rate itself.
+    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, total_iters=n_epochs * per_epoch)
+    rng = np.random.default_rng(seed)
+    for _ in range(n_epochs):
         order = units[rng.permutation(len(units))]
         for start in range(0, len(order), batch_size):
             spans = order[start : start + batch_size].ravel()
