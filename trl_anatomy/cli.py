@@ -176,6 +176,7 @@ def _plan(argv: list[str]) -> int:
     from .audit.folder import load_audit
     from .audit.reopen import reopen
     from .reading.score import score_pairs
+    from .shaping.given import residualised
     from .shaping.plan import plan_json, plan_policy, plan_report
     from .shaping.policy import ConceptPolicy
     from .shaping.resolve import check_policy
@@ -188,7 +189,7 @@ def _plan(argv: list[str]) -> int:
     # A policy of text rules needs no model at all.
     model = source.model if any(spec.scorer != "text" for spec in policy.used.values()) else None
     scorers = policy.scorers(audit=audit, model=model)
-    scores = score_pairs(source.pairs, scorers, model, cache_dir=audit.path / "scores")
+    scores = residualised(policy, score_pairs(source.pairs, scorers, model, cache_dir=audit.path / "scores"))
     plan = plan_policy(policy, source.pairs, scores, audit=audit)
     print(json.dumps(plan_json(plan), indent=2) if args.json else plan_report(plan))
     return 0

@@ -119,6 +119,14 @@ def _pattern(value: Any) -> str:
     return value
 
 
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(item, str) for item in value):
+        raise ValueError
+    if len(set(value)) < len(value):
+        raise ValueError("A name occurs twice.")
+    return tuple(value)
+
+
 def _scalar(value: Any) -> str | int | float | bool | None:
     if value is not None and not isinstance(value, str | int | float):
         raise ValueError
@@ -159,5 +167,6 @@ LAYER = Field("a layer number, counted from 0", _whole)
 FEATURES = Field("a list of feature numbers, counted from 0, each once", _features)
 TEXT = Field("text", _text)
 PATTERN = Field("a regular expression (text that is not empty)", _pattern)
+NAMES = Field("a list of names of concepts, each once", _names)
 SCALAR = Field("text, a number, true, false or null", _scalar)
 SCALARS = Field("a list of text, numbers, true, false or null", _scalars)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AnatomyError
-from .fields import FEATURES, LAYER, PATTERN, TEXT, Field, found, name_like, one_of
+from .fields import FEATURES, LAYER, NAMES, PATTERN, TEXT, Field, found, name_like, one_of
 from .interventions import LATER as VERBS_LATER
 from .interventions import VERBS, Intervention
 from .located import Located, PolicyError, Problems, from_python, read_file
@@ -61,6 +61,7 @@ class ConceptSpec:
         layer: hidden-state scorers: layer read, from 0; None takes the SAE's, the audit's or the stored one.
         reduce: hidden-state scorers: tokens of a response to one score: "max", "mean", "sum" or "last"; None takes
             the stored one, else "max".
+        given: names of concepts; the score is what a linear fit on theirs leaves (`given.residualised`).
     """
 
     name: str
@@ -73,6 +74,7 @@ class ConceptSpec:
     path: str | None = None
     layer: int | None = None
     reduce: str | None = None
+    given: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -140,9 +142,10 @@ class ConceptPolicy:
 
     @property
     def used(self) -> dict[str, ConceptSpec]:
-        """The concepts that a rule acts on, in the order of the policy."""
+        """The concepts that a rule acts on, and those they are given, in the order of the policy."""
         acted_on = {rule.concept for rule in self.rules}
-        return {name: spec for name, spec in self.concepts.items() if name in acted_on}
+        asked = acted_on | {other for name in acted_on for other in self.concepts[name].given}
+        return {name: spec for name, spec in self.concepts.items() if name in asked}
 
     def place(self, path: str) -> str:
         """Where a key stands (or what holds it, if it is not written), as errors begin: `policy.yaml:12: rules[0]`."""
@@ -191,9 +194,12 @@ class _Reader:
         given = entries.get("concepts", Located(None))
         if given.value is not None:
             allowed = "a mapping of concept names to {scorer: ...}"
-            for name, value in (self.problems.mapping(given, "concepts", allowed) or {}).items():
+            named = self.problems.mapping(given, "concepts", allowed) or {}
+            for name, value in named.items():
                 self.problems.read(Located(name, value.key_line), "concepts", _NAME)
                 concepts[name] = self.concept(name, value)
+            for name, value in named.items():
+                self.given(name, value, concepts)
         rules: list[tuple[int, Located, Intervention]] = []
         listed = entries.get("rules", Located(None))
         if isinstance(listed.value, list):
@@ -251,8 +257,8 @@ class _Reader:
             self.problems.unknown(scorer.line, f"{path}.scorer", scorer.plain(), SCORERS)
             return None
         allowed = SCORERS[scorer.value]
-        self.known(entries, path, ["scorer", *allowed])
-        values = self.values(entries, path, allowed)
+        self.known(entries, path, ["scorer", *allowed, "given"])
+        values = self.values(entries, path, {**allowed, "given": NAMES})
         if "sae" in entries:
             values["sae"] = self.sae(entries["sae"], f"{path}.sae")
         needed = ["pattern"] if scorer.value == "text" else ["path"]
@@ -273,6 +279,17 @@ class _Reader:
             if values.get(key) is not None:
                 values[key] = self.resolved(values[key])
         return ConceptSpec(name=name, scorer=scorer.value, **values)
+
+    def given(self, name: str, value: Located, concepts: Mapping[str, ConceptSpec | None]) -> None:
+        """Note concepts that one is given and that are not there, or are the concept itself."""
+        spec = concepts[name]
+        path = f"concepts.{name[:100]}.given"
+        for other in () if spec is None else spec.given:
+            line = value.value["given"].line
+            if other == name:
+                self.problems.add(line, path, f"found {other!r}, the concept itself, allowed: other concepts.")
+            elif other not in concepts:
+                self.problems.unknown(line, path, other, concepts, "the concept ")
 
     def sae(self, value: Located, path: str) -> dict[str, str] | None:
         allowed = SCORERS["features"]["sae"].allowed

@@ -274,6 +274,7 @@ def _plan(
     """The plan, and for each concept that a rule shapes its score gaps over the raw rows (0 where a row has none)."""
     from ..reading.score import score_pairs
     from ..reading.spans import read_pairs
+    from ..shaping.given import residualised
     from ..shaping.plan import plan_policy
 
     pairs = read_pairs(
@@ -288,7 +289,7 @@ def _plan(
     reads_hidden = any(spec.scorer != "text" for spec in policy.used.values())
     model = start.model if reads_hidden else None
     scorers = policy.scorers(audit=audit, model=model)
-    scores = score_pairs(pairs, scorers, model, cache_dir=_beside(dataset))
+    scores = residualised(policy, score_pairs(pairs, scorers, model, cache_dir=_beside(dataset)))
     plan = plan_policy(policy, pairs, scores, audit=audit)
 
     gaps: dict[str, np.ndarray] = {}
