@@ -167,7 +167,7 @@ def test_every_kind_is_fitted_judged_stored_and_used(kind: str, model: Any, sae_
     examples = read(as_responses(200))
     settings: dict[str, Any] = {"sae": load_sae(sae_folder)} if kind == "features" else {"layers": [1, 2]}
     if kind == "attention_probe":
-        settings["epochs"] = 60
+        settings |= {"epochs": 15, "lr": 1e-2}
     state = torch.get_rng_state()
     fitted = fit_concept(model, examples, scorer=kind, reduce="mean", progress=False, **settings)
     assert torch.equal(state, torch.get_rng_state())
@@ -280,7 +280,8 @@ def test_the_command_refuses_in_one_sentence(folder: Path, capsys: Any) -> None:
         ("texts", ("--layers", "1,b"), "--layers is '1,b'"),
         ("texts", ("--layers", "9"), "Layer 9 is out of range"),
         ("texts", ("--scorer", "features"), "--sae goes with"),
-        ("texts", ("--scorer", "direction", "--per", "token"), "--per goes with"),
+        ("texts", ("--scorer", "features", "--sae", "s", "--per", "token"), "--per goes with"),
+        ("texts", ("--scorer", "direction", "--per", "pair"), "per is 'pair'; allowed for a direction"),
         ("texts", ("--reduce", "median"), "reduce is 'median'"),
         ("nothing", (), "no such file"),
     ):

@@ -67,6 +67,10 @@ def test_the_direction_is_the_difference_of_means() -> None:
     found = DirectionScorer.fit(states, bounds, labels, layer=3, reduce="mean")
     np.testing.assert_allclose(found.vector.numpy(), wanted / np.linalg.norm(wanted), rtol=1e-5, atol=1e-7)
     assert (found.layer, found.reduce) == (3, "mean")
+    per_response = DirectionScorer.fit(states, bounds, labels, layer=3, per="response").vector.numpy()
+    means = reduce_columns(states.double(), bounds)
+    wanted = means[labels].mean(0) - means[~labels].mean(0)
+    np.testing.assert_allclose(per_response, wanted / np.linalg.norm(wanted), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("per", ["token", "response"])
@@ -128,7 +132,7 @@ def test_pairs_are_fitted_on_their_margin() -> None:
         np.concatenate([gaps, -gaps]), np.repeat([1, 0], 200)
     )
     found = LinearProbe.fit(
-        states, bounds, labels, layer=0, per="pair", weight_decay=0.0, epochs=3000, batch_size=200, lr=1e-2
+        states, bounds, labels, layer=0, per="pair", weight_decay=0.0, epochs=1500, batch_size=200, lr=1e-2
     )
     np.testing.assert_allclose(found.tensors["weight"].numpy(), wanted.coef_[0], atol=5e-3)
 
@@ -161,7 +165,7 @@ def naive(keys: Tensor, values: Tensor) -> Tensor:
     return (weights * values[:, None]).sum(dim=2)
 
 
-@pytest.mark.parametrize("length", [1, 31, 32, 33, 150])
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 150])
 @pytest.mark.parametrize("spread", [1.0, 300.0])
 def test_the_causal_average_is_the_plain_one(length: int, spread: float) -> None:
     """Values and gradients in float64, also where the largest key comes late and dwarfs all before it."""
@@ -227,7 +231,7 @@ def test_the_attention_probe_finds_one_telling_token() -> None:
     places = rng.integers(0, length, n)
     states[labels, places[labels], :2] += 5
     flat, bounds = torch.from_numpy(states.reshape(-1, WIDTH)).float(), list(range(0, n * length + 1, length))
-    probe = AttentionProbe.fit(flat, bounds, labels, layer=0, epochs=60, lr=5e-3)
+    probe = AttentionProbe.fit(flat, bounds, labels, layer=0, epochs=40, lr=1e-2)
     fresh = rng.normal(size=(200, length, WIDTH))
     shown = np.arange(200) % 2 == 0
     fresh[shown, 10, :2] += 5
@@ -309,7 +313,7 @@ def test_intervals_are_those_of_a_plain_bootstrap() -> None:
     labels = rng.random(120) < 0.4
     scores = rng.normal(size=120) + labels
     found = detector_metrics(scores, labels, 0.5, resamples=2000)
-    draws = rng.integers(0, 120, (700, 120))
+    draws = rng.integers(0, 120, (400, 120))
     wanted = {
         "roc_auc": [roc_auc_score(labels[d], scores[d]) for d in draws],
         "pr_auc": [average_precision_score(labels[d], scores[d]) for d in draws],
@@ -317,8 +321,8 @@ def test_intervals_are_those_of_a_plain_bootstrap() -> None:
     }
     for name, values in wanted.items():
         low, high = np.percentile(values, [2.5, 97.5])
-        assert found[f"{name}_low"] == pytest.approx(low, abs=0.02)
-        assert found[f"{name}_high"] == pytest.approx(high, abs=0.02)
+        assert found[f"{name}_low"] == pytest.approx(low, abs=0.025)
+        assert found[f"{name}_high"] == pytest.approx(high, abs=0.025)
 
 
 def test_examples_of_a_group_are_drawn_together() -> None:

@@ -312,7 +312,9 @@ def _fit(argv: list[str]) -> int:
     parser.add_argument("--sae", help="SAE to select features in: folder, or RELEASE:ID")
     parser.add_argument("--tokens", default="response", help="response, or prompt_end: the last token before it")
     parser.add_argument("--reduce", help="tokens to one score: max, mean, sum, last (default: the scorer's)")
-    parser.add_argument("--per", help="what probes are fitted on: response (default), token, or pair")
+    parser.add_argument(
+        "--per", help="what is fitted on: response, token (the default of a direction), or pair (probes)"
+    )
     parser.add_argument("--held_out", type=float, default=0.2, help="share judged; as much again chooses the layer")
     parser.add_argument("--max_length", type=int, default=1024, help="tokens read of prompt and response")
     parser.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16 or float16")
@@ -334,8 +336,8 @@ def _fit(argv: list[str]) -> int:
         )
     layers = _layers(args.layers)
     settings = {name: value for name in ("reduce", "per") if (value := getattr(args, name)) is not None}
-    if args.per is not None and args.scorer not in ("probe", "attention_probe"):
-        raise AnatomyError("--per goes with the scorers probe and attention_probe.")
+    if args.per is not None and args.scorer == "features":
+        raise AnatomyError("--per goes with directions and probes.")
     if (args.scorer == "features") != (args.sae is not None):
         raise AnatomyError("--sae goes with --scorer features, which needs it.")
     config = AuditConfig(

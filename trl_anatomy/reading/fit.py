@@ -284,6 +284,7 @@ def fit_concept(
     scorer: str = "probe",
     layers: Sequence[int] | None = None,
     sae: SAE | None = None,
+    read: tuple[Mapping[int, Tensor], np.ndarray] | None = None,
     held_out: float = 0.2,
     seed: int = 0,
     batch_tokens: int = 8192,
@@ -301,6 +302,7 @@ def fit_concept(
         scorer: ``"direction"``, ``"probe"``, ``"attention_probe"`` or ``"features"``.
         layers: layers to try, from 0; None for `default_layers`, or the SAE's.
         sae: for ``"features"``.
+        read: what `read_hidden` gave for these examples, so that one pass serves several scorers and labels.
         held_out: share of the examples held out, and again for the choice.
         seed: of the split, of the probe and of the bootstrap.
         batch_tokens: padded tokens of one forward pass.
@@ -324,11 +326,13 @@ def fit_concept(
         settings["sae"] = sae
     elif scorer != "direction":
         settings["seed"] = seed
-    if settings.get("per") == "pair" and not examples.paired:
+    if settings.get("per") == "pair" and scorer != "direction" and not examples.paired:
         raise AnatomyError("per: pair needs labelled pairs: rows with chosen and rejected.")
     tried = sorted(set(layers)) if layers else default_layers(model)
     part = split_examples(examples.labels, examples.groups, held_out, seed)
-    hidden, bounds = read_hidden(model, examples, tried, batch_tokens=batch_tokens, progress=progress)
+    if read is None:
+        read = read_hidden(model, examples, tried, batch_tokens=batch_tokens, progress=progress)
+    hidden, bounds = read
 
     rows: list[dict[str, Any]] = []
     fitted: dict[int, HiddenScorer] = {}

@@ -11,7 +11,7 @@ from ...errors import AnatomyError
 from .hidden import HiddenScorer, pad_spans
 from .training import Standardised, descend
 
-_CHUNK = 32  # tokens whose mutual weights are held at a time
+_CHUNK = 16  # tokens whose mutual weights are held at a time
 _POSITION_UNIT = 100  # tokens over which a position bias of 1 changes a weight by a factor of e
 
 
@@ -19,7 +19,7 @@ def causal_average(keys: Tensor, values: Tensor) -> Tensor:
     """``out_i = Σ_{j≤i} softmax_{j≤i}(keys_j) · values_j``, for each head.
 
     The weights depend on j alone, so the sums up to i follow from those up to the chunk before: memory grows with L
-    (times 32), not with L². Every chunk is taken relative to the largest key so far, so no exponential overflows, and
+    (times 16), not with L². Every chunk is taken relative to the largest key so far, so no exponential overflows, and
     none that counts vanishes.
 
     Args:

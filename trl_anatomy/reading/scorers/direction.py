@@ -48,9 +48,16 @@ class DirectionScorer(HiddenScorer):
 
     @classmethod
     def fit(
-        cls, hidden: Tensor, bounds: Sequence[int], labels: np.ndarray, *, layer: int, reduce: str = "max"
+        cls,
+        hidden: Tensor,
+        bounds: Sequence[int],
+        labels: np.ndarray,
+        *,
+        layer: int,
+        reduce: str = "max",
+        per: str = "token",
     ) -> "DirectionScorer":
-        """The difference of mean hidden states over the tokens of the two classes.
+        """The difference of mean hidden states of the two classes.
 
         Args:
             hidden: (n_tokens, d_model) in any precision, spans end to end.
@@ -58,10 +65,19 @@ class DirectionScorer(HiddenScorer):
             labels: (n_spans,) bool.
             layer: layer that `hidden` is the output of.
             reduce: of the scorer.
+            per: ``"token"``: means over tokens; ``"response"``: over the means of spans, so that long ones count no
+                more than short ones.
 
         Raises:
-            AnatomyError: a class without tokens, or two equal means.
+            AnatomyError: a class without tokens, two equal means, or another `per`.
         """
+        if per not in ("token", "response"):
+            raise AnatomyError(f"per is {per!r}; allowed for a direction: token, response.")
+        if per == "response":
+            spans = [i for i in range(len(labels)) if bounds[i + 1] > bounds[i]]
+            means = [hidden[bounds[i] : bounds[i + 1]].double().mean(dim=0) for i in spans]
+            hidden = torch.stack(means) if means else hidden[:0]
+            labels, bounds = np.asarray(labels)[spans], range(len(spans) + 1)
         token_labels = np.repeat(np.asarray(labels, bool), np.diff(bounds))
         sums = torch.zeros(2, hidden.shape[1], dtype=torch.float64)
         for start in range(0, len(hidden), 8192):  # by parts: float64 of all tokens would need too much memory
@@ -71,5 +87,5 @@ class DirectionScorer(HiddenScorer):
         counts = np.array([(~token_labels).sum(), token_labels.sum()])
         if not counts.all():
             raise AnatomyError(f"No token is labelled {int(counts[0] > 0)}; a direction needs both labels.")
-        means = sums / torch.from_numpy(counts)[:, None]
-        return cls(means[1] - means[0], layer, reduce)
+        negative, positive = sums / torch.from_numpy(counts)[:, None]
+        return cls(positive - negative, layer, reduce)
