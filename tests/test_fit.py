@@ -273,6 +273,27 @@ def test_the_command_stores_a_concept_and_tells_how_good_it_is(folder: Path, cap
     assert (printed["kind"], printed["reduce"], len(printed["layers"])) == ("direction", "mean", 4)
 
 
+DOSE = ("--dose_prompts", "texts.jsonl", "--dose_pattern", "Z")
+
+
+def test_the_command_steers_by_what_it_fitted(folder: Path, capsys: Any) -> None:
+    Dataset.from_dict({"prompt": ["Why?", "No."]}).to_json(str(folder / "prompts.jsonl"))
+    steer = (
+        "--dose=0,4",
+        "--dose_prompts",
+        str(folder / "prompts.jsonl"),
+        "--dose_pattern",
+        "a",
+        "--max_new_tokens",
+        "3",
+    )
+    assert fit(folder, "texts", "--scorer", "direction", "--layers", "1", *steer) == 0
+    assert "Steering by it:" in capsys.readouterr().out
+    curve = json.loads((folder / "out" / "card.json").read_text())["dose_response"]
+    assert [row["strength"] for row in curve] == [0.0, 4.0]
+    assert all(0 <= row["rate"] <= 1 and row["n"] == 2 for row in curve)
+
+
 def test_the_command_refuses_in_one_sentence(folder: Path, capsys: Any) -> None:
     for data, more, message in (
         ("one", (), "Only 0 examples are labelled 0"),
@@ -284,6 +305,8 @@ def test_the_command_refuses_in_one_sentence(folder: Path, capsys: Any) -> None:
         ("texts", ("--scorer", "direction", "--per", "pair"), "per is 'pair'; allowed for a direction"),
         ("texts", ("--reduce", "median"), "reduce is 'median'"),
         ("nothing", (), "no such file"),
+        ("texts", ("--dose=1",), "go together, and with --scorer direction"),
+        ("texts", (*DOSE, "--dose=1,b", "--scorer", "direction"), "--dose is '1,b'"),
     ):
         assert fit(folder, data, *more) == 2
         assert message in capsys.readouterr().err

@@ -102,6 +102,17 @@ def dose_response(
     return rows
 
 
+def dose_report(rows: Sequence[dict[str, float]]) -> str:
+    """The curve as text for a terminal; nothing for no rows."""
+    if not rows:
+        return ""
+    lines = ["", "Steering by it:", "strength  rate (95 %)          perplexity"]
+    for row in rows:
+        interval = f"({row['rate_low']:.2f}, {row['rate_high']:.2f})"
+        lines.append(f"{row['strength']:>8g}  {row['rate']:.2f} {interval:<16} {row['perplexity']:>10.1f}")
+    return "\n".join(lines) + "\n"
+
+
 def perplexity(
     model: Any,
     tokenizer: Any,
