@@ -244,8 +244,8 @@ def test_batches_are_of_similar_length_and_bounded() -> None:
 def test_texts_are_read_in_batches() -> None:
     model = tiny_model("gpt2")
     texts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
-    found = dict(read_texts(model, texts, 1, pad_token_id=0, batch_tokens=8))
+    found = dict(read_texts(model, texts, [0, 1], pad_token_id=0, batch_tokens=8))
     for i, ids in enumerate(texts):
         with torch.no_grad():
             states = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[2][0]
-        torch.testing.assert_close(found[i], states, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[i][1], states, rtol=1e-5, atol=1e-5)

@@ -114,9 +114,10 @@ BAD: dict[str, tuple[str, list[tuple[int, str, list[str]]]]] = {
     "concept is text": ("concepts:\n  a: b\n", [(2, "concepts.a", ["'b'", "scorer"])]),
     "no scorer": ("concepts:\n  a: {pattern: b}\n", [(2, "concepts.a", ["scorer", "text, features, direction"])]),
     "scorer typo": ("concepts:\n  a: {scorer: txt}\n", [(2, "concepts.a.scorer", ["'txt'", "mean 'text'"])]),
-    "scorer later": (
-        "concepts:\n  a: {scorer: probe}\n",
-        [(2, "concepts.a.scorer", ["not available in this version"])],
+    "probe without a path": ("concepts:\n  a: {scorer: probe}\n", [(2, "concepts.a", ["no key 'path'"])]),
+    "stored features and their numbers": (
+        "concepts:\n  a: {scorer: features, path: p, features: [1]}\n",
+        [(2, "concepts.a.features", ["beside path", "{path}"])],
     ),
     "scorer list": ("concepts:\n  a: {scorer: [x]}\n", [(2, "concepts.a.scorer", ["a list"])]),
     "no pattern": ("concepts:\n  a: {scorer: text}\n", [(2, "concepts.a", ["'pattern'"])]),

@@ -1,6 +1,5 @@
 """Scorers score what they say, in one frozen pass, and a cache never answers for something else."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,7 @@ from trl_anatomy.reading import score as score_module
 from trl_anatomy.reading.sae import SAE
 from trl_anatomy.reading.score import score_pairs
 from trl_anatomy.reading.scorers import Scorer
-from trl_anatomy.reading.scorers.direction import (
-    DirectionScorer,
-    detector_metrics,
-    difference_of_means,
-    fit_direction,
-)
+from trl_anatomy.reading.scorers.direction import DirectionScorer
 from trl_anatomy.reading.scorers.features import FeaturesScorer
 from trl_anatomy.reading.scorers.text import TextScorer
 from trl_anatomy.reading.spans import Pairs, read_pairs
@@ -114,6 +108,36 @@ def test_one_pass_serves_all_concepts_and_the_cache_the_next(
     assert np.array_equal(repaired.gap("c"), first.gap("c"))
 
 
+def test_an_interrupted_pass_goes_on_where_it_stopped(
+    model: Any, pairs: Pairs, tmp_path: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> Any:
+        scorers: dict[str, Scorer] = {"a": DirectionScorer(VECTOR, 1), "b": DirectionScorer(-VECTOR, 2, "mean")}
+        return score_pairs(pairs, scorers, model, cache_dir=tmp_path, progress=False, batch_tokens=120)
+
+    read_spans = score_module.read_spans
+
+    def interrupted(model: Any, pairs: Pairs, indices: list[int], layers: list[int]) -> Any:
+        if sum(passes) >= 4:
+            raise KeyboardInterrupt
+        return read_spans(model, pairs, indices, layers)
+
+    monkeypatch.setattr(score_module, "_SAVE_SECONDS", -1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(score_module, "read_spans", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    done = sum(passes)
+    assert 4 <= done < len(pairs)
+    resumed = run()
+    assert sum(passes) == len(pairs)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    whole = run()
+    for name in "ab":
+        np.testing.assert_allclose(resumed.gap(name), whole.gap(name), rtol=1e-5, atol=1e-5)
+
+
 def test_the_cache_depends_on_everything(
     model: Any, pairs: Pairs, tmp_path: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,7 +199,7 @@ def test_scorers_that_do_not_fit_name_the_concept(model: Any, pairs: Pairs, pass
         FeaturesScorer(SAE(tiny_sae()), [], layer=1)
     with pytest.raises(AnatomyError, match="give layer"):
         FeaturesScorer(SAE(tiny_sae()), [1])
-    with pytest.raises(AnatomyError, match="reduce is 'median'; allowed: max, mean, sum"):
+    with pytest.raises(AnatomyError, match="reduce is 'median'; allowed: max, mean, sum, last"):
         DirectionScorer(VECTOR, 0, "median")
     with pytest.raises(AnatomyError, match="not zero"):
         DirectionScorer(torch.zeros(32), 0)
@@ -189,98 +213,3 @@ def test_scores_that_are_not_finite_are_refused(pairs: Pairs) -> None:
         AnatomyError, match=r"concept 'c': its score of the \w+ response of dataset row \d is not finite"
     ):
         score_pairs(pairs, {"c": DirectionScorer(VECTOR, 1)}, broken, progress=False)
-
-
-def test_difference_of_means_is_the_closed_form() -> None:
-    generator = torch.Generator().manual_seed(0)
-    positive, negative = torch.randn(50, 6, generator=generator) + 1, torch.randn(30, 6, generator=generator)
-    wanted = positive.double().numpy().mean(0) - negative.double().numpy().mean(0)
-    found = difference_of_means(positive, negative).numpy()
-    np.testing.assert_allclose(found, wanted / np.linalg.norm(wanted), rtol=1e-12)
-
-
-def labelled_texts(n: int = 40) -> tuple[list[str], list[bool]]:
-    rng = np.random.default_rng(0)
-    words = ["cat", "sky", "river", "story", "long", "air", "true"]
-    texts, labels = [], []
-    for i in range(n):
-        text = " ".join(rng.choice(words, 6))
-        texts.append(text + (" **bold** !!" * 4 if i % 2 else ""))
-        labels.append(bool(i % 2))
-    return texts, labels
-
-
-def test_fit_direction_is_the_difference_of_means(model: Any) -> None:
-    tokenizer = build_tokenizer()
-    texts = ["a **bold** cat", "the sky"] * 4  # copies, so that the held-out part leaves the means as they are
-    scorer = fit_direction(model, tokenizer, texts, [1, 0] * 4, layer=1, batch_tokens=40)
-    means = []
-    for text in texts[:2]:
-        ids = tokenizer(text, return_tensors="pt")["input_ids"]
-        with torch.no_grad():
-            means.append(tiny_model().double()(ids, output_hidden_states=True).hidden_states[2][0, 1:].mean(0).numpy())
-    wanted = (means[0] - means[1]) / np.linalg.norm(means[0] - means[1])
-    np.testing.assert_allclose(scorer.vector.numpy(), wanted, rtol=1e-3, atol=1e-5)
-    assert float(scorer.vector.norm()) == pytest.approx(1, abs=1e-6)
-
-
-def test_fit_direction_measures_itself_on_held_out_texts(model: Any) -> None:
-    texts, labels = labelled_texts()
-    state = torch.get_rng_state()
-    fitted = [fit_direction(model, build_tokenizer(), texts, labels, layer=1, reduce="mean") for _ in range(2)]
-    assert torch.equal(state, torch.get_rng_state())
-    assert fitted[0].key() == fitted[1].key()
-    assert fitted[0].card["held_out"]["n"] == 8
-    assert fitted[0].card["held_out"]["roc_auc"] > 0.9
-    shuffled = [labels[i] for i in np.random.default_rng(1).permutation(len(labels))]
-    noise = fit_direction(model, build_tokenizer(), texts, shuffled, layer=1, reduce="mean", held_out=0.5)
-    assert noise.card["held_out"]["roc_auc"] < 0.8
-
-
-def test_fit_direction_refuses_too_little(model: Any) -> None:
-    with pytest.raises(AnatomyError, match="Only 1 texts are labelled 1"):
-        fit_direction(model, build_tokenizer(), ["a", "b", "c"], [0, 0, 1], layer=1)
-    with pytest.raises(AnatomyError, match="3 texts but 2 labels"):
-        fit_direction(model, build_tokenizer(), ["a", "b", "c"], [0, 1], layer=1)
-    with pytest.raises(AnatomyError, match="Layer 7 is out of range"):
-        fit_direction(model, build_tokenizer(), ["a", "b"], [0, 1], layer=7)
-
-
-def test_detector_metrics_are_sklearns() -> None:
-    labels = np.array([0, 0, 1, 1, 1, 0], bool)
-    scores = np.array([0.1, 0.4, 0.35, 0.8, 0.9, 0.7])
-    metrics = detector_metrics(scores, labels)
-    assert metrics["roc_auc"] == pytest.approx(7 / 9)
-    best = max(2 * (labels & (scores >= t)).sum() / (labels.sum() + (scores >= t).sum()) for t in scores)
-    assert metrics["f1"] == pytest.approx(best)
-    chosen = scores >= metrics["threshold"]
-    assert 2 * (labels & chosen).sum() / (labels.sum() + chosen.sum()) == pytest.approx(best)
-
-
-def test_stored_directions_come_back(model: Any, tmp_path: Path) -> None:
-    texts, labels = labelled_texts(12)
-    scorer = fit_direction(model, build_tokenizer(), texts, labels, layer=2, reduce="mean")
-    scorer.save(tmp_path)
-    loaded = DirectionScorer.load(tmp_path)
-    assert loaded.key() == scorer.key()
-    assert torch.equal(loaded.vector, scorer.vector)
-    assert loaded.card["held_out"] == scorer.card["held_out"]
-    assert DirectionScorer.load(tmp_path, reduce="max").reduce == "max"
-    loaded.check(model)
-    with pytest.warns(UserWarning, match="other weights"):
-        loaded.check(tiny_model(seed=1))
-    with pytest.raises(AnatomyError, match=r"layer is 1, but the direction .* fitted at layer 2"):
-        DirectionScorer.load(tmp_path, layer=1)
-    card = json.loads((tmp_path / "card.json").read_text())
-    (tmp_path / "card.json").write_text(json.dumps({**card, "d_model": 48}))
-    with pytest.raises(AnatomyError, match="says d_model 48, the stored direction has width 32"):
-        DirectionScorer.load(tmp_path)
-    (tmp_path / "card.json").write_text("{}")
-    with pytest.raises(AnatomyError, match="not the card of a direction"):
-        DirectionScorer.load(tmp_path)
-    (tmp_path / "direction.safetensors").write_bytes(b"x")
-    with pytest.raises(AnatomyError, match="cannot be read"):
-        DirectionScorer.load(tmp_path)
-    (tmp_path / "card.json").unlink()
-    with pytest.raises(AnatomyError, match=r"No direction in .*: card\.json not found"):
-        DirectionScorer.load(tmp_path)

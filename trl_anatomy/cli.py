@@ -1,4 +1,4 @@
-"""The command line: `trl-anatomy audit | plan | dpo | reward | compare | report | demo`.
+"""The command line: `trl-anatomy audit | plan | dpo | reward | fit | compare | report | demo`.
 
 Exit codes: 0 done; 2 bad input, told in one sentence on standard error; 1 anything unexpected, with its traceback;
 130 interrupted (start the same command again: finished parts are kept).
@@ -11,9 +11,10 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -289,6 +290,139 @@ def _reward(argv: list[str]) -> int:
     return _train("reward", argv)
 
 
+# fit -----------------------------------------------------------------------------------------------------------------
+
+
+def _fit(argv: list[str]) -> int:
+    parser = _parser("fit", "trl-anatomy fit --model M --dataset refusals.jsonl --scorer probe --out concepts/refusal")
+    parser.add_argument("--model", required=True, help="start model: folder or hub name")
+    parser.add_argument(
+        "--dataset",
+        required=True,
+        help="rows with text and label, or prompt, response and label, or chosen (shows the concept) and rejected",
+    )
+    parser.add_argument("--dataset_split", default="train", help="split of the dataset (default train)")
+    parser.add_argument("--negatives", help="examples of another concept: its rows with label 1 become negatives")
+    parser.add_argument("--scorer", default="probe", help="direction, probe, attention_probe or features")
+    parser.add_argument("--layers", help="layers to try, such as 8,12,16; default: up to eight, spread evenly")
+    parser.add_argument("--sae", help="SAE to select features in: folder, or RELEASE:ID")
+    parser.add_argument("--tokens", default="response", help="response, or prompt_end: the last token before it")
+    parser.add_argument("--reduce", help="tokens to one score: max, mean, sum, last (default: the scorer's)")
+    parser.add_argument(
+        "--per", help="what is fitted on: response, token (the default of a direction), or pair (probes)"
+    )
+    parser.add_argument("--held_out", type=float, default=0.2, help="share judged; as much again chooses the layer")
+    parser.add_argument("--max_length", type=int, default=1024, help="tokens read of prompt and response")
+    parser.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16 or float16")
+    parser.add_argument("--device", default="auto", help="auto (cuda where there is one), cpu, cuda, ...")
+    parser.add_argument("--batch_tokens", type=int, default=8192, help="tokens in one batch of the frozen pass")
+    parser.add_argument("--dose", help="steer by the direction: strengths to try, such as --dose=-8,-4,0,4,8")
+    parser.add_argument("--dose_prompts", help="file with a 'prompt' column, for --dose")
+    parser.add_argument("--dose_pattern", help="regular expression that tells which steered responses show the concept")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="length of a steered response (default 64)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", required=True, help="folder of the stored concept")
+    parser.add_argument("--json", action="store_true", help="print the card as JSON")
+    args = parser.parse_args(argv)
+
+    with redirect_stdout(sys.stderr):  # some libraries print notes, which would spoil the JSON
+        card, shown = _fitted(args)
+    print(card if args.json else shown, end="")
+    return 0
+
+
+def _fitted(args: argparse.Namespace) -> tuple[str, str]:
+    """Fit and store as the arguments say; the card as JSON and the figures as text."""
+    import numpy as np
+
+    from .audit.config import AuditConfig
+    from .audit.run import load_dataset, load_model, load_tokenizer
+    from .checking.dose import dose_report, dose_response
+    from .reading.fit import KINDS, fit_concept, fit_report, read_examples, split_examples
+    from .reading.sae import load_sae
+    from .reading.scorers.direction import DirectionScorer
+
+    if args.scorer not in KINDS:
+        raise AnatomyError(
+            f"Unknown scorer '{args.scorer}'{_did_you_mean(args.scorer, KINDS)}; allowed: {', '.join(KINDS)}."
+        )
+    layers = _layers(args.layers)
+    settings = {name: value for name in ("reduce", "per") if (value := getattr(args, name)) is not None}
+    if args.per is not None and args.scorer == "features":
+        raise AnatomyError("--per goes with directions and probes.")
+    if (args.scorer == "features") != (args.sae is not None):
+        raise AnatomyError("--sae goes with --scorer features, which needs it.")
+    dose = _dose_settings(args)
+    config = AuditConfig(
+        model=args.model, dataset=args.dataset, dataset_split=args.dataset_split, dtype=args.dtype, device=args.device
+    )
+    negatives = None
+    if args.negatives is not None:
+        negatives = load_dataset(dataclasses.replace(config, dataset=args.negatives))
+    tokenizer = load_tokenizer(args.model)
+    examples = read_examples(
+        load_dataset(config),
+        tokenizer,
+        tokens=args.tokens,
+        negatives=negatives,
+        max_length=args.max_length,
+    )
+    split_examples(examples.labels, examples.groups, args.held_out, args.seed)  # refuses before weights are loaded
+    model = load_model(config)
+    fitted = fit_concept(
+        model,
+        examples,
+        scorer=args.scorer,
+        layers=layers,
+        sae=None if args.sae is None else load_sae(args.sae),
+        held_out=args.held_out,
+        seed=args.seed,
+        batch_tokens=args.batch_tokens,
+        **settings,
+    )
+    scorer = fitted.scorer
+    if dose is not None and isinstance(scorer, DirectionScorer):
+        strengths, rule = dose
+        prompts = load_dataset(dataclasses.replace(config, dataset=args.dose_prompts, dataset_split="train"))
+        if "prompt" not in prompts.column_names:
+            raise AnatomyError(f"{args.dose_prompts} has no 'prompt' column.")
+        scorer.card["dose_response"] = dose_response(
+            model,
+            tokenizer,
+            scorer,
+            list(prompts["prompt"]),
+            lambda texts: np.array([rule.search(text) is not None for text in texts]),
+            strengths=strengths,
+            max_new_tokens=args.max_new_tokens,
+            seed=args.seed,
+        )
+    out = scorer.save(args.out)
+    shown = fit_report(fitted, out) + dose_report(scorer.card.get("dose_response", []))
+    return (out / "card.json").read_text(), shown
+
+
+def _dose_settings(args: argparse.Namespace) -> tuple[list[float], re.Pattern[str]] | None:
+    given = [value is not None for value in (args.dose, args.dose_prompts, args.dose_pattern)]
+    if not any(given):
+        return None
+    if not all(given) or args.scorer != "direction":
+        raise AnatomyError("--dose, --dose_prompts and --dose_pattern go together, and with --scorer direction.")
+    try:
+        return [float(word) for word in args.dose.split(",")], re.compile(args.dose_pattern)
+    except ValueError:
+        raise AnatomyError(f"--dose is '{args.dose}'; give numbers, such as --dose=-8,-4,0,4,8.") from None
+    except re.error as error:
+        raise AnatomyError(f"--dose_pattern is no regular expression: {error}.") from None
+
+
+def _layers(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    if not all(word.strip().isdecimal() for word in text.split(",")):
+        raise AnatomyError(f"--layers is '{text}'; give layer numbers from 0, such as 8,12,16.")
+    return [int(word) for word in text.split(",")]
+
+
 # compare, report, demo -----------------------------------------------------------------------------------------------
 
 
@@ -367,6 +501,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "plan": (_plan, "Show what each rule of a policy would touch, before any training."),
     "dpo": (_dpo, "Train with DPO: the flags and YAML of `trl dpo`, plus a concept policy."),
     "reward": (_reward, "Train a reward model: the flags and YAML of `trl reward`, plus a concept policy."),
+    "fit": (_fit, "Learn a concept from labelled text, judge it on held-out text, and store it for policies."),
     "compare": (_compare, "Set the predicted shift beside the one that training made."),
     "report": (_report, "Rebuild or open the page of an audit."),
     "demo": (_demo, "See all of it on a small model with planted habits, in minutes on a CPU."),

@@ -43,7 +43,7 @@ def rollouts(
     Returns:
         For each prompt, in the order given, its `n_per_prompt` response texts without special tokens.
     """
-    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     jobs = [i for i in range(len(prompts)) for _ in range(n_per_prompt)]
     jobs.sort(key=lambda i: len(encoded[i]))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -81,7 +81,8 @@ def rollouts(
     return texts
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> list[int]:
+    """Token ids of a prompt: text as it stands, a conversation by the chat template."""
     if isinstance(prompt, str):
         return tokenizer(prompt).input_ids
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]

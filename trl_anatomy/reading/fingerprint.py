@@ -7,6 +7,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from .locate import decoder, decoder_layers, layer_module
 
 _SAMPLE = 1024  # values read of each tensor: training moves all of them, so a sample tells two models apart
 
@@ -20,12 +23,15 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Hash of named tensors: names, shapes and an evenly strided sample of up to 1024 values of each."""
+def hash_tensors(tensors: Iterable[tuple[str, Tensor]], through: torch.dtype = torch.float32) -> str:
+    """Hash of named tensors: names, shapes and an evenly strided sample of up to 1024 values of each.
+
+    The values are rounded to `through`: bfloat16 gives weights one hash in every precision that may hold them.
+    """
     digest = hashlib.sha256()
     for name, tensor in tensors:
         flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // _SAMPLE)].to("cpu", torch.float32).contiguous()
+        sample = flat[:: max(1, flat.numel() // _SAMPLE)].to("cpu", through).float().contiguous()
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:32]
@@ -42,12 +48,41 @@ def model_fingerprint(model: nn.Module) -> str:
     # Where the model came from, and what a trainer writes into it, change nothing that is computed here.
     for key in ("_name_or_path", "transformers_version", "pad_token_id", "use_cache", "dtype", "torch_dtype"):
         settings.pop(key, None)
-    switches = {
-        (tuple(module.active_adapters), module.disable_adapters)
-        for module in cast(Iterable[Any], model.modules())
-        if isinstance(getattr(module, "disable_adapters", None), bool)
+    return hash_json([settings, _switches(model), hash_tensors(model.named_parameters())])
+
+
+def _switches(model: nn.Module) -> list[Any]:
+    """Which adapters are on."""
+    return sorted(
+        {
+            (tuple(module.active_adapters), module.disable_adapters)
+            for module in cast(Iterable[Any], model.modules())
+            if isinstance(getattr(module, "disable_adapters", None), bool)
+        }
+    )
+
+
+def layer_fingerprint(model: nn.Module, layer: int) -> str:
+    """Hash of what the output of a layer is computed from: settings, embeddings and the layers up to it.
+
+    Language model and reward model on one backbone have one fingerprint, in whatever precision; another layer has
+    another.
+
+    Raises:
+        AnatomyError: an unknown architecture, or no such layer.
+    """
+    layer_module(model, layer)
+    base: Any = decoder(model)
+    inputs = [module for module in base.modules() if isinstance(module, nn.Embedding)]
+    read = {id(p) for module in [*inputs, *decoder_layers(model)[: layer + 1]] for p in module.parameters()}
+    used = [(name, p) for name, p in base.named_parameters() if id(p) in read]
+    common = set(PretrainedConfig().to_dict())  # kind of head, number of labels, where it came from
+    settings = {
+        key: value
+        for key, value in base.config.to_dict().items()
+        if key not in common and not key.endswith("token_id") and key not in ("use_cache", "vocab_size")
     }
-    return hash_json([settings, sorted(switches), hash_tensors(model.named_parameters())])
+    return hash_json([settings, base.config.model_type, layer, _switches(base), hash_tensors(used, torch.bfloat16)])
 
 
 def model_key(model: nn.Module) -> dict[str, str]:

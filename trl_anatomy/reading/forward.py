@@ -171,12 +171,17 @@ def _block_mask(blocks: Tensor, real: Tensor, dtype: torch.dtype) -> tuple[Tenso
 
 
 def read_texts(
-    model: nn.Module, sequences: Sequence[Sequence[int]], layer: int, *, pad_token_id: int, batch_tokens: int = 8192
-) -> Iterator[tuple[int, Tensor]]:
-    """Hidden states of plain token sequences at one layer, in length order.
+    model: nn.Module,
+    sequences: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    *,
+    pad_token_id: int,
+    batch_tokens: int = 8192,
+) -> Iterator[tuple[int, dict[int, Tensor]]]:
+    """Hidden states of plain token sequences at some layers, in one pass and in length order.
 
     Yields:
-        (index into `sequences`, (n_tokens, d_model) float32).
+        (index into `sequences`, layer -> (n_tokens, d_model) in the model's dtype).
     """
     device = next(model.parameters()).device
     lengths = np.array([len(sequence) for sequence in sequences])
@@ -186,9 +191,9 @@ def read_texts(
         for row, i in enumerate(batch):
             ids[row, : lengths[i]] = torch.tensor(sequences[i], dtype=torch.long)
         mask = (torch.arange(width) < torch.from_numpy(lengths[batch])[:, None]).long()
-        hidden = read_layers(model, [layer], input_ids=ids.to(device), attention_mask=mask.to(device))[layer]
+        hidden = read_layers(model, layers, input_ids=ids.to(device), attention_mask=mask.to(device))
         for row, i in enumerate(batch):
-            yield i, hidden[row, : lengths[i]].float()
+            yield i, {layer: states[row, : lengths[i]] for layer, states in hidden.items()}
 
 
 def length_sorted_batches(pairs: Pairs, indices: Iterable[int], max_tokens: int) -> Iterator[list[int]]:

@@ -1,5 +1,6 @@
-"""Scores of all concepts over all pairs: one frozen pass for the hidden-state scorers together, cached."""
+"""Scores of all concepts over all pairs: one frozen pass for the hidden-state scorers together, cached, resumable."""
 
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +16,11 @@ from ..errors import AnatomyError
 from .files import write_atomically
 from .fingerprint import hash_json, model_key
 from .forward import length_sorted_batches, read_spans
-from .scorers import HiddenScorer, Scorer, reduce_tokens
-from .scorers.text import TextScorer
+from .scorers import HiddenScorer, Scorer, TextScorer
 from .spans import SPANS, Pairs
 
 _SIDES = SPANS[1:]
+_SAVE_SECONDS = 60.0  # an interrupted pass loses at most so much work
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +62,8 @@ def score_pairs(
         scorers: concept -> scorer.
         model: the frozen start model; needed by scorers on hidden states, not by text rules.
         tokens: concepts scored on hidden states whose scores of every token are wanted too.
-        cache_dir: folder that keeps scores under a key of tokens, model, scorer (SAE included) and version. Text rules
-            are not kept: matching is faster than tokenising was.
+        cache_dir: folder that keeps scores under a key of tokens, model, scorer (SAE included) and version; an
+            interrupted pass goes on from there. Text rules are not kept: matching is faster than tokenising was.
         batch_tokens: padded tokens of one forward pass.
         progress: show a progress bar.
 
@@ -106,34 +107,45 @@ def _score_hidden(
     progress: bool,
 ) -> None:
     files: dict[str, Path] = {}
-    missing = dict(scorers)
     if cache_dir is not None:
         made_from = {"version": __version__, "pairs": pairs.fingerprint, **model_key(model)}
         for name, scorer in scorers.items():
             files[name] = Path(cache_dir) / f"scores-{hash_json({**made_from, 'scorer': scorer.key()})}.safetensors"
-            stored = _load_scores(files[name])
-            wanted = {"scores": values[name]} | ({"tokens": by_token[name]} if name in by_token else {})
-            if all(key in stored and stored[key].shape == value.shape for key, value in wanted.items()):
-                for key, value in wanted.items():
-                    value[:] = stored[key]
-                del missing[name]
+    stored = {name: {"scores": values[name]} for name in scorers}
+    for name, found in by_token.items():
+        stored[name]["tokens"] = found
+    for name, wanted in stored.items():
+        there = _load_scores(files[name]) if files else {}
+        whole = all(key in there and there[key].shape == value.shape for key, value in wanted.items())
+        for key, value in wanted.items():
+            value[:] = there[key] if whole else np.nan  # NaN: not reached yet
+    missing = {name: scorer for name, scorer in scorers.items() if not np.isfinite(values[name]).all()}
     if not missing:
         return
     layers = sorted({scorer.layer for scorer in missing.values()})
-    with tqdm(total=len(pairs), desc="Scoring pairs", unit="pair", disable=not progress) as bar:
-        for batch in length_sorted_batches(pairs, range(len(pairs)), batch_tokens):
+    todo = np.flatnonzero(np.any([np.isnan(values[name]).any(axis=0) for name in missing], axis=0)).tolist()
+    saved = time.monotonic()
+    with tqdm(total=len(todo), desc="Scoring pairs", unit="pair", disable=not progress) as bar:
+        for batch in length_sorted_batches(pairs, todo, batch_tokens):
             read = read_spans(model, pairs, batch, layers)
             for name, scorer in missing.items():
-                tokens = scorer.score_tokens(read.hidden[scorer.layer]).float().cpu()
-                for j, pair in enumerate(batch):
-                    for side in range(2):
-                        span = len(SPANS) * j + 1 + side
-                        part = tokens[read.bounds[span] : read.bounds[span + 1]]
-                        values[name][side, pair] = reduce_tokens(part, scorer.reduce)
-                        if name in by_token:
+                hidden = read.hidden[scorer.layer]
+                scored = scorer.score_spans(hidden, read.bounds).cpu().numpy()
+                for side in range(2):
+                    values[name][side, batch] = scored[1 + side :: len(SPANS)]
+                if name in by_token:
+                    each = scorer.score_tokens(hidden, read.bounds).float().cpu().numpy()
+                    for j, pair in enumerate(batch):
+                        for side in range(2):
+                            span = len(SPANS) * j + 1 + side
+                            part = each[read.bounds[span] : read.bounds[span + 1]]
                             start = pairs.response_bounds[2 * pair + side]
-                            by_token[name][start : start + len(part)] = part.numpy()
+                            by_token[name][start : start + len(part)] = part
             bar.update(len(batch))
+            if files and time.monotonic() - saved > _SAVE_SECONDS:
+                for name in missing:
+                    _save_scores(files[name], stored[name])
+                saved = time.monotonic()
     for name, scorer in missing.items():
         bad = ~np.isfinite(values[name])
         if bad.any():
@@ -143,9 +155,12 @@ def _score_hidden(
                 f"finite at layer {scorer.layer}: check the model's weights, or load it in bfloat16 or float32."
             )
         if name in files:
-            files[name].parent.mkdir(parents=True, exist_ok=True)
-            stored = {"scores": values[name]} | ({"tokens": by_token[name]} if name in by_token else {})
-            write_atomically(files[name], save_tensors(stored))
+            _save_scores(files[name], stored[name])
+
+
+def _save_scores(file: Path, scores: Mapping[str, np.ndarray]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, save_tensors(dict(scores)))
 
 
 def _load_scores(file: Path) -> dict[str, np.ndarray]:

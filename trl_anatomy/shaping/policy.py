@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AnatomyError
-from .fields import FEATURES, LAYER, PATTERN, TEXT, Field, found, name_like, one_of
+from .fields import FEATURES, LAYER, NAMES, PATTERN, TEXT, Field, found, name_like, one_of
 from .interventions import VERBS, Intervention, ReweightPairs
 from .located import Located, PolicyError, Problems, from_python, read_file
 from .where import FIELDS as WHERE_FIELDS
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 VERSION = 1
 SIGNS = ("explain_away", "amplify")
 
-_REDUCE = one_of("max", "mean", "sum")
+_REDUCE = one_of("max", "mean", "sum", "last")
+_STORED: Mapping[str, Field] = {"path": TEXT, "layer": LAYER, "reduce": _REDUCE}
 # scorer -> the keys that it takes
 SCORERS: Mapping[str, Mapping[str, Field]] = {
     "text": {"pattern": PATTERN},
@@ -34,12 +35,13 @@ SCORERS: Mapping[str, Mapping[str, Field]] = {
         "sae": Field("{path: FOLDER} or {release: NAME, id: NAME}", lambda value: value),
         "audit": TEXT,
         "cluster": name_like(r"[TR]\d+", "a cluster of the audit, such as T17 or R5"),
-        "layer": LAYER,
-        "reduce": _REDUCE,
+        **_STORED,
     },
-    "direction": {"path": TEXT, "layer": LAYER, "reduce": _REDUCE},
+    "direction": _STORED,
+    "probe": _STORED,
+    "attention_probe": _STORED,
 }
-SCORERS_LATER = ("probe", "attention_probe", "linear_probe", "reft")
+_FEATURE_WAYS = "{audit, cluster}, {features, sae} or {path}"
 _NAME = name_like(r"[\w][\w.\- ]{0,99}", "a name of letters, digits, blanks, '_', '-' and '.'")
 
 
@@ -49,16 +51,17 @@ class ConceptSpec:
 
     Args:
         name: the concept's name in the policy.
-        scorer: "text", "features" or "direction".
+        scorer: "text", "features", "direction", "probe" or "attention_probe".
         pattern: text: a regular expression searched for in the response.
         features: features: numbers of SAE latents.
         sae: features: {"path": folder} or {"release": name, "id": name}.
         audit: features: the audit folder that `cluster` belongs to; None means the audit in use.
         cluster: features: a concept of an audit ("T17"), instead of `features` and `sae`.
-        path: direction: a stored direction.
-        layer: hidden-state scorers: layer read, from 0; None takes the SAE's, the audit's or the direction's own.
-        reduce: hidden-state scorers: tokens of a response to one score: "max", "mean" or "sum"; None takes
-            the direction's own, else "max".
+        path: a stored concept: the folder that `trl-anatomy fit` wrote.
+        layer: hidden-state scorers: layer read, from 0; None takes the SAE's, the audit's or the stored one.
+        reduce: hidden-state scorers: tokens of a response to one score: "max", "mean", "sum" or "last"; None takes
+            the stored one, else "max".
+        given: names of concepts; the score is what a linear fit on theirs leaves (`given.residualised`).
     """
 
     name: str
@@ -71,6 +74,7 @@ class ConceptSpec:
     path: str | None = None
     layer: int | None = None
     reduce: str | None = None
+    given: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -138,8 +142,9 @@ class ConceptPolicy:
 
     @property
     def used(self) -> dict[str, ConceptSpec]:
-        """The concepts that a rule acts on or holds, in the order of the policy."""
+        """The concepts that a rule acts on or holds, and those they are given, in the order of the policy."""
         named = {rule.concept for rule in self.rules} | {name for rule in self.rules for name in self.held(rule)}
+        named |= {other for name in named if name is not None for other in self.concepts[name].given}
         return {name: spec for name, spec in self.concepts.items() if name in named}
 
     def held(self, rule: Intervention) -> tuple[str, ...]:
@@ -198,9 +203,12 @@ class _Reader:
         given = entries.get("concepts", Located(None))
         if given.value is not None:
             allowed = "a mapping of concept names to {scorer: ...}"
-            for name, value in (self.problems.mapping(given, "concepts", allowed) or {}).items():
+            named = self.problems.mapping(given, "concepts", allowed) or {}
+            for name, value in named.items():
                 self.problems.read(Located(name, value.key_line), "concepts", _NAME)
                 concepts[name] = self.concept(name, value)
+            for name, value in named.items():
+                self.given(name, value, concepts)
         rules: list[tuple[int, Located, Intervention]] = []
         listed = entries.get("rules", Located(None))
         if isinstance(listed.value, list):
@@ -255,24 +263,21 @@ class _Reader:
             self.problems.add(value.line, path, f"found no key 'scorer', allowed: {', '.join(SCORERS)}.")
             return None
         if not isinstance(scorer.value, str) or scorer.value not in SCORERS:
-            if scorer.value in SCORERS_LATER:
-                text = f"found {scorer.value!r}, which is not available in this version; allowed: {', '.join(SCORERS)}."
-                self.problems.add(scorer.line, f"{path}.scorer", text)
-            else:
-                self.problems.unknown(scorer.line, f"{path}.scorer", scorer.plain(), SCORERS)
+            self.problems.unknown(scorer.line, f"{path}.scorer", scorer.plain(), SCORERS)
             return None
         allowed = SCORERS[scorer.value]
-        self.known(entries, path, ["scorer", *allowed])
-        values = self.values(entries, path, allowed)
+        self.known(entries, path, ["scorer", *allowed, "given"])
+        values = self.values(entries, path, {**allowed, "given": NAMES})
         if "sae" in entries:
             values["sae"] = self.sae(entries["sae"], f"{path}.sae")
-        needed = {"text": ["pattern"], "direction": ["path"], "features": []}[scorer.value]
+        needed = ["pattern"] if scorer.value == "text" else ["path"]
+        if scorer.value == "features" and "path" not in entries:
+            needed = ["cluster"] if "cluster" in entries or "audit" in entries else ["features", "sae"]
         if scorer.value == "features":
-            by_cluster = "cluster" in entries or "audit" in entries
-            needed = ["cluster"] if by_cluster else ["features", "sae"]
-            for key in ("features", "sae", "layer") if by_cluster else ():
+            brings = {"path": ("features", "sae", "cluster", "audit"), "cluster": ("features", "sae", "layer")}
+            for key in brings.get(needed[0], ()):
                 if key in entries:
-                    text = "found beside cluster, which brings its own, allowed: {audit, cluster} or {features, sae}."
+                    text = f"found beside {needed[0]}, which brings its own, allowed: {_FEATURE_WAYS}."
                     self.problems.add(entries[key].key_line, f"{path}.{key}", text)
         for key in needed:
             if key not in entries:
@@ -283,6 +288,17 @@ class _Reader:
             if values.get(key) is not None:
                 values[key] = self.resolved(values[key])
         return ConceptSpec(name=name, scorer=scorer.value, **values)
+
+    def given(self, name: str, value: Located, concepts: Mapping[str, ConceptSpec | None]) -> None:
+        """Note concepts that one is given and that are not there, or are the concept itself."""
+        spec = concepts[name]
+        path = f"concepts.{name[:100]}.given"
+        for other in () if spec is None else spec.given:
+            line = value.value["given"].line
+            if other == name:
+                self.problems.add(line, path, f"found {other!r}, the concept itself, allowed: other concepts.")
+            elif other not in concepts:
+                self.problems.unknown(line, path, other, concepts, "the concept ")
 
     def sae(self, value: Located, path: str) -> dict[str, str] | None:
         allowed = SCORERS["features"]["sae"].allowed

@@ -162,10 +162,10 @@ def _scorer(spec: ConceptSpec, loaded: _Loaded) -> Any:
         from ..reading.scorers.text import TextScorer
 
         return TextScorer(str(spec.pattern))
-    if spec.scorer == "direction":
-        from ..reading.scorers.direction import DirectionScorer
+    if spec.path is not None:
+        from ..reading.fit import KINDS
 
-        return DirectionScorer.load(str(spec.path), layer=spec.layer, reduce=spec.reduce)
+        return KINDS[spec.scorer].load(spec.path, layer=spec.layer, reduce=spec.reduce)
     from ..reading.scorers.features import FeaturesScorer
 
     if spec.cluster is not None:
@@ -188,11 +188,9 @@ def _check_config(scorer: Any, config: Any) -> None:
         raise _Mismatch(
             "layer", f"found {scorer.layer}, allowed: 0 to {text.num_hidden_layers - 1}, the layers of the model."
         )
-    sae = getattr(scorer, "sae", None)
-    width = len(scorer.vector) if sae is None else sae.d_in
-    if width != text.hidden_size:
+    if scorer.d_model != text.hidden_size:
         raise _Mismatch(
-            "path" if sae is None else "sae",
-            f"found width {width}, allowed: {text.hidden_size}, the width of the model's hidden states. Use "
-            f"{'a direction' if sae is None else 'an SAE'} made for this model.",
+            "sae" if scorer.kind == "features" else "path",
+            f"found width {scorer.d_model}, allowed: {text.hidden_size}, the width of the model's hidden states. Use "
+            f"{'an SAE' if scorer.kind == 'features' else 'a ' + scorer.label} made for this model.",
         )

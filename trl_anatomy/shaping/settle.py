@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .given import residualised
 from .hidden import acted_on_unscored, resolve_hidden
 from .interventions import Inoculate, Intervention, MaskTokens, Residualize
 from .plan import PolicyPlan, plan_policy, rule_gates
@@ -52,6 +53,7 @@ def settle_policy(
     by_token = {rule.concept for rule in policy.rules if isinstance(rule, MaskTokens)}
     wanted = {name: scorers[name] for name in scored}
     scores = score_pairs(pairs, wanted, model, tokens=by_token, cache_dir=cache_dir)
+    scores = residualised(policy, scores)
     flagged: dict[int, np.ndarray] = {}
     read: dict[int, Any] = {}
     for i, rule in enumerate(policy.rules):

@@ -15,7 +15,7 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id
 from ..errors import AnatomyError
 from ..reading.forward import read_texts
 from ..reading.score import score_pairs
-from ..reading.scorers import HiddenScorer, Scorer, reduce_tokens
+from ..reading.scorers import HiddenScorer, Scorer
 from ..reading.scorers.text import TextScorer
 from ..reading.spans import Pairs, flatten_text, read_pairs
 from ..shaping.interventions import ShapeReward
@@ -147,24 +147,24 @@ class ConceptReward:
         """Raw scores, (n,) per concept; arguments as `__call__`."""
         texts = [flatten_text(completion) for completion in completions]
         scores = {name: np.zeros(len(texts)) for name in self.scorers}
-        layers: dict[int, dict[str, HiddenScorer]] = {}
+        hidden: dict[str, HiddenScorer] = {}
         for name, scorer in self.scorers.items():
             if isinstance(scorer, TextScorer):
                 scores[name][:] = [scorer.score_text(text) for text in texts]
             else:
-                layers.setdefault(scorer.layer, {})[name] = scorer
-        if not layers:
+                hidden[name] = scorer
+        if not hidden:
             return scores
         before = [self._prompt_ids(prompt) for prompt in prompts]
         if completion_ids is None:
             completion_ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
         rows = [[*prompt, *ids] for prompt, ids in zip(before, completion_ids, strict=True)]
         pad = self._tokenizer.eos_token_id if self._tokenizer.pad_token_id is None else self._tokenizer.pad_token_id
-        for layer, scorers in layers.items():
-            for i, states in read_texts(self._model, rows, layer, pad_token_id=pad):
-                for name, scorer in scorers.items():
-                    tokens = scorer.score_tokens(states[len(before[i]) :]).float().cpu()
-                    scores[name][i] = reduce_tokens(tokens, scorer.reduce)
+        layers = sorted({scorer.layer for scorer in hidden.values()})
+        for i, states in read_texts(self._model, rows, layers, pad_token_id=pad):
+            for name, scorer in hidden.items():
+                response = states[scorer.layer][len(before[i]) :]
+                scores[name][i] = float(scorer.score_spans(response, [0, len(response)])[0])
         return scores
 
     def _prompt_ids(self, prompt: Any) -> list[int]:
