@@ -17,6 +17,8 @@ LETTERS = {CO_FIRING: "T", RESPONSE_GEOMETRY: "R"}
 
 # Verdicts on a concept, in the words of the page.
 RISES, FALLS, NO_EVIDENCE, TOO_FEW = "rises", "falls", "no evidence", "too few pairs to tell"
+# Of concepts of SFT data.
+NO_PAIRS = "no pairs"
 
 CONCEPTS = pa.schema(
     [
@@ -134,13 +136,14 @@ def concept_table(
             "differ": differ,
             "verdict": verdicts,
             "terms": [list(t) for t in terms] if terms is not None else [[] for _ in communities],
-            "telling_rows": [_telling(scores, m, predicted[m], n_telling) for m in range(len(communities))],
+            "telling_rows": [telling_rows(scores, m, predicted[m], n_telling) for m in range(len(communities))],
         },
         schema=CONCEPTS,
     )
 
 
-def _telling(scores: Disparity, concept: int, predicted: float, n: int) -> list[int]:
+def telling_rows(scores: Disparity, concept: int, predicted: float, n: int = 3) -> list[int]:
+    """Rows of the raw dataset that show a concept best on the side of `predicted`: see `concept_table`."""
     side = -1.0 if predicted < 0 else 1.0
     u = side * scores.u[:, concept]
     best = np.sort(u[u > 0])[::-1][:n]
