@@ -37,6 +37,7 @@ def test_report_names_every_model_and_hides_rules_that_never_hold():
                 "noise_ceiling_r2": None,
                 "random_clusters_r2": None,
                 "tilt_r2": None,
+                "baselines_r2": {"length": None, "text rules": None, "likelihood": None},
             }
             for name in ("dpo", "policy")
         },

@@ -157,6 +157,24 @@ def telling_rows(scores: Disparity, concept: int, predicted: float, n: int = 3) 
     return scores.rows[candidates[order[:n]]].tolist()
 
 
+def explained_shift(u: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """The part of each concept's mean disparity that cheap measures of the two responses explain: a baseline.
+
+    Least squares of u on x with an intercept; the shift is the slopes times the mean of x. With x the log ratio of the
+    two lengths this is the mean disparity less its length-adjusted form.
+
+    Args:
+        u: (n, K) signed disparity.
+        x: (n, R) measures of chosen minus rejected: log length, 1 or 0 by text rule, log-likelihood.
+
+    Returns:
+        (K,); zeros where no measure varies.
+    """
+    centred = x - x.mean(axis=0)
+    slopes = np.linalg.lstsq(centred, u - u.mean(axis=0), rcond=None)[0]
+    return x.mean(axis=0) @ slopes
+
+
 def tilted_shift(u: np.ndarray, before: np.ndarray, prompt_groups: np.ndarray | None = None) -> np.ndarray:
     """Shift that the optimum of training would show in the start model's own responses: the exponential tilt.
 
