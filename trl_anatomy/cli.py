@@ -335,6 +335,12 @@ def _compare(argv: list[str]) -> int:
     )
     parser.add_argument("--prompts", help="file with a 'prompt' column; default: the audited prompts")
     parser.add_argument("--n_prompts", type=int, default=1000, help="at most so many prompts (default 1000)")
+    parser.add_argument(
+        "--n_per_prompt",
+        type=int,
+        default=1,
+        help="responses to each prompt (default 1); with 4 or more the tilt of the start model predicts better",
+    )
     parser.add_argument("--max_new_tokens", type=int, default=256, help="length of a rollout (default 256)")
     parser.add_argument("--batch_size", type=int, default=64, help="rollouts at a time (default 64)")
     parser.add_argument("--seed", type=int, default=0)
@@ -347,7 +353,7 @@ def _compare(argv: list[str]) -> int:
 
     audit = load_audit(args.audit)
     audit.check_kind("compare")
-    prompts = prompts_for(audit, args.prompts, args.n_prompts, args.seed)
+    prompts = prompts_for(audit, args.prompts, args.n_prompts, args.seed) * args.n_per_prompt
     comparison = compare(
         audit,
         args.before,
