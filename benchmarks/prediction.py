@@ -166,8 +166,8 @@ def predictors(result: DemoResult, out: Path) -> dict[str, dict[str, float]]:
     before = concept_activity(read.frequency("chosen"), audit.communities, settings["tau"])
 
     tilt = tilted_shift(u, before, start.prompt_groups)
-    change = {name: logprob_change(model, pairs, start, order, adam) for name, adam in (("SGD", False), ("Adam", True))}
-    step = {name: within_prompts(before, of, start.prompt_groups) for name, of in change.items()}
+    changes = logprob_changes(model, pairs, start, order)
+    step = {name: within_prompts(before, of, start.prompt_groups) for name, of in changes.items()}
     likelihood = log_likelihoods(model, pairs, list(range(len(pairs))))
     weight = np.exp(likelihood.mean(axis=1))
     spread = max(0.0, float(np.mean(mean**2 - error**2)))
@@ -203,13 +203,15 @@ def within_prompts(activity: np.ndarray, change: np.ndarray, groups: np.ndarray)
     return change @ centred / (len(change) - len(size))
 
 
-def logprob_change(model: Any, pairs: Pairs, start: Pairs, order: np.ndarray, adam: bool) -> np.ndarray:
-    """(n,) how the log-probability of the start model's responses changes along the first step of DPO on all pairs.
+def logprob_changes(model: Any, pairs: Pairs, start: Pairs, order: np.ndarray) -> dict[str, np.ndarray]:
+    """How the log-probability of the start model's responses changes along the first step of DPO on all pairs.
 
     At the start model the gradient of the loss is -β/2 times that of log pi(chosen) - log pi(rejected). Adam's step has
     each weight's gradient over its root mean square over batches of 32. The change is a difference quotient, its scale
     of no meaning.
 
+    Returns:
+        "SGD" and "Adam" -> (n_responses,).
     Source: method.md section 12.
     """
     weights = list(model.parameters())
@@ -222,25 +224,26 @@ def logprob_change(model: Any, pairs: Pairs, start: Pairs, order: np.ndarray, ad
             slot += gradient
             second += gradient**2
     n = -(-len(order) // BATCH)
-    step = [
-        slot / n / ((second / n).sqrt() + 1e-8) if adam else slot / n
-        for slot, second in zip(total, square, strict=True)
-    ]
+    scaled = [slot / n / ((second / n).sqrt() + 1e-8) for slot, second in zip(total, square, strict=True)]
+    return {"SGD": _along(model, total, start), "Adam": _along(model, scaled, start)}
+
+
+@torch.no_grad()
+def _along(model: Any, step: list[torch.Tensor], start: Pairs) -> np.ndarray:
+    """(n_responses,) change of log-probability between a small step against and along `step`."""
+    weights = list(model.parameters())
     size = 1e-3 / torch.sqrt(sum(part.pow(2).sum() for part in step))
     responses = [start.arrays(i)[:2] for i in range(len(start))]
     by_length = np.argsort([len(p) + len(r) for p, r in responses], kind="stable")
     found = np.zeros(len(start))
     for sign in (1, -1):
-        with torch.no_grad():
-            for weight, part in zip(weights, step, strict=True):
-                weight += sign * size * part
-            for at in range(0, len(start), 256):
-                batch = by_length[at : at + 256]
-                found[batch] += (
-                    sign * log_probs(model, [responses[i] for i in batch], start.pad_token_id).double().numpy()
-                )
-            for weight, part in zip(weights, step, strict=True):
-                weight -= sign * size * part
+        for weight, part in zip(weights, step, strict=True):
+            weight += sign * size * part
+        for at in range(0, len(start), 256):
+            batch = by_length[at : at + 256]
+            found[batch] += sign * log_probs(model, [responses[i] for i in batch], start.pad_token_id).double().numpy()
+        for weight, part in zip(weights, step, strict=True):
+            weight -= sign * size * part
     return found
 
 
@@ -369,13 +372,19 @@ def checks(rows: list[dict]) -> dict:
 
 
 def summary(seeds: dict[str, dict]) -> dict:
-    """Median, smallest and largest of every figure over the seeds."""
+    """Median, smallest and largest of every figure over the seeds that have it."""
     out: dict[str, dict] = {}
-    for part in [name for name, value in next(iter(seeds.values())).items() if isinstance(value, dict)]:
-        for name in seeds[next(iter(seeds))][part]:
-            values = [seed[part][name] for seed in seeds.values()]
-            if all(isinstance(value, int | float) and value is not None for value in values):
+    parts: dict[str, dict] = {}
+    for seed in seeds.values():
+        for part, of in seed.items():
+            if isinstance(of, dict):
+                parts.setdefault(part, {}).update(of)
+    for part, names in parts.items():
+        for name in names:
+            values = [seed[part][name] for seed in seeds.values() if name in seed.get(part, {})]
+            if all(isinstance(value, int | float) for value in values):
                 out[f"{part}: {name}"] = {
+                    "worlds": len(values),
                     "median": float(np.median(values)),
                     "min": float(np.min(values)),
                     "max": float(np.max(values)),
@@ -402,7 +411,6 @@ def main() -> None:
             **{f"{name}: planted habits": checks(of) for name, of in rows.items()},
             "planted habits": rows,
         }
-        print(json.dumps(found[str(seed)]["predictors, R²"]), flush=True)
         assert len(found[str(seed)]["rows"]) == len(HABITS) + 1
         results = {
             "command": f"python benchmarks/prediction.py --seeds {args.seeds}",
