@@ -3,28 +3,69 @@
 One run of the demo per seed (world, audit, plain DPO, DPO with a policy, comparison): `trl_anatomy/testbed/demo.py`.
 Recorded per seed, over the audit's concepts (observed by the SAE in rollouts of both models) and over the planted
 habits (observed by text rules): squared Pearson correlation of predicted with observed shift, what the noise of the
-rollouts allows, the same for random clusters of the same sizes, and baselines.
+rollouts allows, the same for random clusters of the same sizes, and baselines. And per planted habit what the audit
+says of the concept that stands for it: rewarded and punished ones should be reported with their sign, neutral ones not,
+and those of one topic in prompts of that topic.
 
     python benchmarks/prediction.py --seeds 5
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import platform
+import shutil
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import datasets
 import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_anatomy.testbed.demo import SHAPED, DemoResult, run_demo
+from trl_anatomy.audit import stats
+from trl_anatomy.audit.config import AuditConfig
+from trl_anatomy.audit.folder import Audit, load_audit, write_audit
+from trl_anatomy.audit.predict import agreement, predicted_shift, tilted_shift
+from trl_anatomy.audit.run import analyse
+from trl_anatomy.audit.stats import one_hot
+from trl_anatomy.audit.views import concept_activity
+from trl_anatomy.checking.compare import cheap_predictions
+from trl_anatomy.checking.likelihood import log_likelihoods, log_probs
+from trl_anatomy.checking.rollouts import rollouts
+from trl_anatomy.reading.harvest import harvest
+from trl_anatomy.reading.sae import load_sae
+from trl_anatomy.reading.spans import Pairs, read_pairs
+from trl_anatomy.testbed.demo import MAX_NEW_TOKENS, SHAPED, DemoResult, Row, run_demo
 from trl_anatomy.testbed.language import HABITS
+from trl_anatomy.testbed.world import build_world
+
+LEAST_ASSOCIATION = 0.3  # of a concept that stands for a habit, as in real_data.py
+N_PROMPTS, PER_PROMPT = 500, 8  # responses of the start model, for predictions that need them
+BATCH = 32  # pairs in a step
 
 PACKAGES = ("trl", "transformers", "torch", "sae-lens", "numpy", "scipy", "scikit-learn", "scikit-network")
 
 
 def r2(predicted: np.ndarray, observed: np.ndarray) -> float:
     return float(np.corrcoef(predicted, observed)[0, 1] ** 2)
+
+
+def demo(out: Path, seed: int) -> DemoResult:
+    """The demo of one seed; a finished one (its table comes last) is read from its folder."""
+    if not (out / "table.json").is_file():
+        return run_demo(out, seed=seed)
+    told = json.loads((out / "table.json").read_text())
+    return DemoResult(
+        rows=tuple(Row(**row) for row in told["rows"]),
+        world=build_world(out / "world", seed=seed),
+        audit=load_audit(out / "audit"),
+        comparison=json.loads((out / "compare" / "compare.json").read_text()),
+        report=out / "audit" / "report.html",
+        seconds=told["seconds"],
+    )
 
 
 def record(result: DemoResult) -> dict:
@@ -83,14 +124,267 @@ def record(result: DemoResult) -> dict:
     }
 
 
+def predictors(result: DemoResult, out: Path) -> dict[str, dict[str, float]]:
+    """R² and rank correlation of other predictions of the shift, over the audit's concepts.
+
+    Most need responses of the start model. They are sampled anew, to prompts of the pairs, so that they share no noise
+    with the responses that the shift was observed in. Means of two are of both in units of their root mean square.
+    """
+    audit, concepts = result.audit, result.comparison["concepts"]
+    observed = np.array([row["observed"]["dpo"][0] for row in concepts])
+    settings, (u, _) = audit.info["settings"], audit.disparity()
+    mean, error, _ = stats.mean_test(u)
+    tokenizer = AutoTokenizer.from_pretrained(result.world.model_path)
+    model = AutoModelForCausalLM.from_pretrained(result.world.model_path).eval()
+    pairs = read_pairs(result.world.dataset, tokenizer, max_length=settings["max_length"])
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(pairs))
+    unique = sorted(set(result.world.dataset["prompt"]))
+    prompts = [unique[i] for i in rng.permutation(len(unique))[:N_PROMPTS]]
+    kept = out / "rollouts.json"
+    if not kept.is_file():
+        sampled = rollouts(
+            model,
+            tokenizer,
+            prompts,
+            n_per_prompt=PER_PROMPT,
+            max_new_tokens=MAX_NEW_TOKENS,
+            seed=123 + result.world.seed,
+        )
+        kept.write_text(json.dumps(sampled))
+    responses = [
+        (prompt, text) for prompt, of in zip(prompts, json.loads(kept.read_text()), strict=True) for text in of
+    ]
+    columns = {
+        "prompt": [prompt for prompt, _ in responses],
+        "chosen": [text for _, text in responses],
+        "rejected": ["."] * len(responses),  # a pair needs one
+    }
+    start = read_pairs(datasets.Dataset.from_dict(columns), tokenizer, max_length=settings["max_length"])
+    sae = load_sae(result.world.sae_path)
+    read = harvest(model, sae, start, out / "hv-roll", layer=audit.info["sae"]["layer"], progress=False)
+    before = concept_activity(read.frequency("chosen"), audit.communities, settings["tau"])
+
+    tilt = tilted_shift(u, before, start.prompt_groups)
+    changes = logprob_changes(model, pairs, start, order)
+    step = {name: within_prompts(before, of, start.prompt_groups) for name, of in changes.items()}
+    likelihood = log_likelihoods(model, pairs, list(range(len(pairs))))
+    weight = np.exp(likelihood.mean(axis=1))
+    spread = max(0.0, float(np.mean(mean**2 - error**2)))
+    told = {
+        "mean disparity": mean,
+        "mean disparity, pairs weighted by their likelihood": predicted_shift(u, weight / weight.mean()),
+        "mean disparity, shrunk": mean * spread / (spread + error**2),
+        "tilt of the start model": tilt,
+        "mean of disparity and tilt": unit(mean) + unit(tilt),
+        **{f"one step of {name}": of for name, of in step.items()},
+        **{f"mean of disparity and one step of {name}": unit(mean) + unit(of) for name, of in step.items()},
+        "mean of disparity, tilt and one step of Adam": unit(mean) + unit(tilt) + unit(step["Adam"]),
+    }
+    rules = {habit.name: habit.pattern for habit in HABITS}
+    cheap = cheap_predictions(audit, pairs, model, rules, seed=0)
+    told |= {f"baseline: {name}": of for name, of in cheap.items()}
+    found = {name: agreement(of, observed, n_bootstrap=100, n_permutations=1) for name, of in told.items()}
+    return {
+        "predictors, R²": {name: of.r2 for name, of in found.items()},
+        "predictors, rank correlation": {name: of.spearman for name, of in found.items()},
+    }
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.sqrt(np.square(x).mean())
+
+
+def within_prompts(activity: np.ndarray, change: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """(K,) covariance of activity (n, K) and change (n,) among responses to one prompt, over all prompts."""
+    _, of = np.unique(groups, return_inverse=True)
+    size = np.bincount(of)
+    centred = activity - (one_hot(of, len(size)) @ activity / size[:, None])[of]
+    return change @ centred / (len(change) - len(size))
+
+
+def logprob_changes(model: Any, pairs: Pairs, start: Pairs, order: np.ndarray) -> dict[str, np.ndarray]:
+    """How the log-probability of the start model's responses changes along the first step of DPO on all pairs.
+
+    At the start model the gradient of the loss is -β/2 times that of log pi(chosen) - log pi(rejected). Adam's step has
+    each weight's gradient over its root mean square over batches of 32. The change is a difference quotient, its scale
+    of no meaning.
+
+    Returns:
+        "SGD" and "Adam" -> (n_responses,).
+    Source: method.md section 12.
+    """
+    weights = list(model.parameters())
+    total, square = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
+    for at in range(0, len(order), BATCH):
+        sides = [pairs.arrays(int(i)) for i in order[at : at + BATCH]]
+        chosen, rejected = ([(side[j], side[j + 1]) for side in sides] for j in (0, 2))
+        gap = log_probs(model, [*chosen, *rejected], pairs.pad_token_id).view(2, -1).mean(dim=1)
+        for slot, second, gradient in zip(total, square, torch.autograd.grad(gap[0] - gap[1], weights), strict=True):
+            slot += gradient
+            second += gradient**2
+    n = -(-len(order) // BATCH)
+    scaled = [slot / n / ((second / n).sqrt() + 1e-8) for slot, second in zip(total, square, strict=True)]
+    return {"SGD": _along(model, total, start), "Adam": _along(model, scaled, start)}
+
+
+@torch.no_grad()
+def _along(model: Any, step: list[torch.Tensor], start: Pairs) -> np.ndarray:
+    """(n_responses,) change of log-probability between a small step against and along `step`."""
+    weights = list(model.parameters())
+    size = 1e-3 / torch.sqrt(sum(part.pow(2).sum() for part in step))
+    responses = [start.arrays(i)[:2] for i in range(len(start))]
+    by_length = np.argsort([len(p) + len(r) for p, r in responses], kind="stable")
+    found = np.zeros(len(start))
+    for sign in (1, -1):
+        for weight, part in zip(weights, step, strict=True):
+            weight += sign * size * part
+        for at in range(0, len(start), 256):
+            batch = by_length[at : at + 256]
+            found[batch] += sign * log_probs(model, [responses[i] for i in batch], start.pad_token_id).double().numpy()
+        for weight, part in zip(weights, step, strict=True):
+            weight -= sign * size * part
+    return found
+
+
+def with_lone_features(result: DemoResult, out: Path) -> DemoResult:
+    """The same harvest audited again with features that fire with no other as concepts of their own."""
+    audit = result.audit
+    config = AuditConfig(**{**audit.info["settings"], "min_community": 1})
+    pairs = result.world.dataset
+    texts = [tuple(pairs[int(row)][side] for side in ("prompt", "chosen", "rejected")) for row in audit.harvest.rows]
+    groups = audit.pairs["prompt_group"].to_numpy()
+    findings = analyse(audit.harvest, config, lambda i: texts[i], groups)
+    shutil.copytree(audit.path / "harvest", out / "audit-lone" / "harvest", dirs_exist_ok=True)
+    info = {**audit.info, **findings.info, "settings": config.settings()}
+    again = write_audit(out / "audit-lone", info, findings.hypotheses, findings.concepts, findings.pairs)
+    return dataclasses.replace(result, audit=again)
+
+
+def reported(result: DemoResult) -> list[dict]:
+    """What the audit says of each planted habit: the concept that stands for it, and of topic habits the hypotheses.
+
+    A concept stands for a habit by the correlation of its firing with the text rule over all responses, within the two
+    sides, so that the match owes nothing to the difference that is tested. A response cluster R stands for it by the
+    correlation of their differences over pairs, centred for the same reason.
+    """
+    audit, data = result.audit, result.world.dataset.select(result.audit.harvest.rows.tolist())
+    alpha = audit.info["settings"]["alpha"]
+    concepts = audit.concepts.to_pylist()
+    sides = [
+        concept_activity(audit.harvest.frequency(side), audit.communities, audit.info["settings"]["tau"])
+        for side in ("chosen", "rejected")
+    ]
+    fires = np.concatenate([side - side.mean(axis=0) for side in sides])
+    place = np.argsort(np.argsort([-abs(concept["predicted"]) for concept in concepts])) + 1
+    deltas = audit.response_scores.u - audit.response_scores.u.mean(axis=0)
+    topics = np.array(data["topic"])
+    found = []
+    for habit in HABITS:
+        shown = [np.array(data[f"{side}_{habit.name}"], dtype=float) for side in ("chosen", "rejected")]
+        association = correlations(np.concatenate([side - side.mean() for side in shown]), fires)
+        best = int(association.argmax())
+        concept = concepts[best]
+        row = {
+            "habit": habit.name,
+            "role": habit.role,
+            "planted": sum(habit.gap(topic) for topic in topics) / len(topics),
+            "counted": float((shown[0] - shown[1]).mean()),
+            "concept": concept["concept"],
+            "association": float(association[best]),
+            "predicted": concept["predicted"],
+            "q": concept["q"],
+            "rank": int(place[best]),
+            "of": len(concepts),
+            "verdict": concept["verdict"],
+            "reported": concept["verdict"] in ("rises", "falls"),
+            "stood for": bool(association[best] >= LEAST_ASSOCIATION),
+            "counts differ": bool(stats.mean_test((shown[0] - shown[1])[:, None])[2][0] < 0.05),
+        }
+        if habit.topic:
+            change = shown[0] - shown[1]
+            cluster = int(correlations(change - change.mean(), deltas).argmax())
+            row["hypotheses"] = topical(audit, f"R{cluster + 1}", topics == habit.topic, alpha)
+        found.append(row)
+    return found
+
+
+def correlations(x: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """(n_columns,) correlation of centred `x` (n,) with centred columns; 0 for one that never varies."""
+    spread = np.sqrt(np.square(x).sum() * np.square(columns).sum(axis=0))
+    return np.divide(x @ columns, spread, out=np.zeros(columns.shape[1]), where=spread > 0)
+
+
+def topical(audit: Audit, cluster: str, inside: np.ndarray, alpha: float) -> dict:
+    """Where the prompt-conditioned view ranks `A ⇝ cluster` for prompts of a topic, and whether it finds it elsewhere.
+
+    Args:
+        inside: (n_pairs,) bool, pairs of the topic. A prompt context is the topic's if half its pairs are.
+    """
+    rows = audit.pairs["row"].to_numpy()
+    share = {
+        name: float(inside[np.isin(rows, audit.rows_in(name))].mean())
+        for name in audit.info["contexts"]
+        if name.startswith("A") and audit.info["contexts"][name]["pairs"]
+    }
+    kept = [row for row in audit.hypotheses.to_pylist() if row["view"] == "prompt" and row["kept"]]
+    found = [row for row in kept if row["q"] <= alpha and row["concept"] == cluster and row["lean"] == "chosen"]
+    there = [row for row in found if share[row["context"]] >= 0.5]
+    best = min(there, key=lambda row: row["rank"], default=None)
+    return {
+        "cluster": cluster,
+        "contexts of the topic": sum(value >= 0.5 for value in share.values()),
+        "found in": len(there),
+        "found elsewhere": len(found) - len(there),
+        "context": best and best["context"],
+        "share of its pairs in the topic": best and share[best["context"]],
+        "rank": best and best["rank"],
+        "of": sum(row["lean"] == "chosen" and row["q"] <= alpha for row in kept),
+        "z": best and best["z"],
+        "q": best and best["q"],
+    }
+
+
+def checks(rows: list[dict]) -> dict:
+    """The rows of `reported` as counts."""
+    steered = [row for row in rows if row["role"] in ("rewarded", "punished")]
+    neutral = [row for row in rows if row["role"] == "neutral"]
+    topical = [row for row in rows if row["role"] == "topic"]
+    right = [
+        row
+        for row in steered
+        if row["stood for"] and row["reported"] and row["q"] < 0.05 and row["predicted"] * row["planted"] > 0
+    ]
+    told = [row for row in neutral if row["stood for"] and row["reported"]]
+    return {
+        "rewarded or punished": len(steered),
+        "in no concept": sum(not row["stood for"] for row in steered),
+        "reported with the right sign, q < 0.05": len(right),
+        "lowest rank of these": max(row["rank"] for row in right),
+        "concepts": steered[0]["of"],
+        "neutral": len(neutral),
+        "neutral, reported": len(told),
+        "neutral, reported, and counts differ by chance": sum(row["counts differ"] for row in told),
+        "of one topic": len(topical),
+        "of one topic, found there": sum(row["hypotheses"]["rank"] is not None for row in topical),
+        "lowest rank of these, by topic": max((row["hypotheses"]["rank"] or 10**6 for row in topical), default=None),
+    }
+
+
 def summary(seeds: dict[str, dict]) -> dict:
-    """Median, smallest and largest of every figure over the seeds."""
+    """Median, smallest and largest of every figure over the seeds that have it."""
     out: dict[str, dict] = {}
-    for part in ("concepts", "habits", "policy"):
-        for name in seeds[next(iter(seeds))][part]:
-            values = [seed[part][name] for seed in seeds.values()]
+    parts: dict[str, dict] = {}
+    for seed in seeds.values():
+        for part, of in seed.items():
+            if isinstance(of, dict):
+                parts.setdefault(part, {}).update(of)
+    for part, names in parts.items():
+        for name in names:
+            values = [seed[part][name] for seed in seeds.values() if name in seed.get(part, {})]
             if all(isinstance(value, int | float) for value in values):
                 out[f"{part}: {name}"] = {
+                    "worlds": len(values),
                     "median": float(np.median(values)),
                     "min": float(np.min(values)),
                     "max": float(np.max(values)),
@@ -107,7 +401,16 @@ def main() -> None:
     Path(args.results).parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict] = {}
     for seed in range(args.seeds):
-        found[str(seed)] = record(run_demo(Path(args.out) / str(seed), seed=seed))
+        out = Path(args.out) / str(seed)
+        result = demo(out, seed)
+        audits = {"audit": result, "audit, lone features kept": with_lone_features(result, out)}
+        rows = {name: reported(audited) for name, audited in audits.items()}
+        found[str(seed)] = {
+            **record(result),
+            **predictors(result, out),
+            **{f"{name}: planted habits": checks(of) for name, of in rows.items()},
+            "planted habits": rows,
+        }
         assert len(found[str(seed)]["rows"]) == len(HABITS) + 1
         results = {
             "command": f"python benchmarks/prediction.py --seeds {args.seeds}",

@@ -76,6 +76,18 @@ def test_communities_find_what_was_planted():
     assert [c.tolist() for c in small] == [c.tolist() for c in again]
 
 
+def test_communities_of_one_keep_every_live_feature():
+    fired = sparse.csr_array(planted())
+    live = clusters.live_features(fired, 10)
+    found = clusters.cofiring_communities(fired, min_size=1, edge_share=0.01)
+    assert [c.tolist() for c in found[:3]] == [[0, 1, 2, 3, 4], [5, 6, 7, 8], [9, 10]]
+    assert {len(c) for c in found[3:]} == {1}
+    assert sorted(f for c in found for f in c) == live.tolist()
+    alone = sparse.csr_array(np.random.default_rng(0).random((400, 3)) < 0.5)  # nothing is linked at all
+    assert [c.tolist() for c in clusters.cofiring_communities(alone, min_size=1)] == [[0], [1], [2]]
+    assert clusters.cofiring_communities(alone, min_size=2) == []
+
+
 def test_no_live_features_give_no_communities():
     silent = sparse.csr_array(np.zeros((50, 8)))
     always = sparse.csr_array(np.ones((50, 8)))

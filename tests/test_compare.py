@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
+from audit_world import make_audit, make_world
 
-from trl_anatomy.checking.compare import _split_half_reliability, comparison_report
+from trl_anatomy.checking.compare import _split_half_reliability, cheap_predictions, comparison_report
 
 
 def test_reliability_matches_its_expectation():
@@ -37,6 +38,7 @@ def test_report_names_every_model_and_hides_rules_that_never_hold():
                 "noise_ceiling_r2": None,
                 "random_clusters_r2": None,
                 "tilt_r2": None,
+                "baselines_r2": {"length": None, "text rules": None, "likelihood": None},
             }
             for name in ("dpo", "policy")
         },
@@ -58,3 +60,14 @@ def test_report_names_every_model_and_hides_rules_that_never_hold():
     assert "0.350 ( 92%)" in text
     assert "emoji" not in text
     assert text.count("too few concepts") == 2
+
+
+def test_cheap_predictions_without_the_pairs_are_by_length_alone(tmp_path):
+    """What length explains is the mean disparity less what is left of it at equal length."""
+    audit = make_audit(tmp_path / "audit", make_world(400))
+    found = cheap_predictions(audit, None, None, {"bold": "x"})
+    rows = audit.concepts.to_pylist()
+    expected = [row["predicted"] - row["length_adjusted"] for row in rows]
+    np.testing.assert_allclose(found["length"], expected, atol=1e-12)
+    assert found["text rules"] is None
+    assert found["likelihood"] is None

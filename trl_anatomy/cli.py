@@ -114,6 +114,8 @@ def _audit(argv: list[str]) -> int:
     audit = run_audit(config)
     if flags.json:
         print(json.dumps(audit.info, indent=2))
+    elif config.data_kind == "sft":
+        _print_regions(audit)
     else:
         _print_audit(audit)
     return 0
@@ -138,12 +140,36 @@ def _refuse_unknown(from_config: list[str], from_line: list[str], parser: Any, e
                 raise AnatomyError(f"Unknown option '{shown}' {where}{_did_you_mean(name, [*known, *extra])}.")
 
 
-def _print_audit(audit: Audit) -> None:
+def _print_regions(audit: Audit) -> None:
+    _print_size(audit)
+    labels = {row["concept"]: row["label"] for row in audit.concepts.to_pylist()}
+    alpha, regions = audit.info["settings"]["alpha"], audit.info["contexts"]
+    found = [row for row in audit.hypotheses.to_pylist() if row["kept"] and row["q"] <= alpha]
+    print("These rows have no pairs: no shift is predicted, only what sets one region of the corpus apart.")
+    if not found:
+        print(f"No evidence that responses in any region ({len(regions)}) differ from the rest.")
+    else:
+        print(f"Where responses differ from the rest of the corpus ({len(found)} findings; largest first):")
+        print(f"  {'region':<7} {'concept':<8} {'inside':>7} {'rest':>7} {'equal length':>12} {'q':>9}  label")
+    for row in sorted(found, key=lambda row: row["rank"])[:10]:
+        print(
+            f"  {row['context']:<7} {row['concept']:<8} {row['mean_in']:7.3f} {row['mean_out']:7.3f}"
+            f" {row['delta_length_adjusted']:+12.3f} {row['q']:9.2g}  {labels[row['concept']]}"
+        )
+    print(f"Report: {audit.path / 'report.html'}")
+
+
+def _print_size(audit: Audit) -> None:
     data = audit.info["data"]
     left_out = ", ".join(f"{count} {reason}" for reason, count in data["left_out"].items())
+    kind = "usable rows" if audit.info["settings"]["data_kind"] == "sft" else "pairs"
     print(
-        f"\n{data['n_pairs']} pairs of {data['n_rows']} rows" + (f" (left out: {left_out})" if left_out else "") + "."
+        f"\n{data['n_pairs']} {kind} of {data['n_rows']} rows" + (f" (left out: {left_out})" if left_out else "") + "."
     )
+
+
+def _print_audit(audit: Audit) -> None:
+    _print_size(audit)
     rows = sorted(audit.concepts.to_pylist(), key=lambda row: -abs(row["predicted"]))
     taught = [row for row in rows if row["verdict"] in ("rises", "falls")]
     if not taught:
@@ -182,6 +208,7 @@ def _plan(argv: list[str]) -> int:
     from .shaping.settle import settle_policy
 
     audit = load_audit(args.audit)
+    audit.check_kind("plan")
     policy = ConceptPolicy.load(args.policy)
     audit.check_harvest()
     source = reopen(audit)
@@ -438,6 +465,12 @@ def _compare(argv: list[str]) -> int:
     )
     parser.add_argument("--prompts", help="file with a 'prompt' column; default: the audited prompts")
     parser.add_argument("--n_prompts", type=int, default=1000, help="at most so many prompts (default 1000)")
+    parser.add_argument(
+        "--n_per_prompt",
+        type=int,
+        default=1,
+        help="responses to each prompt (default 1); with 4 or more the tilt of the start model predicts better",
+    )
     parser.add_argument("--max_new_tokens", type=int, default=256, help="length of a rollout (default 256)")
     parser.add_argument("--batch_size", type=int, default=64, help="rollouts at a time (default 64)")
     parser.add_argument("--seed", type=int, default=0)
@@ -449,7 +482,8 @@ def _compare(argv: list[str]) -> int:
     from .checking.compare import compare, comparison_report, prompts_for
 
     audit = load_audit(args.audit)
-    prompts = prompts_for(audit, args.prompts, args.n_prompts, args.seed)
+    audit.check_kind("compare")
+    prompts = prompts_for(audit, args.prompts, args.n_prompts, args.seed) * args.n_per_prompt
     comparison = compare(
         audit,
         args.before,

@@ -129,7 +129,8 @@ def cofiring_communities(
     Args:
         fired: (n_samples, d_sae), a stored non-zero means that the feature fired in the sample.
         edge_share: share of all pairs of live features that become edges.
-        min_size: smaller communities are dropped; their features belong to "cluster 0", which is never tested.
+        min_size: smaller communities are dropped; their features belong to "cluster 0", which is never tested. With 1
+            nothing is dropped: a feature that fires with no other is a community of its own.
         min_count: a live feature fires in at least so many samples, and stays silent in as many.
         resolution: of modularity; larger gives smaller communities.
         seed: order in which Leiden visits the features; the result is deterministic.
@@ -143,13 +144,15 @@ def cofiring_communities(
     if len(live) < 2:
         return []
     graph = cofiring_graph(fired, live, edge_share)
-    linked = np.flatnonzero(np.diff(graph.indptr))
-    if len(linked) == 0:
-        return []
-    graph = graph[linked][:, linked]
-    leiden = Leiden(resolution, shuffle_nodes=True, random_state=seed, return_probs=False, return_aggregate=False)
-    labels = leiden.fit_predict(graph)
-    communities = [live[linked[labels == label]] for label in np.unique(labels)]
+    degree = np.diff(graph.indptr)
+    linked = np.flatnonzero(degree)
+    # A feature that fires with no other stands for itself, if communities of one are asked for.
+    communities = [live[[lone]] for lone in np.flatnonzero(degree == 0)] if min_size == 1 else []
+    if len(linked):
+        graph = graph[linked][:, linked]
+        leiden = Leiden(resolution, shuffle_nodes=True, random_state=seed, return_probs=False, return_aggregate=False)
+        labels = leiden.fit_predict(graph)
+        communities += [live[linked[labels == label]] for label in np.unique(labels)]
     return sorted((c for c in communities if len(c) >= min_size), key=lambda c: (-len(c), c[0]))
 
 

@@ -1,5 +1,6 @@
 """Settings of an audit, with the published values as defaults; every field is a flag of `trl-anatomy audit`."""
 
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,24 @@ from typing import Any
 from ..errors import AnatomyError
 
 RANKINGS = ("delta_min", "delta", "d", "z")
+DATA_KINDS = ("pairs", "sft")
 POOLINGS = ("freq", "max")
 PROMPT_SCORES = ("fired", "raw")
 TRUNCATIONS = ("keep_start", "keep_end", "drop")
+
+
+def is_region(text: str) -> bool:
+    """Whether a text names a region: COLUMN=VALUE, or prompt~REGEX with a valid regular expression.
+
+    >>> is_region("source=maths"), is_region("prompt~(?i)sum"), is_region("prompt~("), is_region("maths")
+    (True, True, False, False)
+    """
+    if not text.startswith("prompt~"):
+        return "=" in text[1:]
+    try:
+        return bool(re.compile(text.removeprefix("prompt~")))
+    except re.error:
+        return False
 
 
 @dataclass
@@ -31,6 +47,20 @@ class AuditConfig:
         default=None, metadata={"help": "Decoder layer whose output the SAE reads. Default: the SAE's own."}
     )
     out: str = field(default="audits/run", metadata={"help": "Audit folder to write; an interrupted run resumes."})
+    data_kind: str = field(
+        default="pairs",
+        metadata={
+            "help": "pairs (chosen and rejected), or sft (prompt and completion, messages, or text): regions of the "
+            "corpus against the rest, without a predicted shift."
+        },
+    )
+    region: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of SFT data, the region to set against the rest: COLUMN=VALUE, or prompt~REGEX. Default: each "
+            "cluster of prompts that the audit finds."
+        },
+    )
     dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
     dataset_subset: str | None = field(default=None, metadata={"help": "Configuration name of a hub dataset."})
     max_length: int | None = field(
@@ -52,7 +82,11 @@ class AuditConfig:
         metadata={"help": "Resolution of Leiden's modularity; larger gives smaller communities. Doubled below 4096."},
     )
     min_community: int = field(
-        default=4, metadata={"help": "Smaller communities are dropped. Scaled down below 4096 live features."}
+        default=4,
+        metadata={
+            "help": "Smaller communities are dropped. Scaled down to 2 below 4096 live features. 1 also keeps features "
+            "that fire with no other; a small SAE has many."
+        },
     )
     min_concept: int = field(
         default=10,
@@ -112,7 +146,12 @@ class AuditConfig:
     alpha: float = field(default=0.05, metadata={"help": "False discovery rate below which a shift is called found."})
 
     def __post_init__(self) -> None:
+        sft = self.data_kind == "sft"
         checks = [
+            (self.data_kind in DATA_KINDS, "data_kind", f"one of {', '.join(DATA_KINDS)}"),
+            (self.region is None or sft, "region", "none unless data_kind is sft"),
+            (self.region is None or is_region(self.region), "region", "COLUMN=VALUE or prompt~REGEX"),
+            (not (sft and self.permutations), "permutations", "0 for SFT data, which have no sides to swap"),
             (self.truncation in TRUNCATIONS, "truncation", f"one of {', '.join(TRUNCATIONS)}"),
             (self.rank_by in RANKINGS, "rank_by", f"one of {', '.join(RANKINGS)}"),
             (self.dtype in ("auto", "float32", "bfloat16", "float16"), "dtype", "auto, float32, bfloat16 or float16"),

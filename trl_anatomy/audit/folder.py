@@ -136,6 +136,18 @@ class Audit:
             raise AnatomyError(f"{self.path}: found context {context!r}, allowed: {_listed(names)}.")
         return np.sort(self.pairs["row"].to_numpy()[inside])
 
+    def check_kind(self, command: str) -> None:
+        """Make sure that this is an audit of preference pairs, which `command` needs.
+
+        Raises:
+            AnatomyError: it is one of SFT data.
+        """
+        if self.info["settings"].get("data_kind") == "sft":
+            raise AnatomyError(
+                f"{self.path}: an audit of SFT data predicts no shift, so there is nothing to {command}; audit "
+                "preference pairs."
+            )
+
     def check_pairs(self, pairs: "Pairs") -> None:
         """Make sure that this audit was made from these pairs: same tokens, same rows, same truncation.
 

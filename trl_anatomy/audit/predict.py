@@ -17,6 +17,8 @@ LETTERS = {CO_FIRING: "T", RESPONSE_GEOMETRY: "R"}
 
 # Verdicts on a concept, in the words of the page.
 RISES, FALLS, NO_EVIDENCE, TOO_FEW = "rises", "falls", "no evidence", "too few pairs to tell"
+# Of concepts of SFT data.
+NO_PAIRS = "no pairs"
 
 CONCEPTS = pa.schema(
     [
@@ -134,13 +136,14 @@ def concept_table(
             "differ": differ,
             "verdict": verdicts,
             "terms": [list(t) for t in terms] if terms is not None else [[] for _ in communities],
-            "telling_rows": [_telling(scores, m, predicted[m], n_telling) for m in range(len(communities))],
+            "telling_rows": [telling_rows(scores, m, predicted[m], n_telling) for m in range(len(communities))],
         },
         schema=CONCEPTS,
     )
 
 
-def _telling(scores: Disparity, concept: int, predicted: float, n: int) -> list[int]:
+def telling_rows(scores: Disparity, concept: int, predicted: float, n: int = 3) -> list[int]:
+    """Rows of the raw dataset that show a concept best on the side of `predicted`: see `concept_table`."""
     side = -1.0 if predicted < 0 else 1.0
     u = side * scores.u[:, concept]
     best = np.sort(u[u > 0])[::-1][:n]
@@ -152,6 +155,24 @@ def _telling(scores: Disparity, concept: int, predicted: float, n: int) -> list[
     # Differences elsewhere are rounded, so that of two pairs that tell the same the shorter comes first.
     order = np.lexsort((scores.rows[candidates], length, np.round(2 * others), -u[candidates]))
     return scores.rows[candidates[order[:n]]].tolist()
+
+
+def explained_shift(u: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """The part of each concept's mean disparity that cheap measures of the two responses explain: a baseline.
+
+    Least squares of u on x with an intercept; the shift is the slopes times the mean of x. With x the log ratio of the
+    two lengths this is the mean disparity less its length-adjusted form.
+
+    Args:
+        u: (n, K) signed disparity.
+        x: (n, R) measures of chosen minus rejected: log length, 1 or 0 by text rule, log-likelihood.
+
+    Returns:
+        (K,); zeros where no measure varies.
+    """
+    centred = x - x.mean(axis=0)
+    slopes = np.linalg.lstsq(centred, u - u.mean(axis=0), rcond=None)[0]
+    return x.mean(axis=0) @ slopes
 
 
 def tilted_shift(u: np.ndarray, before: np.ndarray, prompt_groups: np.ndarray | None = None) -> np.ndarray:

@@ -52,12 +52,13 @@ class Source:
     @cached_property
     def pairs(self) -> Pairs:
         """The pairs, checked against the audit's fingerprint."""
-        from ..reading.spans import read_pairs
+        from ..reading.spans import read_rows
 
         self._named("dataset")
-        pairs = read_pairs(
+        pairs = read_rows(
             load_dataset(self.config),
             self.tokenizer,
+            data_kind=self.config.data_kind,
             max_length=self.config.max_length,
             truncation=self.config.truncation,
         )

@@ -129,12 +129,16 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from ..reading.sae import check_sae, load_sae
-    from ..reading.spans import read_pairs
+    from ..reading.spans import read_rows
 
     _require(config, model, dataset)
     raw = load_dataset(config) if dataset is None else dataset
-    pairs = read_pairs(
-        raw, _tokenizer(config, model, tokenizer), max_length=config.max_length, truncation=config.truncation
+    pairs = read_rows(
+        raw,
+        _tokenizer(config, model, tokenizer),
+        data_kind=config.data_kind,
+        max_length=config.max_length,
+        truncation=config.truncation,
     )
     if model is None:
         try:
@@ -183,7 +187,8 @@ def run_audit(
     from ..reading.fingerprint import model_fingerprint
     from ..reading.harvest import harvest
     from ..reading.sae import check_sae, load_sae
-    from ..reading.spans import read_pairs
+    from ..reading.spans import read_rows
+    from .region_view import analyse_regions, region_rows
     from .report import write_report
 
     timings: dict[str, float] = {}
@@ -191,7 +196,11 @@ def run_audit(
     with _timed(timings, "load"):
         raw = load_dataset(config) if dataset is None else dataset
         tokenizer = _tokenizer(config, model, tokenizer)
-        pairs = read_pairs(raw, tokenizer, max_length=config.max_length, truncation=config.truncation)
+        pairs = read_rows(
+            raw, tokenizer, data_kind=config.data_kind, max_length=config.max_length, truncation=config.truncation
+        )
+        if config.region is not None:  # a bad one is told before the pass
+            region_rows(pairs, config.region)
         sae = load_sae(config.sae)
         model = load_model(config) if model is None else model
         layer = check_sae(sae, model, config.layer)
@@ -206,7 +215,10 @@ def run_audit(
             shard_pairs=config.shard_pairs,
             progress=progress,
         )
-    findings = analyse(read, config, pairs.texts, pairs.prompt_groups)
+    if config.data_kind == "sft":
+        findings = analyse_regions(read, config, pairs)
+    else:
+        findings = analyse(read, config, pairs.texts, pairs.prompt_groups)
     tokens = {span: int(length.sum()) for span, length in read.lengths.items()}
     first = next(read.shards())  # enough to tell how many latents fire per token
     l0 = float(first.count("chosen").sum(dtype=np.int64) / first.lengths["chosen"].sum(dtype=np.int64))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .folder import Audit
 
 # The letters of a view's contexts and concepts.
-VIEWS = {"feature": ("B", "T"), "prompt": ("A", "R")}
+VIEWS = {"feature": ("B", "T"), "prompt": ("A", "R"), "region": ("A", "T")}
 COLUMNS = ("audit_contexts", "audit_concepts", "audit_scores")
 
 
@@ -24,7 +24,7 @@ def trace(audit: "Audit", view: str, context: str, concept: str) -> pa.Table:
     add up to `delta`. A negative one of a positive `delta` is a pair that speaks against the hypothesis.
 
     Args:
-        view: "feature" or "prompt"; context, concept: as in the table of hypotheses.
+        view: "feature", "prompt" or "region"; context, concept: as in the table of hypotheses.
     Returns:
         Columns row (of the raw dataset), score (u of the concept), contribution; a row per pair in the context.
     Raises:
@@ -124,4 +124,4 @@ def to_columns(audit: "Audit", dataset: "Dataset") -> "Dataset":
 
 def _scores(audit: "Audit", view: str) -> np.ndarray:
     """(n_pairs, n_concepts) u of the concepts of a view."""
-    return audit.activity.u if view == "feature" else audit.response_scores.u
+    return audit.response_scores.u if view == "prompt" else audit.activity.u

@@ -77,13 +77,17 @@ def sizes_for(n_live: int, config: AuditConfig) -> Sizes:
     return Sizes(community, concept, 2 * config.resolution, (note,))
 
 
-def fired_responses(harvest: "Harvest", tau: float, max_pairs: int, seed: int = 0) -> sparse.csr_array:
+def fired_responses(
+    harvest: "Harvest", tau: float, max_pairs: int, seed: int = 0, spans: Sequence[str] = ("chosen", "rejected")
+) -> sparse.csr_array:
     """Which feature fired in which response, as communities see it.
 
     A response counts as one sample and a feature as fired above the same share `tau` of tokens as in the disparity.
 
+    Args:
+        spans: the responses of a pair; SFT data have the first alone.
     Returns:
-        (2 * pairs used, d_sae): chosen and rejected responses, at most `max_pairs` pairs drawn by `seed`.
+        (responses of the pairs used, d_sae), at most `max_pairs` pairs drawn by `seed`.
     """
     drawn = np.ones(harvest.n_pairs, dtype=bool)
     if harvest.n_pairs > max_pairs:
@@ -93,7 +97,7 @@ def fired_responses(harvest: "Harvest", tau: float, max_pairs: int, seed: int = 
     for shard in harvest.shards():
         here = np.flatnonzero(drawn[start : start + len(shard.rows)])
         start += len(shard.rows)
-        parts += [_fired(sparse.csr_array(shard.frequency(span))[here], tau) for span in ("chosen", "rejected")]
+        parts += [_fired(sparse.csr_array(shard.frequency(span))[here], tau) for span in spans]
     return sparse.csr_array(sparse.vstack(parts, format="csr"))
 
 

@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 
     from ..audit.folder import Audit
     from ..reading.harvest import Harvest
+    from ..reading.spans import Pairs
 
 Prompt = str | list[dict[str, Any]]
+
+# Pairs whose likelihood is read for the baseline.
+LIKELIHOOD_PAIRS = 2000
 
 
 def prompts_for(audit: Audit, path: str | None, n_prompts: int, seed: int) -> list[Prompt]:
@@ -89,8 +93,9 @@ def compare(
     Returns:
         What `compare.json` holds: per concept the predicted and observed shifts; per trained model how well they agree
         (R² and rank correlation with intervals, a permutation p-value, the noise floor from split prompts, the same for
-        size-matched random clusters, and R² of the start model's tilt as the other prediction); per text rule the rates
-        before and after with intervals, and recovery.
+        size-matched random clusters, R² of the start model's tilt as the other prediction, and R² of what cheap
+        measures predict: length, text rules, likelihood under the start model; None for the last two if the audited
+        dataset is not to be found); per text rule the rates before and after with intervals, and recovery.
 
     Raises:
         AnatomyError: no prompt, no trained model, a model that cannot be loaded or is not the one audited.
@@ -98,6 +103,7 @@ def compare(
     from transformers import AutoTokenizer
 
     from ..audit.predict import agreement
+    from ..audit.reopen import reopen
     from ..reading.fingerprint import model_fingerprint
     from ..reading.harvest import harvest
     from ..reading.sae import load_sae
@@ -128,6 +134,12 @@ def compare(
     control = _random_features(audit.harvest, features, settings["tau"], seed)
     control_predicted = _mean_disparity(audit.harvest, control, settings["tau"])
     disparity, _ = audit.disparity()
+    rules = TEXT_RULES if rules is None else rules
+    try:
+        audited = reopen(audit).pairs
+    except AnatomyError:  # in memory, or not there any more: only two baselines need the pairs
+        audited = None
+    baselines = cheap_predictions(audit, audited, start_model, rules, seed=seed)
     sae = load_sae(audit.info["sae"]["source"], device=str(next(start_model.parameters()).device))
     observed: dict[str, np.ndarray] = {}
     agreements: dict[str, dict[str, Any]] = {}
@@ -150,6 +162,12 @@ def compare(
             "noise_ceiling_r2": _split_half_reliability(observed[name], seed),
             "random_clusters_r2": agreement(control_predicted, control_shift, seed=seed).to_dict()["r2"],
             "tilt_r2": _tilt_agreement(disparity, chosen, rejected, features, settings["tau"], pairs.prompt_groups),
+            "baselines_r2": {
+                measure: None
+                if told is None
+                else agreement(told, shift, n_bootstrap=1, n_permutations=1).to_dict()["r2"]
+                for measure, told in baselines.items()
+            },
             "n_prompts": len(pairs),
             "left_out": pairs.left_out,
         }
@@ -171,12 +189,50 @@ def compare(
             for k, row in enumerate(concepts)
         ],
         "agreement": agreements,
-        "rates": _rates(responses, list(after), TEXT_RULES if rules is None else rules),
+        "rates": _rates(responses, list(after), rules),
     }
     temporary = out / "compare.json.tmp"
     temporary.write_text(json.dumps(result, indent=2))
     os.replace(temporary, out / "compare.json")
     return result
+
+
+def cheap_predictions(
+    audit: Audit, pairs: Pairs | None, start_model: Any, rules: Mapping[str, str], *, seed: int = 0
+) -> dict[str, np.ndarray | None]:
+    """What could be predicted without an SAE: the part of each disparity that a cheap measure of the pairs explains.
+
+    Args:
+        audit: audit of the pairs.
+        pairs: the audited pairs; None where they are not at hand.
+        start_model: the audited model.
+        rules: name -> regular expression, searched in the responses.
+        seed: of the draw of pairs whose likelihood is read, at most `LIKELIHOOD_PAIRS`.
+
+    Returns:
+        "length" (log ratio of tokens), "text rules" (all together) and "likelihood" (mean log-likelihood per token
+        under the start model) -> (K,) predicted shifts; None for the last two without pairs.
+    """
+    from ..audit.predict import explained_shift
+    from .likelihood import log_likelihoods
+
+    u = audit.activity.u
+    found: dict[str, np.ndarray | None] = {
+        "length": explained_shift(u, audit.activity.log_ratio[:, None]),
+        "text rules": None,
+        "likelihood": None,
+    }
+    if pairs is None:
+        return found
+    texts = [pairs.texts(i) for i in range(len(pairs))]
+    hits = [rule_hits([text[side] for text in texts], rules) for side in (1, 2)]
+    if rules:
+        gaps = np.column_stack([hits[0][rule].astype(np.float64) - hits[1][rule] for rule in rules])
+        found["text rules"] = explained_shift(u, gaps)
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:LIKELIHOOD_PAIRS])
+    likelihood = log_likelihoods(start_model, pairs, drawn.tolist())
+    found["likelihood"] = explained_shift(u[drawn], likelihood[:, :1] - likelihood[:, 1:])
+    return found
 
 
 def sampled_responses(out: Path, name: str) -> list[str]:
@@ -202,7 +258,10 @@ def comparison_report(result: Mapping[str, Any]) -> str:
             f" rank correlation {figures['spearman']:.2f}, permutation p {figures['p']:.2g}, {figures['n']} concepts;"
             f" at most {_shown(figures['noise_ceiling_r2'])} can be seen with {figures['n_prompts']} prompts;"
             f" random clusters of the same sizes: {_shown(figures['random_clusters_r2'])};"
-            f" predicted by tilting the start model's responses instead: {_shown(figures['tilt_r2'])}."
+            f" predicted by tilting the start model's responses instead: {_shown(figures['tilt_r2'])};"
+            " by cheap measures: "
+            + ", ".join(f"{measure} {_shown(r2)}" for measure, r2 in figures["baselines_r2"].items())
+            + "."
         )
     lines.append("\nShare of responses in which a text rule holds:")
     lines.append(f"  {'rule':<16} {'before':>7} " + " ".join(f"{name[:14]:>14}" for name in names))

@@ -27,6 +27,7 @@ N_CARDS = 30  # concepts with a telling pair, contexts and a snippet
 N_CONTEXTS = 5  # contexts named in a card
 N_LATENTS = 8  # latents of a concept linked to Neuronpedia
 N_HYPOTHESES = 15  # hypotheses listed a side
+N_REGIONS = 30  # regions of SFT data that are listed
 SHORT = 420  # characters of a text shown before it is folded
 
 # Half the width of the interval drawing, in its own units.
@@ -180,7 +181,12 @@ def _view(audit: Audit, raw: "Dataset | None") -> dict[str, Any]:
         concept["latents"] = [(latent, neuronpedia_url(neuronpedia_id, latent)) for latent in latents]
         concept["pair"] = _pair(concept, raw)
         concept["snippet"] = snippet(audit, concept["concept"], [h["context"] for h in concept["contexts"]])
+    sft = info["settings"].get("data_kind") == "sft"
+    apart = [h for h in all_kept if h["view"] == "region" and h["q"] <= info["settings"]["alpha"]]
     return {
+        "sft": sft,
+        "regions": _regions(apart, described, by_name, raw) if sft else [],
+        "n_apart": len(apart),
         "info": info,
         "data_name": Path(info["data"]["name"]).name,
         "model_name": Path(info["model"]["name"]).name,
@@ -212,6 +218,31 @@ def _view(audit: Audit, raw: "Dataset | None") -> dict[str, Any]:
         "has_text": raw is not None,
         "short": SHORT,
     }
+
+
+def _regions(
+    found: list[dict[str, Any]], described: dict[str, Any], concepts: dict[str, dict[str, Any]], raw: "Dataset | None"
+) -> list[dict[str, Any]]:
+    """Regions of SFT data in which responses differ from the rest, the one with the best finding first."""
+    regions: dict[str, dict[str, Any]] = {}
+    for hypothesis in found:
+        name = hypothesis["context"]
+        entry = regions.setdefault(name, {"name": name, **described[name], "more": [], "less": []})
+        listed = entry[hypothesis["lean"]]
+        if len(listed) < N_CONTEXTS:
+            listed.append({**hypothesis, "example": _example(concepts[hypothesis["concept"]], raw)})
+    return list(regions.values())[:N_REGIONS]
+
+
+def _example(concept: dict[str, Any], raw: "Dataset | None") -> dict[str, Any] | None:
+    """The row of SFT data that shows a concept best, as text."""
+    if raw is None or not concept["telling_rows"]:
+        return None
+    from ...reading.spans import sft_texts
+
+    row = concept["telling_rows"][0]
+    prompt, response = sft_texts(raw[int(row)])
+    return {"row": row, "prompt": clean(prompt), "response": clean(response)}
 
 
 def _scale(values: list[float]) -> float:
