@@ -1,7 +1,6 @@
 """The audit folder: open formats, written so that a reader finds all of it or none of it."""
 
 import json
-import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 from scipy import sparse
 
 from ..errors import AnatomyError
+from ..reading.files import remove_partial, write_atomically
 from .predict import CO_FIRING, CONCEPTS, RESPONSE_GEOMETRY
 from .prompt_view import response_scores
 from .trace import hypotheses_of, to_columns, trace
@@ -239,6 +239,7 @@ def write_audit(
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
+    remove_partial(path)
     tables = {"hypotheses": hypotheses, "concepts": concepts, "pairs": pairs}
     info = {"format": FORMAT, **info}
     audit = Audit(path, info, hypotheses, concepts, pairs)
@@ -246,22 +247,11 @@ def write_audit(
     info["counts"] = {**info.get("counts", {}), **{name: table.num_rows for name, table in counted.items()}}
     (path / INFO).unlink(missing_ok=True)
     for name, table in tables.items():
-        file = path / f"{name}.parquet"
-        pq.write_table(table, partial := _partial(file), compression="zstd")
-        os.replace(partial, file)
-    write_atomically(path / INFO, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        write_atomically(path / f"{name}.parquet", sink.getvalue())
+    write_atomically(path / INFO, (json.dumps(info, indent=2, ensure_ascii=False) + "\n").encode())
     return audit
-
-
-def _partial(file: Path) -> Path:
-    return file.with_name(f"{file.name}.partial")
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write a text file beside its place, then move it there."""
-    partial = _partial(file)
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
 
 
 def load_audit(path: str | Path) -> Audit:

@@ -15,3 +15,9 @@ def write_atomically(path: Path, data: bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a killed process left of a file it was writing into `folder`."""
+    for partial in folder.glob("*.partial"):
+        partial.unlink(missing_ok=True)

@@ -19,13 +19,16 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..errors import AnatomyError
 from ..ops.span_harvest import span_harvest
-from .files import write_atomically
+from .files import remove_partial, write_atomically
 from .fingerprint import hash_json, model_key
 from .forward import length_sorted_batches, read_spans
+from .ranks import Ranks
 from .sae import SAE
 from .spans import SPANS, Pairs
 
 _MANIFEST = "manifest.json"
+_RANK_MANIFEST = "manifest-rank{}.json"  # what another process has written so far
+_SHARD = "shard-{}.safetensors"
 _FORMAT = 1
 _POOLED_BYTES = 64 << 20  # dense pooled result held at a time
 # Dense activations held at a time: on a CPU they should stay in the cache, a GPU wants fewer and larger steps.
@@ -128,7 +131,7 @@ class Harvest:
             AnatomyError: no harvest there, an unfinished one, or a missing, truncated or changed shard.
         """
         path = Path(path)
-        manifest = _read_manifest(path)
+        manifest = _read_manifest(path / _MANIFEST)
         if manifest is None:
             raise AnatomyError(f"No harvest in {str(path)!r}: {_MANIFEST} not found. Run the audit first.")
         done = sum(entry["pairs"] for entry in manifest["shards"])
@@ -156,10 +159,12 @@ def harvest(
     batch_tokens: int = 8192,
     shard_pairs: int = 2048,
     progress: bool = True,
+    ranks: Ranks | None = None,
 ) -> Harvest:
     """Read every pair once and keep, per span and latent, the largest activation and the firing tokens.
 
-    Shards whose hash still matches are kept, so that an interrupted run goes on and ends in the same bytes.
+    Shards whose hash still matches are kept, so that an interrupted run goes on and ends in the same bytes, with
+    whatever number of processes.
 
     Args:
         model: the frozen start model.
@@ -169,11 +174,13 @@ def harvest(
         layer: layer to read, from 0 (`check_sae` gives it).
         batch_tokens: padded tokens of one forward pass.
         shard_pairs: pairs of one file.
-        progress: show a progress bar.
+        progress: show a progress bar, in the main process.
+        ranks: processes that share the shards among them; all call this, each with its own model. Default: this one.
 
     Raises:
         AnatomyError: the folder holds a harvest of something else, or the model gives NaN or infinity.
     """
+    ranks = ranks or Ranks()
     out = Path(out)
     key = {
         "format": _FORMAT,
@@ -183,37 +190,76 @@ def harvest(
         "sae": sae.fingerprint,
         "layer": layer,
     }
-    manifest = _read_manifest(out)
-    if manifest is not None and manifest["key"] != key:
-        changed = [name for name in key if manifest["key"].get(name) != key[name]]
-        raise AnatomyError(
-            f"{str(out)!r} holds a harvest of something else (different: {', '.join(changed)}): choose another "
-            "folder or delete that one."
-        )
     if sae.prepend_bos and not pairs.begins_with_bos:
         warnings.warn(
             "The SAE was trained on text that begins with BOS, and these prompts do not: its activations may be off. "
             "Check the chat template.",
             stacklevel=2,
         )
-    entries: dict[str, dict[str, Any]] = {}
-    if manifest is not None and manifest["shard_pairs"] == shard_pairs:
-        entries = {entry["file"]: entry for entry in manifest["shards"] if not _problem(out, entry)}
-    out.mkdir(parents=True, exist_ok=True)
-    sae.to(next(model.parameters()).device)
     manifest = {"key": key, "n_pairs": len(pairs), "d_sae": sae.d_sae, "shard_pairs": shard_pairs}
-    with tqdm(total=len(pairs), desc="Reading pairs", unit="pair", disable=not progress) as bar:
-        for number, start in enumerate(range(0, len(pairs), shard_pairs)):
-            indices = range(start, min(start + shard_pairs, len(pairs)))
-            name = _shard_name(number)
-            if name in entries:
-                bar.update(len(indices))
-                continue
-            entries[name] = _write_shard(out, name, _read_shard(model, sae, pairs, indices, layer, batch_tokens, bar))
-            manifest["shards"] = [entries[file] for file in sorted(entries)]
-            write_atomically(out / _MANIFEST, _to_json(manifest))
-    manifest["shards"] = [entries[file] for file in sorted(entries)]
-    return Harvest(out, manifest)
+    entries = ranks.in_main(lambda: _settle(out, manifest))
+    assert entries is not None
+    shards = {_shard_name(i): start for i, start in enumerate(range(0, len(pairs), shard_pairs))}
+    mine = [name for name in shards if name not in entries][ranks.index :: ranks.size]
+    total = len(pairs) if ranks.size == 1 else shard_pairs * len(mine)
+    sae.to(next(model.parameters()).device)
+
+    def read_mine() -> dict[str, dict[str, Any]]:
+        made: dict[str, dict[str, Any]] = {}
+        initial = sum(entry["pairs"] for entry in entries.values()) if ranks.size == 1 else 0
+        silent = not progress or not ranks.main
+        with tqdm(total=total, initial=initial, desc="Reading pairs", unit="pair", disable=silent) as bar:
+            for name in mine:
+                indices = range(shards[name], min(shards[name] + shard_pairs, len(pairs)))
+                tensors = _read_shard(model, sae, pairs, indices, layer, batch_tokens, bar)
+                made[name] = _write_shard(out, name, tensors)
+                # Until the end each process notes its own shards; the main one notes those of earlier runs too.
+                file = _MANIFEST if ranks.main else _RANK_MANIFEST.format(ranks.index)
+                _write_manifest(out / file, manifest, {**(entries if ranks.main else {}), **made})
+        return made
+
+    made = ranks.together(read_mine)
+    for part in made:
+        entries |= part
+
+    def merge() -> None:
+        if any(made[1:]):
+            _write_manifest(out / _MANIFEST, manifest, entries)
+        for file in [*out.glob(_RANK_MANIFEST.format("*")), *out.glob(_SHARD.format("*"))]:
+            if file.name not in entries:  # the second kind: of a run with shards of another size
+                file.unlink()
+
+    ranks.in_main(merge)
+    return Harvest(out, {**manifest, "shards": [entries[name] for name in shards]})
+
+
+def _settle(out: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Entries of the shards that earlier runs left whole; what they left of no use is removed.
+
+    The manifest then names these shards, also those that other processes of an interrupted run had noted apart.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    parts = sorted(out.glob(_RANK_MANIFEST.format("*")))
+    for file in (out / _MANIFEST, *parts):
+        before = _read_manifest(file)
+        if before is None:
+            continue
+        if before["key"] != manifest["key"]:
+            changed = [name for name, value in manifest["key"].items() if before["key"].get(name) != value]
+            raise AnatomyError(
+                f"{str(out)!r} holds a harvest of something else (different: {', '.join(changed)}): choose another "
+                "folder or delete that one."
+            )
+        if before["shard_pairs"] == manifest["shard_pairs"]:
+            found |= {entry["file"]: entry for entry in before["shards"]}
+    out.mkdir(parents=True, exist_ok=True)
+    remove_partial(out)
+    entries = {name: found[name] for name in sorted(found) if not _problem(out, found[name])}
+    if parts:
+        _write_manifest(out / _MANIFEST, manifest, entries)
+        for file in parts:
+            file.unlink()
+    return entries
 
 
 def write_harvest(
@@ -252,9 +298,9 @@ def write_harvest(
                 raise AnatomyError(f"write_harvest: maximum and count of {span!r} are stored at different places.")
             blocks[span] = (fired.indptr, fired.indices, largest.data, fired.data, np.asarray(lengths[span])[part])
         shards.append(_write_shard(out, _shard_name(number), _pack(blocks, np.asarray(rows)[part], d_sae)))
-    manifest = {"key": dict(key), "n_pairs": n_pairs, "d_sae": d_sae, "shard_pairs": shard_pairs, "shards": shards}
-    write_atomically(out / _MANIFEST, _to_json(manifest))
-    return Harvest(out, manifest)
+    manifest = {"key": dict(key), "n_pairs": n_pairs, "d_sae": d_sae, "shard_pairs": shard_pairs}
+    _write_manifest(out / _MANIFEST, manifest, {entry["file"]: entry for entry in shards})
+    return Harvest(out, {**manifest, "shards": shards})
 
 
 def _read_shard(
@@ -327,7 +373,7 @@ def _pack(blocks: Mapping[str, tuple[np.ndarray, ...]], rows: np.ndarray, d_sae:
 
 
 def _shard_name(number: int) -> str:
-    return f"shard-{number:05d}.safetensors"
+    return _SHARD.format(f"{number:05d}")
 
 
 def _write_shard(out: Path, name: str, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -336,12 +382,12 @@ def _write_shard(out: Path, name: str, tensors: dict[str, np.ndarray]) -> dict[s
     return {"file": name, "pairs": len(tensors["rows"]), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _to_json(manifest: Mapping[str, Any]) -> bytes:
-    return json.dumps(manifest, indent=1).encode()
+def _write_manifest(file: Path, manifest: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> None:
+    shards = [entries[name] for name in sorted(entries)]
+    write_atomically(file, json.dumps({**manifest, "shards": shards}, indent=1).encode())
 
 
-def _read_manifest(path: Path) -> dict[str, Any] | None:
-    file = path / _MANIFEST
+def _read_manifest(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
