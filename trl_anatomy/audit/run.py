@@ -14,7 +14,7 @@ import pyarrow as pa
 from scipy import sparse
 
 from ..errors import AnatomyError
-from .clusters import cofiring_communities, live_features
+from .clusters import affordable, cofiring_communities, live_features
 from .config import AuditConfig
 from .folder import Audit, load_audit, pairs_table, write_audit
 from .labels import distinctive_terms, group_terms, member_terms
@@ -295,7 +295,14 @@ def analyse(
     timings: dict[str, float] = {}
     groups, note = _shared_prompts(prompt_groups)
     with _timed(timings, "communities"):
-        fired = fired_responses(read, config.tau, config.community_pairs, config.seed)
+        every = fired_responses(read, config.tau, config.community_pairs, config.seed)
+        fired = affordable(every, config.seed)
+        if fired.shape[0] < every.shape[0]:
+            note += [
+                f"So many features fire at a time that communities were found from {fired.shape[0]} responses of "
+                f"{every.shape[0]} drawn."
+            ]
+        del every
         n_live = len(live_features(fired, MIN_COUNT))
         sizes = sizes_for(n_live, config)
         communities = cofiring_communities(

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch
-from safetensors.numpy import load as load_tensors
+from safetensors import safe_open
 from safetensors.numpy import save as save_tensors
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -37,7 +37,7 @@ _CHUNK_BYTES = {"cpu": 4 << 20, "other": 64 << 20}
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """Some consecutive pairs of a harvest, in memory.
+    """Some pairs of a harvest, read from an open file when they are asked for.
 
     Attributes:
         rows: (n,) int64 index of each pair into the raw dataset.
@@ -47,26 +47,42 @@ class Shard:
     rows: np.ndarray
     lengths: dict[str, np.ndarray]
     d_sae: int
-    _tensors: Mapping[str, np.ndarray]
+    _file: Any
+    _only: np.ndarray | None = None
 
-    def _matrix(self, span: str, data: np.ndarray) -> sp.csr_array:
-        index = self._tensors[f"{span}.indices"].astype(np.int32)
-        shape = (len(self.rows), self.d_sae)
-        return sp.csr_array((data, index, self._tensors[f"{span}.indptr"]), shape=shape)
+    def select(self, pairs: np.ndarray) -> "Shard":
+        """Some of these pairs, by ascending number; nothing of the others will be read."""
+        lengths = {span: length[pairs] for span, length in self.lengths.items()}
+        return Shard(self.rows[pairs], lengths, self.d_sae, self._file, pairs)
+
+    def _matrix(self, span: str, name: str, dtype: Any) -> sp.csr_array:
+        """The tensor `name` of a span as the data of (n, d_sae)."""
+        indptr = self._file.get_tensor(f"{span}.indptr")
+        if self._only is None:
+            index, data = (self._file.get_tensor(f"{span}.{part}") for part in ("indices", name))
+        else:
+            runs = list(zip(indptr[self._only].tolist(), indptr[self._only + 1].tolist(), strict=True))
+            index, data = (
+                np.concatenate([part[:0], *(part[start:stop] for start, stop in runs)])
+                for part in (self._file.get_slice(f"{span}.{part}") for part in ("indices", name))
+            )
+            indptr = np.concatenate([[0], np.cumsum(np.diff(indptr)[self._only])])
+        index, data = index.astype(np.int32, copy=False), data.astype(dtype, copy=False)
+        return sp.csr_array((data, index, indptr), shape=(len(self.rows), self.d_sae))
 
     def maximum(self, span: str) -> sp.csr_array:
         """(n, d_sae) float32: largest activation of each latent over the span's tokens."""
-        return self._matrix(span, self._tensors[f"{span}.maximum"])
+        return self._matrix(span, "maximum", np.float32)
 
     def count(self, span: str) -> sp.csr_array:
         """(n, d_sae) int32: tokens of the span on which each latent fires."""
-        return self._matrix(span, self._tensors[f"{span}.count"].astype(np.int32))
+        return self._matrix(span, "count", np.int32)
 
     def frequency(self, span: str) -> sp.csr_array:
         """(n, d_sae) float32: share of the span's tokens on which each latent fires."""
-        fired = np.diff(self._tensors[f"{span}.indptr"])
-        share = self._tensors[f"{span}.count"] / np.repeat(self.lengths[span], fired)
-        return self._matrix(span, share.astype(np.float32))
+        matrix = self._matrix(span, "count", np.float32)
+        matrix.data /= np.repeat(self.lengths[span].astype(np.float32), np.diff(matrix.indptr))
+        return matrix
 
 
 class Harvest:
@@ -87,26 +103,19 @@ class Harvest:
         self.n_pairs = int(manifest["n_pairs"])
         self.d_sae = int(manifest["d_sae"])
         self._files = [entry["file"] for entry in manifest["shards"]]
-        shards = [self._load(name, only=("rows", *(f"{span}.length" for span in SPANS))) for name in self._files]
-        self.rows = np.concatenate([shard["rows"] for shard in shards])
-        self.lengths = {span: np.concatenate([shard[f"{span}.length"] for shard in shards]) for span in SPANS}
-
-    def _load(self, name: str, only: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        if only is None:
-            return load_tensors((self.path / name).read_bytes())
-        from safetensors import safe_open
-
-        with safe_open(self.path / name, "numpy") as file:
-            return {key: file.get_tensor(key) for key in only}
+        shards = list(self.shards())
+        self.rows = np.concatenate([shard.rows for shard in shards])
+        self.lengths = {span: np.concatenate([shard.lengths[span] for shard in shards]) for span in SPANS}
 
     def __len__(self) -> int:
         return self.n_pairs
 
     def shards(self) -> Iterator[Shard]:
-        """The shards in order, one in memory at a time."""
+        """The shards in order; of each, only what is asked of it is read."""
         for name in self._files:
-            tensors = self._load(name)
-            yield Shard(tensors["rows"], {span: tensors[f"{span}.length"] for span in SPANS}, self.d_sae, tensors)
+            file = safe_open(self.path / name, "numpy")
+            lengths = {span: file.get_tensor(f"{span}.length") for span in SPANS}
+            yield Shard(file.get_tensor("rows"), lengths, self.d_sae, file)
 
     def _stack(self, blocks: Iterator[sp.csr_array]) -> sp.csr_array:
         return sp.csr_array(sp.vstack(list(blocks), format="csr"))
@@ -283,21 +292,49 @@ def write_harvest(
         key: what it was made from.
         shard_pairs: pairs of one file.
     """
+
+    def parts() -> Iterator[tuple[dict[str, tuple[sp.csr_array, sp.csr_array, np.ndarray]], np.ndarray]]:
+        for start in range(0, len(rows), shard_pairs):
+            part = slice(start, start + shard_pairs)
+            spans = {s: (maximum[s][part], count[s][part], np.asarray(lengths[s])[part]) for s in SPANS}
+            yield spans, np.asarray(rows)[part]
+
+    return stream_harvest(
+        out, parts(), key, n_pairs=len(rows), d_sae=maximum["prompt"].shape[1], shard_pairs=shard_pairs
+    )
+
+
+def stream_harvest(
+    out: str | Path,
+    parts: Iterable[tuple[Mapping[str, tuple[sp.csr_array, sp.csr_array, np.ndarray]], np.ndarray]],
+    key: Mapping[str, Any],
+    *,
+    n_pairs: int,
+    d_sae: int,
+    shard_pairs: int = 2048,
+) -> Harvest:
+    """Write a harvest shard by shard, one in memory at a time.
+
+    Args:
+        out: folder; a harvest there is overwritten.
+        parts: of each shard in order, span -> (largest activations, firing tokens, tokens) as in `write_harvest`, and
+            its rows of the raw dataset.
+        key: what it was made from.
+        n_pairs: pairs of all shards; `shard_pairs` of each but the last.
+    """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    n_pairs, d_sae = maximum["prompt"].shape
     shards = []
-    for number, start in enumerate(range(0, n_pairs, shard_pairs)):
-        part = slice(start, min(start + shard_pairs, n_pairs))
+    for number, (spans, rows) in enumerate(parts):
         blocks = {}
-        for span in SPANS:
-            fired, largest = sp.csr_array(count[span][part]), sp.csr_array(maximum[span][part])
+        for span, (largest, fired, length) in spans.items():
+            largest, fired = sp.csr_array(largest), sp.csr_array(fired)
             fired.sort_indices()
             largest.sort_indices()
             if not np.array_equal(fired.indices, largest.indices) or not np.array_equal(fired.indptr, largest.indptr):
                 raise AnatomyError(f"write_harvest: maximum and count of {span!r} are stored at different places.")
-            blocks[span] = (fired.indptr, fired.indices, largest.data, fired.data, np.asarray(lengths[span])[part])
-        shards.append(_write_shard(out, _shard_name(number), _pack(blocks, np.asarray(rows)[part], d_sae)))
+            blocks[span] = (fired.indptr, fired.indices, largest.data, fired.data, length)
+        shards.append(_write_shard(out, _shard_name(number), _pack(blocks, rows, d_sae)))
     manifest = {"key": dict(key), "n_pairs": n_pairs, "d_sae": d_sae, "shard_pairs": shard_pairs}
     _write_manifest(out / _MANIFEST, manifest, {entry["file"]: entry for entry in shards})
     return Harvest(out, {**manifest, "shards": shards})
