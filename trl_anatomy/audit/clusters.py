@@ -11,7 +11,7 @@ CHANCE = 0.01
 # Cells of a block of the co-firing table held at once: 4 M float64 are 32 MB.
 BLOCK_CELLS = 4_000_000
 # Additions that the co-firing table may take: about a minute.
-COFIRING_WORK = 1e10
+COFIRING_WORK = 5e9
 # Rows from which centroids are found; with more, the others join the nearest centroid.
 FIT_ROWS = 50_000
 # Randomised SVD: columns drawn beyond the components wanted, and power iterations.
@@ -196,6 +196,8 @@ def spherical_kmeans(
 ) -> tuple[np.ndarray, np.ndarray]:
     """k-means on the unit sphere: k-means++ on a sample, then Lloyd, centroids renormalised.
 
+    Lloyd ends when no more than one row in a thousand changes its cluster.
+
     Args:
         x: (n, n_columns); rows are brought to unit length. Rows of zeros would match nothing: leave them out.
         k: number of clusters, 1 <= k <= n.
@@ -219,9 +221,9 @@ def spherical_kmeans(
     labels = np.full(len(fit), -1)
     for _ in range(max_iter):
         new, cosine = _assign(fit, centroids)
-        if np.array_equal(new, labels):
+        moved, labels = int((new != labels).sum()), new
+        if moved <= len(fit) // 1000:
             break
-        labels = new
         one_hot = sparse.csr_array((np.ones(len(fit)), (labels, np.arange(len(fit)))), shape=(k, len(fit)))
         total = one_hot @ fit
         for empty in np.flatnonzero(np.bincount(labels, minlength=k) == 0):
