@@ -11,7 +11,7 @@ CHANCE = 0.01
 # Cells of a block of the co-firing table held at once: 4 M float64 are 32 MB.
 BLOCK_CELLS = 4_000_000
 # Additions that the co-firing table may take: about a minute.
-COFIRING_WORK = 5e9
+COFIRING_WORK = 4e9
 # Rows from which centroids are found; with more, the others join the nearest centroid.
 FIT_ROWS = 50_000
 # Randomised SVD: columns drawn beyond the components wanted, and power iterations.
@@ -218,9 +218,10 @@ def spherical_kmeans(
     centroids = _seed_centroids(_unit(_dense(x[used[chosen]])), k, rng)
     n_fit = max(fit_rows, 4 * k)
     fit = _unit(_dense(x[used if n <= n_fit else used[np.sort(rng.choice(n, n_fit, replace=False))]]))
+    fit = fit.astype(np.float32)  # enough to find centroids; the rows are assigned to them in double precision
     labels = np.full(len(fit), -1)
     for _ in range(max_iter):
-        new, cosine = _assign(fit, centroids)
+        new, cosine = _assign(fit, centroids.astype(np.float32))
         moved, labels = int((new != labels).sum()), new
         if moved <= len(fit) // 1000:
             break
@@ -253,7 +254,10 @@ def _assign(
     labels, fit = np.empty(len(rows), dtype=np.int64), np.empty(len(rows))
     step = max(1, BLOCK_CELLS // max(centroids.shape))
     for start in range(0, len(rows), step):
-        cosine = _dense(x[rows[start : start + step]]) @ centroids.T
+        part = x[rows[start : start + step]]
+        cosine = (
+            part if part.dtype == centroids.dtype and isinstance(part, np.ndarray) else _dense(part)
+        ) @ centroids.T
         labels[start : start + step] = cosine.argmax(axis=1)
         fit[start : start + step] = cosine.max(axis=1)
     return labels, fit

@@ -23,7 +23,7 @@ MEAN_CLUSTER = 8
 # A prompt context holds at most this share of the pairs: it is compared with the rest.
 TOP_SHARE = 0.25
 # Stored entries of the rows that clusters are made from: a few hundred megabytes and half a minute.
-SAMPLE_ENTRIES = 5e7
+SAMPLE_ENTRIES = 3e7
 
 
 @dataclass(frozen=True)

@@ -70,26 +70,34 @@ def member_moments(values: np.ndarray, members: sparse.csr_array, centre: np.nda
         members: (n_groups, n) of ones and zeros; groups may overlap.
         centre: (n_columns,) taken off first: it keeps the later subtraction of squares accurate.
     """
-    return Moments(
-        n=members.sum(axis=1).astype(np.float64),
-        total=_sums(values, members, centre, lambda x: x),
-        square=_sums(values, members, centre, np.square),
-    )
+    total, square = _sums(values, members, centre, np.positive, np.square)
+    return Moments(members.sum(axis=1).astype(np.float64), total, square)
+
+
+def member_means(values: np.ndarray, members: sparse.csr_array) -> np.ndarray:
+    """(n_groups, n_columns) mean of `values` over the members of each group; NaN for an empty group."""
+    (total,) = _sums(values, members, 0.0, np.positive)
+    return Moments(members.sum(axis=1).astype(np.float64), total, total).mean
 
 
 def _sums(
-    values: np.ndarray,
-    members: sparse.csr_array,
-    centre: np.ndarray | float,
-    of: Callable[[np.ndarray], np.ndarray],
-) -> np.ndarray:
-    """(n_groups, n_columns): sums over members of a function of the centred values."""
-    n_columns = values.shape[1]
+    values: np.ndarray, members: sparse.csr_array, centre: np.ndarray | float, *of: Callable[..., np.ndarray]
+) -> tuple[np.ndarray, ...]:
+    """(n_groups, n_columns) for each of `of`: sums over members of that function of the centred values.
+
+    A function is called as `function(block, out=buffer)`: two buffers serve all blocks.
+    """
+    n, n_columns = values.shape
     centre = np.broadcast_to(centre, n_columns)
-    sums = np.empty((members.shape[0], n_columns))
+    sums = tuple(np.empty((members.shape[0], n_columns)) for _ in of)
+    buffers = np.empty((2, n * min(BLOCK, n_columns)))
     for start in range(0, n_columns, BLOCK):
-        block = slice(start, start + BLOCK)
-        sums[:, block] = members @ of(values[:, block].astype(np.float64) - centre[block])
+        block = slice(start, min(start + BLOCK, n_columns))
+        # Row by row, as the sparse product wants them.
+        centred, result = (buffer[: n * (block.stop - start)].reshape(n, -1) for buffer in buffers)
+        np.subtract(values[:, block], centre[block], out=centred)
+        for total, function in zip(sums, of, strict=True):
+            total[:, block] = members @ function(centred, out=result)
     return sums
 
 
@@ -180,7 +188,7 @@ def compare_groups(
 def compare_members(
     values: np.ndarray, members: sparse.csr_array, pool: np.ndarray, parity: np.ndarray, epsilon: float = 1e-6
 ) -> tuple[Welch, SplitHalf]:
-    """Every group against the rest of the pool, for every column, with split halves, in two passes over the data.
+    """Every group against the rest of the pool, for every column, with split halves, in one pass over the data.
 
     Args:
         values: (n, n_columns).
@@ -192,9 +200,10 @@ def compare_members(
     """
     centre = _mean_of_pool(values, pool)
     with_all = sparse.csr_array(sparse.vstack([members, sparse.csr_array(pool[None].astype(np.float64))]))
+    halves = [sparse.csr_array(with_all.multiply((parity == half)[None])) for half in (0, 1)]
+    both = member_moments(values, sparse.csr_array(sparse.vstack(halves)), centre)
     inside, outside = [], []
-    for half in (0, 1):
-        moments = member_moments(values, sparse.csr_array(with_all.multiply((parity == half)[None])), centre)
+    for moments in (both[: with_all.shape[0]], both[with_all.shape[0] :]):
         inside.append(moments[:-1])
         outside.append(moments[-1:] - moments[:-1])
     delta_a, delta_b = (a.mean - b.mean for a, b in zip(inside, outside, strict=True))
@@ -520,9 +529,9 @@ def adjusted_difference(
     x = x - _mean_of_pool(x, pool)
     centre = _mean_of_pool(values, pool)
     with_all = sparse.csr_array(sparse.vstack([members, sparse.csr_array(pool[None].astype(np.float64))]))
-    first = member_moments(values, with_all, centre)
+    total, cross = _sums(values, with_all, centre, np.positive, lambda y, out: np.multiply(y, x, out=out))
     second = member_moments(x, with_all)
-    cross = _sums(values, with_all, centre, lambda y: y * x)
+    first = Moments(second.n, total, np.full_like(total, np.nan))
     inside = first[:-1], second[:-1], cross[:-1]
     outside = first[-1:] - first[:-1], second[-1:] - second[:-1], cross[-1:] - cross[:-1]
     within_xy, within_xx = np.zeros_like(inside[2]), np.zeros((members.shape[0], 1))

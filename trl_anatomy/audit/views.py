@@ -410,7 +410,7 @@ def hypothesis_table(
     cell: dict[str, np.ndarray] = {
         name: getattr(welch, name)[k, m] for name in ("delta", "z", "d", "p", "ci_low", "ci_high")
     }
-    cell["mean_in"] = stats.member_moments(scores.u, members).mean[k, m]
+    cell["mean_in"] = stats.member_means(scores.u, members)[k, m]
     cell["mean_out"] = cell["mean_in"] - cell["delta"]
     cell |= {name: getattr(split, name)[k, m] for name in ("delta_a", "delta_b", "delta_min")}
     cell["delta_length_adjusted"] = adjusted[k, m]
