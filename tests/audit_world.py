@@ -61,14 +61,16 @@ class World:
 
     def shards(self):
         for start in range(0, self.n_pairs, self.shard_pairs):
-            part = slice(start, start + self.shard_pairs)
-            yield World(
-                {s: m[part] for s, m in self.matrices.items()},
-                {s: x[part] for s, x in self.lengths.items()},
-                self.rows[part],
-                self.topic[part],
-                {},
-            )
+            yield self.select(slice(start, start + self.shard_pairs))
+
+    def select(self, part):
+        return World(
+            {s: m[part] for s, m in self.matrices.items()},
+            {s: x[part] for s, x in self.lengths.items()},
+            self.rows[part],
+            self.topic[part],
+            {},
+        )
 
 
 def make_world(n: int = 2000, seed: int = 0, null: bool = False) -> World:

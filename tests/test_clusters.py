@@ -161,10 +161,10 @@ def test_column_moments_equal_dense_ones_and_add_up():
     x, _ = varying()
     x[x < 0.1] = 0
     matrix = sparse.csr_array(x)
-    whole = clusters.ColumnMoments.of(matrix, matrix)
-    parts = clusters.ColumnMoments.of(matrix[:500], matrix[:500]) + clusters.ColumnMoments.of(
-        matrix[500:], matrix[500:]
-    )
+    whole = clusters.ColumnMoments.none(x.shape[1]).plus(matrix)
+    parts = clusters.ColumnMoments.none(x.shape[1]).plus(matrix[:500]).plus(matrix[500:])
+    for name in ("n", "seen", "total", "square", "size"):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(parts, name))  # to the last bit
     for moments in (whole, parts):
         np.testing.assert_allclose(moments.mean, x.mean(0), rtol=1e-12)
         np.testing.assert_allclose(moments.std, x.std(0), rtol=1e-9, atol=1e-9)
@@ -193,7 +193,7 @@ def test_svd_of_the_centred_matrix_equals_the_dense_one():
 def test_geometry_clusters_find_what_varies_together():
     x, truth = varying()
     matrix = sparse.csr_array(x)
-    moments = clusters.ColumnMoments.of(matrix, matrix)
+    moments = clusters.ColumnMoments.none(matrix.shape[1]).plus(matrix)
     retained = moments.retained(10, 1e-3)
     found = clusters.geometry_clusters(matrix[::2], moments, retained, 8)
     labels = np.full(x.shape[1], -1)
@@ -216,6 +216,6 @@ def test_a_change_of_scale_changes_no_geometry_cluster():
     groups = []
     for values in (x, scaled):
         matrix = sparse.csr_array(values)
-        moments = clusters.ColumnMoments.of(matrix, matrix)
+        moments = clusters.ColumnMoments.none(matrix.shape[1]).plus(matrix)
         groups.append(clusters.geometry_clusters(matrix, moments, np.arange(60), 8))
     assert [c.tolist() for c in groups[0]] == [c.tolist() for c in groups[1]]

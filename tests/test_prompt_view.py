@@ -38,13 +38,16 @@ class Matrices:
 
     def shards(self):
         for start in range(0, self.n_pairs, self.shard):
-            part = slice(start, start + self.shard)
-            yield SimpleNamespace(
-                rows=self.rows[part],
-                lengths={span: x[part] for span, x in self.lengths.items()},
-                frequency=lambda span, part=part: sparse.csr_array(self.dense[span][part]),
-                maximum=lambda span, part=part: sparse.csr_array(3 * self.dense[span][part]),
-            )
+            yield self.part(np.arange(start, min(start + self.shard, self.n_pairs)))
+
+    def part(self, pairs):
+        return SimpleNamespace(
+            rows=self.rows[pairs],
+            lengths={span: x[pairs] for span, x in self.lengths.items()},
+            frequency=lambda span: sparse.csr_array(self.dense[span][pairs]),
+            maximum=lambda span: sparse.csr_array(3 * self.dense[span][pairs]),
+            select=lambda some: self.part(pairs[some]),
+        )
 
 
 @pytest.fixture(scope="module", params=[("freq", "fired"), ("max", "raw")], ids=" ".join)

@@ -99,6 +99,7 @@ def _audit(argv: list[str]) -> int:
 
     from .audit.config import AuditConfig
     from .audit.run import dry_run, run_audit
+    from .reading.ranks import is_main_process
 
     parser = TrlParser(
         (AuditConfig, _AuditFlags),
@@ -112,6 +113,8 @@ def _audit(argv: list[str]) -> int:
         print(json.dumps(summary, indent=2) if flags.json else _lines(summary))
         return 0
     audit = run_audit(config)
+    if not is_main_process():
+        return 0
     if flags.json:
         print(json.dumps(audit.info, indent=2))
     elif config.data_kind == "sft":

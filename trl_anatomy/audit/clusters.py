@@ -10,6 +10,10 @@ from scipy.stats import chi2
 CHANCE = 0.01
 # Cells of a block of the co-firing table held at once: 4 M float64 are 32 MB.
 BLOCK_CELLS = 4_000_000
+# Additions that the co-firing table may take: about a minute.
+COFIRING_WORK = 4e9
+# Rows from which centroids are found; with more, the others join the nearest centroid.
+FIT_ROWS = 50_000
 # Randomised SVD: columns drawn beyond the components wanted, and power iterations.
 OVERSAMPLES, POWER = 10, 2
 # A standard deviation below this divides as if it were this (method.md section 3b).
@@ -53,6 +57,19 @@ def live_features(fired: sparse.csr_array, min_count: int) -> np.ndarray:
     return np.flatnonzero((count >= min_count) & (count <= fired.shape[0] - min_count))
 
 
+def affordable(fired: sparse.csr_array, seed: int = 0) -> sparse.csr_array:
+    """As many samples as the co-firing table can be counted from with `COFIRING_WORK` additions; all, mostly.
+
+    A sample in which m features fire adds to m²/2 pairs. Samples are drawn at random; their order stays.
+    """
+    work = np.square(np.diff(fired.indptr).astype(np.float64)) / 2
+    if work.sum() <= COFIRING_WORK:
+        return fired
+    order = np.random.default_rng(seed).permutation(len(work))
+    n = max(1, int(np.searchsorted(np.cumsum(work[order]), COFIRING_WORK, side="right")))
+    return fired[np.sort(order[:n])]
+
+
 def cofiring_graph(fired: sparse.csr_array, live: np.ndarray, edge_share: float = 0.01) -> sparse.csr_matrix:
     """The strongest co-firing pairs of live features, weighted by normalised mutual information.
 
@@ -74,19 +91,33 @@ def cofiring_graph(fired: sparse.csr_array, live: np.ndarray, edge_share: float 
     n = fired.shape[0]
     size = len(live)
     table = sparse.csr_array((np.ones(fired.nnz, np.float32), fired.indices, fired.indptr), shape=fired.shape)[:, live]
-    table = table.tocsc()
-    count = np.diff(table.indptr).astype(np.float64)
+    by_feature = sparse.csr_array(table.T)
+    count = np.diff(by_feature.indptr).astype(np.float64)
     wanted = int(np.ceil(edge_share * size * (size - 1) / 2))
     entropy = _entropy(count / n)
     least = chi2.isf(CHANCE / max(1, size * (size - 1) / 2), 1)
+    # Information is at most log(1 + phi²), with phi the correlation: most pairs need no logarithms. phi of a block by
+    # rows and columns, in single precision: n * both / (spread * spread) - odds * odds, the first enlarged by more
+    # than what rounding can take from it.
+    spread = np.sqrt(count * (n - count))
+    odds, scale = (count / spread).astype(np.float32), (1 / spread).astype(np.float32)
+    least_phi = np.sqrt(np.expm1(least / (2 * n)))
     step = max(1, BLOCK_CELLS // max(1, size))
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    held, floor = 0, 0.0
+    held, floor, first = 0, 0.0, 0
+    rest = table
     for start in range(0, size, step):
-        block = (table[:, start : start + step].T @ table[:, start:]).tocoo()
-        upper = block.row < block.col
-        i, j, both = block.row[upper] + start, block.col[upper] + start, block.data[upper].astype(np.float64)
-        # Information is at most log(1 + phi²), with phi the correlation: most pairs need no logarithms.
+        if start - first > (size - first) // 8:  # columns that are done are left out, now and then
+            rest, first = table[:, start:], start
+        block = (by_feature[start : start + step] @ rest).toarray()
+        rows = slice(start, start + len(block))
+        phi = block * (np.float32((1 + 1e-6) * n) * scale[rows, None])
+        phi *= scale[first:]
+        phi -= np.multiply.outer(odds[rows], odds[first:])
+        row, col = np.nonzero(phi >= 0.999 * least_phi)
+        upper = row + start < col + first
+        row, col = row[upper], col[upper]
+        i, j, both = row + start, col + first, block[row, col].astype(np.float64)
         excess = both * n - count[i] * count[j]
         bound = np.log1p(excess**2 / (count[i] * count[j] * (n - count[i]) * (n - count[j])))
         keep = (excess > 0) & (2 * n * bound > least) & (bound >= 0.999 * floor * np.sqrt(entropy[i] * entropy[j]))
@@ -94,7 +125,7 @@ def cofiring_graph(fired: sparse.csr_array, live: np.ndarray, edge_share: float 
         information, value = binary_information(both, count[i], count[j], n)
         value = np.round(value, 12)
         keep = (2 * n * information > least) & (value >= floor)
-        parts.append((i[keep], j[keep], value[keep]))
+        parts.append((i[keep].astype(np.int32), j[keep].astype(np.int32), value[keep]))
         held += int(keep.sum())
         if held > 2 * wanted:
             parts = [_strongest(parts, wanted)]
@@ -163,37 +194,47 @@ def spherical_kmeans(
     seed: int = 0,
     max_iter: int = 50,
     sample: int = 20_000,
+    fit_rows: int = FIT_ROWS,
+    rows: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """k-means on the unit sphere: k-means++ on a sample, then Lloyd on all rows, centroids renormalised.
+    """k-means on the unit sphere: k-means++ on a sample, then Lloyd, centroids renormalised.
+
+    Lloyd ends when no more than one row in a thousand changes its cluster.
 
     Args:
-        x: (n, n_columns) rows of unit length. Rows of zeros would match nothing: leave them out before.
+        x: (n, n_columns); rows are brought to unit length. Rows of zeros would match nothing: leave them out.
         k: number of clusters, 1 <= k <= n.
         sample: at most so many rows are used to choose the first centroids.
+        fit_rows: at most so many rows, drawn at random, move the centroids; the others join the nearest at the end.
+        rows: numbers of the rows to use, ascending; default all n. `x` itself is never copied as a whole.
     Returns:
         labels (n,) int64, numbered from the largest cluster down; centroids (k, n_columns) of unit length.
         A cluster that runs empty restarts at the row that fits its own centroid worst.
     Source: method.md section 4, step 2.
     """
-    n = x.shape[0]
+    used = np.arange(x.shape[0]) if rows is None else rows
+    n = len(used)
     if not 1 <= k <= n:
         raise ValueError(f"k must be between 1 and the number of rows, found k={k}, rows={n}")
     rng = np.random.default_rng(seed)
     chosen = np.sort(rng.choice(n, min(n, max(sample, 4 * k)), replace=False))
-    centroids = _seed_centroids(_dense(x[chosen]), k, rng)
-    labels = np.full(n, -1)
+    centroids = _seed_centroids(_unit(_dense(x[used[chosen]])), k, rng)
+    n_fit = max(fit_rows, 4 * k)
+    fit = _unit(_dense(x[used if n <= n_fit else used[np.sort(rng.choice(n, n_fit, replace=False))]]))
+    fit = fit.astype(np.float32)  # enough to find centroids; the rows are assigned to them in double precision
+    labels = np.full(len(fit), -1)
     for _ in range(max_iter):
-        new, fit = _assign(x, centroids)
-        if np.array_equal(new, labels):
+        new, cosine = _assign(fit, centroids.astype(np.float32))
+        moved, labels = int((new != labels).sum()), new
+        if moved <= len(fit) // 1000:
             break
-        labels = new
-        one_hot = sparse.csr_array((np.ones(n), (labels, np.arange(n))), shape=(k, n))
-        total = _dense(one_hot @ x)
+        one_hot = sparse.csr_array((np.ones(len(fit)), (labels, np.arange(len(fit)))), shape=(k, len(fit)))
+        total = one_hot @ fit
         for empty in np.flatnonzero(np.bincount(labels, minlength=k) == 0):
-            worst = int(np.argmin(fit))
-            total[empty], fit[worst] = _dense(x[[worst]])[0], np.inf
+            worst = int(np.argmin(cosine))
+            total[empty], cosine[worst] = fit[worst], np.inf
         centroids = _unit(total)
-    labels, _ = _assign(x, centroids)
+    labels, _ = _assign(x, centroids, used)
     order = np.argsort(-np.bincount(labels, minlength=k), kind="stable")
     rank = np.empty(k, dtype=np.int64)
     rank[order] = np.arange(k)
@@ -208,13 +249,18 @@ def _unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
-def _assign(x: np.ndarray | sparse.csr_array, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Nearest centroid of every row (ties: the first) and the cosine to it, in bounded memory."""
-    n = x.shape[0]
-    labels, fit = np.empty(n, dtype=np.int64), np.empty(n)
-    step = max(1, BLOCK_CELLS // max(len(centroids), x.shape[1]))
-    for start in range(0, n, step):
-        cosine = x[start : start + step] @ centroids.T
+def _assign(
+    x: np.ndarray | sparse.csr_array, centroids: np.ndarray, rows: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Nearest centroid of every row (ties: the first) and the product with it, in bounded memory."""
+    rows = np.arange(x.shape[0]) if rows is None else rows
+    labels, fit = np.empty(len(rows), dtype=np.int64), np.empty(len(rows))
+    step = max(1, BLOCK_CELLS // max(centroids.shape))
+    for start in range(0, len(rows), step):
+        part = x[rows[start : start + step]]
+        cosine = (
+            part if part.dtype == centroids.dtype and isinstance(part, np.ndarray) else _dense(part)
+        ) @ centroids.T
         labels[start : start + step] = cosine.argmax(axis=1)
         fit[start : start + step] = cosine.max(axis=1)
     return labels, fit
@@ -256,20 +302,22 @@ class ColumnMoments:
     size: np.ndarray
 
     @classmethod
-    def of(cls, values: sparse.csr_array, fired: sparse.csr_array) -> "ColumnMoments":
-        """Of `values` (n, n_columns); a stored entry of `fired` says that the column was seen in the row."""
+    def none(cls, n_columns: int) -> "ColumnMoments":
+        """Of no rows."""
+        return cls(0, *np.zeros((4, n_columns)))
 
-        def sums(data: np.ndarray) -> np.ndarray:
-            return np.bincount(values.indices, weights=data, minlength=values.shape[1])
+    def plus(self, values: sparse.csr_array) -> "ColumnMoments":
+        """With the rows of `values` (n, n_columns) added, in which a stored entry says that the column was seen.
 
-        data = values.data.astype(np.float64)
-        seen = np.bincount(fired.indices, minlength=fired.shape[1]).astype(np.float64)
-        return cls(values.shape[0], seen, sums(data), sums(data * data), sums(np.abs(data)))
-
-    def __add__(self, other: "ColumnMoments") -> "ColumnMoments":
-        return ColumnMoments(
-            self.n + other.n, *(getattr(self, k) + getattr(other, k) for k in ("seen", "total", "square", "size"))
-        )
+        Entries are added one after the other, so that it makes no difference how rows are split into matrices.
+        """
+        sums = [getattr(self, name).copy() for name in ("seen", "total", "square", "size")]
+        for start in range(0, values.nnz, BLOCK_CELLS // 8):
+            index = values.indices[start : start + BLOCK_CELLS // 8].astype(np.int64)
+            data = values.data[start : start + BLOCK_CELLS // 8].astype(np.float64)
+            for total, what in zip(sums, (np.ones_like(data), data, data * data, np.abs(data)), strict=True):
+                np.add.at(total, index, what)
+        return ColumnMoments(self.n + values.shape[0], *sums)
 
     @property
     def mean(self) -> np.ndarray:

@@ -1,7 +1,6 @@
 """The audit folder: open formats, written so that a reader finds all of it or none of it."""
 
 import json
-import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +13,11 @@ import pyarrow.parquet as pq
 from scipy import sparse
 
 from ..errors import AnatomyError
+from ..reading.files import remove_partial, write_atomically
 from .predict import CO_FIRING, CONCEPTS, RESPONSE_GEOMETRY
 from .prompt_view import response_scores
 from .trace import hypotheses_of, to_columns, trace
-from .views import HYPOTHESES, Activity, Disparity, activity
+from .views import HYPOTHESES, ROWS, Activity, Disparity, activity, row_norms
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -215,24 +215,33 @@ def pairs_table(
     """
     n_concepts = scores.u.shape[1]
     k = min(n_strongest, n_concepts)
-    # |v| only breaks ties of |u|, which moves in steps of at least 1 / features of the concept.
-    size = np.abs(scores.u) + 1e-6 * np.tanh(np.abs(scores.v))
-    strongest = np.argsort(-size, axis=1, kind="stable")[:, :k]
-    value = np.take_along_axis(scores.u, strongest, axis=1)
+    strongest = np.empty((len(contexts), k), dtype=np.int64)
+    value = np.empty((len(contexts), k))
+    for start in range(0, len(contexts), ROWS):
+        here = slice(start, start + ROWS)
+        u = scores.u[here]
+        # |v| only breaks ties of |u|, which moves in steps of at least 1 / features of the concept.
+        size = np.abs(u) + 1e-6 * np.tanh(np.abs(scores.v[here]))
+        strongest[here] = np.argsort(-size, axis=1, kind="stable")[:, :k]
+        value[here] = np.take_along_axis(u, strongest[here], axis=1)
     keep = value != 0
     offsets = pa.array(np.r_[0, keep.sum(axis=1).cumsum()].astype(np.int32))
-    inside = [[f"B{k}"] for k in contexts]
+    pair, inside = np.arange(len(contexts)), np.array([f"B{k}" for k in range(contexts.max(initial=0) + 1)])[contexts]
     if prompt_members is not None:
-        for k, pair in zip(*prompt_members.nonzero(), strict=True):
-            inside[pair].append(f"A{k + 1}")
-    names = np.array([f"T{m + 1}" for m in range(n_concepts)], dtype=object)
-    chosen_names = pa.array(names[strongest[keep]].tolist(), pa.string())
+        about, members = prompt_members.nonzero()
+        of = np.r_[pair, members]
+        order = np.argsort(of, kind="stable")
+        about_names = np.array([f"A{k + 1}" for k in range(prompt_members.shape[0])], dtype=str)
+        pair, inside = of[order], np.r_[inside, about_names[about]][order]
+    context_offsets = pa.array(np.searchsorted(pair, np.arange(len(contexts) + 1)).astype(np.int32))
+    names = pa.array([f"T{m + 1}" for m in range(n_concepts)], pa.string())
+    chosen_names = names.take(pa.array(strongest[keep]))
     return pa.table(
         {
             "row": scores.rows,
             "prompt_group": np.arange(len(contexts)) if prompt_groups is None else prompt_groups,
-            "contexts": inside,
-            "activity": np.linalg.norm(scores.s.astype(np.float64), axis=1).astype(np.float32),
+            "contexts": pa.ListArray.from_arrays(context_offsets, pa.array(inside.tolist(), pa.string())),
+            "activity": row_norms(scores.s).astype(np.float32),
             **{f"{span}_tokens": scores.lengths[span].astype(np.int32) for span in ("prompt", "chosen", "rejected")},
             "concepts": pa.ListArray.from_arrays(offsets, chosen_names),
             "scores": pa.ListArray.from_arrays(offsets, pa.array(value[keep].astype(np.float32))),
@@ -251,6 +260,7 @@ def write_audit(
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
+    remove_partial(path)
     tables = {"hypotheses": hypotheses, "concepts": concepts, "pairs": pairs}
     info = {"format": FORMAT, **info}
     audit = Audit(path, info, hypotheses, concepts, pairs)
@@ -258,22 +268,11 @@ def write_audit(
     info["counts"] = {**info.get("counts", {}), **{name: table.num_rows for name, table in counted.items()}}
     (path / INFO).unlink(missing_ok=True)
     for name, table in tables.items():
-        file = path / f"{name}.parquet"
-        pq.write_table(table, partial := _partial(file), compression="zstd")
-        os.replace(partial, file)
-    write_atomically(path / INFO, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        write_atomically(path / f"{name}.parquet", sink.getvalue())
+    write_atomically(path / INFO, (json.dumps(info, indent=2, ensure_ascii=False) + "\n").encode())
     return audit
-
-
-def _partial(file: Path) -> Path:
-    return file.with_name(f"{file.name}.partial")
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write a text file beside its place, then move it there."""
-    partial = _partial(file)
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
 
 
 def load_audit(path: str | Path) -> Audit:

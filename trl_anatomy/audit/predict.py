@@ -105,7 +105,10 @@ def concept_table(
     swapped = np.full(len(communities), np.nan)
     if config.permutations:
         swapped = stats.swapped_mean_p(u, config.permutations, config.seed)
-    differ = (u != 0).sum(axis=0)
+    differ = np.array([np.count_nonzero(column) for column in u.T], dtype=np.int64)
+    size = np.zeros(len(u))
+    for column in u.T:  # one after the other: a second array of this size may not fit
+        size += np.abs(column)
     verdicts = []
     for m in range(len(communities)):
         if differ[m] < config.min_context:
@@ -136,21 +139,25 @@ def concept_table(
             "differ": differ,
             "verdict": verdicts,
             "terms": [list(t) for t in terms] if terms is not None else [[] for _ in communities],
-            "telling_rows": [telling_rows(scores, m, predicted[m], n_telling) for m in range(len(communities))],
+            "telling_rows": [telling_rows(scores, m, predicted[m], size, n_telling) for m in range(len(communities))],
         },
         schema=CONCEPTS,
     )
 
 
-def telling_rows(scores: Disparity, concept: int, predicted: float, n: int = 3) -> list[int]:
-    """Rows of the raw dataset that show a concept best on the side of `predicted`: see `concept_table`."""
+def telling_rows(scores: Disparity, concept: int, predicted: float, size: np.ndarray, n: int = 3) -> list[int]:
+    """Rows of the raw dataset that show a concept best on the side of `predicted`: see `concept_table`.
+
+    `size` (n_pairs,) is the sum of |u| over all concepts.
+    """
     side = -1.0 if predicted < 0 else 1.0
     u = side * scores.u[:, concept]
-    best = np.sort(u[u > 0])[::-1][:n]
-    if len(best) == 0:
+    positive = u[u > 0]
+    if len(positive) == 0:
         return []
-    candidates = np.flatnonzero(u >= best[-1])
-    others = np.abs(scores.u[candidates]).sum(axis=1) - u[candidates]
+    n = min(n, len(positive))
+    candidates = np.flatnonzero(u >= np.partition(positive, len(positive) - n)[len(positive) - n])
+    others = size[candidates] - u[candidates]
     length = (scores.lengths["chosen"] + scores.lengths["rejected"])[candidates]
     # Differences elsewhere are rounded, so that of two pairs that tell the same the shorter comes first.
     order = np.lexsort((scores.rows[candidates], length, np.round(2 * others), -u[candidates]))

@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow as pa
 from scipy import sparse
 
+from ..reading.files import scratch_array
 from .clusters import STD_FLOOR, ColumnMoments, geometry_clusters
 from .config import AuditConfig
-from .views import Disparity, hypothesis_table, log_length_ratio, membership
+from .views import Disparity, cluster_sums, hypothesis_table, log_length_ratio
 
 if TYPE_CHECKING:
     from ..reading.harvest import Harvest, Shard
@@ -21,6 +22,8 @@ LARGE_DATA = 20_000
 MEAN_CLUSTER = 8
 # A prompt context holds at most this share of the pairs: it is compared with the rest.
 TOP_SHARE = 0.25
+# Stored entries of the rows that clusters are made from: a few hundred megabytes and half a minute.
+SAMPLE_ENTRIES = 3e7
 
 
 @dataclass(frozen=True)
@@ -94,29 +97,21 @@ def prompt_view(harvest: "Harvest", config: AuditConfig, groups: np.ndarray | No
 def find_geometry(harvest: "Harvest", config: AuditConfig) -> Geometry:
     """Geometry clusters of prompts and of response deltas, made apart (method.md section 3b).
 
-    One pass: moments of all pairs, and the sampled rows. The harvest is read shard by shard; the sample is what stays
-    in memory.
+    Two passes, shard by shard: moments of all pairs, then the sampled rows, which stay in memory. In a harvest so dense
+    that they would be more than `SAMPLE_ENTRIES`, fewer rows are sampled.
     """
     n = harvest.n_pairs
     min_seen = config.min_seen
     if n < LARGE_DATA:
         min_seen = min(config.min_seen, max(config.min_context, round(config.min_seen * n / LARGE_DATA)))
-    drawn = np.ones(n, dtype=bool)
-    if n > config.geometry_rows:
-        drawn[:] = False
-        drawn[np.random.default_rng(config.seed).choice(n, config.geometry_rows, replace=False)] = True
-    samples: dict[str, list[sparse.csr_array]] = {"prompts": [], "responses": []}
-    moments: dict[str, ColumnMoments] = {}
-    start = 0
+    read: dict[str, Callable[[Shard], sparse.csr_array]] = {
+        "prompts": lambda shard: _pooled(shard, "prompt", config.pooling),
+        "responses": lambda shard: _delta(shard, config.pooling),
+    }
+    moments = {name: ColumnMoments.none(harvest.d_sae) for name in read}
     for shard in harvest.shards():
-        here = np.flatnonzero(drawn[start : start + len(shard.rows)])
-        start += len(shard.rows)
-        prompt = _pooled(shard, "prompt", config.pooling)
-        delta, seen = _delta(shard, config.pooling)
-        for name, values, fired in (("prompts", prompt, prompt), ("responses", delta, seen)):
-            found = ColumnMoments.of(values, fired)
-            moments[name] = moments[name] + found if name in moments else found
-            samples[name].append(values[here])
+        for name, values in read.items():
+            moments[name] = moments[name].plus(values(shard))
     retained = {
         "prompts": moments["prompts"].retained(min_seen),
         "responses": moments["responses"].retained(min_seen, config.min_delta_std, config.min_delta_size),
@@ -124,7 +119,13 @@ def find_geometry(harvest: "Harvest", config: AuditConfig) -> Geometry:
     clusters, used, notes = {}, {"min_seen": min_seen}, []
     for name, word in (("prompts", "prompt"), ("responses", "response")):
         size = len(retained[name])
-        sample = sparse.csr_array(sparse.vstack(samples[name], format="csr"))
+        affordable = int(SAMPLE_ENTRIES / max(1.0, moments[name].seen.sum() / n))
+        n_rows = min(n, config.geometry_rows, max(affordable, 2 * config.geometry_components))
+        if affordable < min(n, config.geometry_rows):
+            notes.append(
+                f"{word.capitalize()} clusters were made from {n_rows} pairs (setting {config.geometry_rows})."
+            )
+        sample = _sample(harvest, read[name], n_rows, config.seed)
         n_clusters = min(config.n_geometry, max(1, size // MEAN_CLUSTER))
         components = min(config.geometry_components, sample.shape[0], max(1, size // 2))
         clusters[name] = geometry_clusters(
@@ -146,6 +147,23 @@ def find_geometry(harvest: "Harvest", config: AuditConfig) -> Geometry:
     return Geometry(clusters["prompts"], clusters["responses"], scale, used, tuple(notes))
 
 
+def _sample(
+    harvest: "Harvest", values: "Callable[[Shard], sparse.csr_array]", n_rows: int, seed: int
+) -> sparse.csr_array:
+    """(n_rows, d_sae) float32 values of pairs drawn by `seed`, all if there are no more; nothing else is read."""
+    drawn = np.ones(harvest.n_pairs, dtype=bool)
+    if n_rows < harvest.n_pairs:
+        drawn[:] = False
+        drawn[np.random.default_rng(seed).choice(harvest.n_pairs, n_rows, replace=False)] = True
+    parts, start = [], 0
+    for shard in harvest.shards():
+        here = np.flatnonzero(drawn[start : start + len(shard.rows)])
+        start += len(shard.rows)
+        if len(here):
+            parts.append(values(shard.select(here)).astype(np.float32))
+    return sparse.csr_array(sparse.vstack(parts, format="csr"))
+
+
 def prompt_scores(harvest: "Harvest", prompts: Sequence[np.ndarray], config: AuditConfig) -> np.ndarray:
     """How much each prompt is about each prompt cluster: (n, K) float32.
 
@@ -153,14 +171,15 @@ def prompt_scores(harvest: "Harvest", prompts: Sequence[np.ndarray], config: Aud
 
     Source: method.md section 5.
     """
-    members = _means(prompts, harvest.d_sae)
-    parts = []
+    scores = scratch_array((harvest.n_pairs, len(prompts)), np.float32, getattr(harvest, "path", None), order="F")
+    size, start = np.array([len(c) for c in prompts], dtype=np.float64), 0
     for shard in harvest.shards():
         prompt = _pooled(shard, "prompt", config.pooling)
-        if config.prompt_score == "fired":
-            prompt.data[:] = 1.0
-        parts.append((prompt @ members).toarray().astype(np.float32))
-    return np.concatenate(parts)
+        values = np.ones(prompt.nnz) if config.prompt_score == "fired" else prompt.data
+        (total,) = cluster_sums(prompt, prompts, values)
+        scores[start : start + len(shard.rows)] = total / size
+        start += len(shard.rows)
+    return scores
 
 
 def top_pairs(scores: np.ndarray, n_top: int, seed: int = 0) -> sparse.csr_array:
@@ -202,43 +221,50 @@ def response_scores(
         scale: (d_sae,) floored standard deviations; computed in a pass of their own where absent.
     """
     if scale is None:
-        found: ColumnMoments | None = None
+        found = ColumnMoments.none(harvest.d_sae)
         for shard in harvest.shards():
-            part = ColumnMoments.of(*_delta(shard, pooling))
-            found = part if found is None else found + part
-        assert found is not None  # a harvest has a shard
+            found = found.plus(_delta(shard, pooling))
         scale = np.maximum(found.std, STD_FLOOR)
-    weights = sparse.csr_array(_means(responses, harvest.d_sae).multiply(1 / scale[:, None]))
-    any_of = membership(responses, harvest.d_sae)
-    rows, u = [], []
+    u = scratch_array((harvest.n_pairs, len(responses)), np.float64, getattr(harvest, "path", None), order="F")
+    size, start = np.array([len(c) for c in responses], dtype=np.float64), 0
+    rows: list[np.ndarray] = []
     lengths: dict[str, list[np.ndarray]] = {"prompt": [], "chosen": [], "rejected": []}
     support = np.zeros(len(responses), dtype=np.int64)
     for shard in harvest.shards():
-        delta, seen = _delta(shard, pooling)
+        here = slice(start, start + len(shard.rows))
+        start = here.stop
+        sides = []
+        for side in ("chosen", "rejected"):
+            values = _pooled(shard, side, pooling)
+            sides.append(cluster_sums(values, responses, values.data / scale[values.indices], np.ones(values.nnz)))
+        u[here] = (sides[0][0] - sides[1][0]) / size
+        support += (sides[0][1] + sides[1][1] > 0).sum(axis=0)
         rows.append(np.asarray(shard.rows, dtype=np.int64))
-        u.append((delta @ weights).toarray())
-        support += np.diff((seen.astype(np.float64) @ any_of).tocsc().indptr)
         for span in lengths:
             lengths[span].append(np.asarray(shard.lengths[span], dtype=np.int64))
     tokens = {span: np.concatenate(parts) for span, parts in lengths.items()}
-    return Disparity(np.concatenate(rows), np.concatenate(u), log_length_ratio(tokens), tokens, support)
-
-
-def _means(clusters: Sequence[np.ndarray], d_sae: int) -> sparse.csr_array:
-    """(d_sae, K): column k averages over the features of cluster k."""
-    size = np.array([len(c) for c in clusters], dtype=np.float64)
-    return sparse.csr_array(membership(clusters, d_sae).multiply(1 / size[None]))
+    return Disparity(np.concatenate(rows), u, log_length_ratio(tokens), tokens, support)
 
 
 def _pooled(shard: "Shard", span: str, pooling: str) -> sparse.csr_array:
     """(n, d_sae) float64, a stored entry wherever a feature fires."""
     of: Callable[[str], sparse.csr_array] = shard.frequency if pooling == "freq" else shard.maximum
     values = sparse.csr_array(of(span)).astype(np.float64)
-    values.eliminate_zeros()
+    if not values.data.all():
+        values.eliminate_zeros()
     return values
 
 
-def _delta(shard: "Shard", pooling: str) -> tuple[sparse.csr_array, sparse.csr_array]:
-    """Chosen minus rejected (n, d_sae) float64, and where a feature fires in either response (bool)."""
+def _delta(shard: "Shard", pooling: str) -> sparse.csr_array:
+    """Chosen minus rejected (n, d_sae) float64, a stored entry (0 where equal) wherever a feature fires in either."""
     chosen, rejected = (_pooled(shard, span, pooling) for span in ("chosen", "rejected"))
-    return sparse.csr_array(chosen - rejected), sparse.csr_array(chosen.astype(bool) + rejected.astype(bool))
+    # One merge for both: chosen in the real part, rejected in the imaginary one, exact in single precision.
+    both = sparse.csr_array(_complex(chosen, 1) + _complex(rejected, 1j))
+    delta = both.data.real.astype(np.float64) - both.data.imag
+    return sparse.csr_array((delta, both.indices, both.indptr), shape=both.shape)
+
+
+def _complex(values: sparse.csr_array, unit: complex) -> sparse.csr_array:
+    return sparse.csr_array(
+        (values.data.astype(np.complex64) * np.complex64(unit), values.indices, values.indptr), shape=values.shape
+    )

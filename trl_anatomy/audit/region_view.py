@@ -179,6 +179,7 @@ def _regions(
 
 def _concepts(scores: Activity, communities: list[np.ndarray], terms: list[list[str]]) -> pa.Table:
     """A row per concept: schema CONCEPTS without any predicted shift (NaN)."""
+    size = np.abs(scores.u).sum(axis=1)
     known: dict[str, Any] = {
         "concept": [f"{LETTERS[CO_FIRING]}{m + 1}" for m in range(len(communities))],
         "kind": [CO_FIRING] * len(communities),
@@ -190,7 +191,7 @@ def _concepts(scores: Activity, communities: list[np.ndarray], terms: list[list[
         "differ": [0] * len(communities),
         "verdict": [NO_PAIRS] * len(communities),
         "terms": terms,
-        "telling_rows": [telling_rows(scores, m, 1.0) for m in range(len(communities))],
+        "telling_rows": [telling_rows(scores, m, 1.0, size) for m in range(len(communities))],
     }
     nothing = [float("nan")] * len(communities)
     return pa.table({name: known.get(name, nothing) for name in CONCEPTS.names}, schema=CONCEPTS)

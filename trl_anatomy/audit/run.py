@@ -14,9 +14,9 @@ import pyarrow as pa
 from scipy import sparse
 
 from ..errors import AnatomyError
-from .clusters import cofiring_communities, live_features
+from .clusters import affordable, cofiring_communities, live_features
 from .config import AuditConfig
-from .folder import Audit, pairs_table, write_audit
+from .folder import Audit, load_audit, pairs_table, write_audit
 from .labels import distinctive_terms, group_terms, member_terms
 from .predict import RESPONSE_GEOMETRY, concept_table
 from .prompt_view import PromptView, prompt_view
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from ..reading.harvest import Harvest
+    from ..reading.sae import SAE
+    from ..reading.spans import Pairs
 
 # A live feature fires in at least so many responses, and stays silent in as many.
 MIN_COUNT = 10
@@ -176,7 +178,8 @@ def run_audit(
     """Audit a preference dataset with the frozen start model and an SAE, and write the audit folder.
 
     Global random state is left alone. An interrupted run resumes with the shards it has; a finished one is computed
-    again from its harvest.
+    again from its harvest. Where torchrun or accelerate started several processes, all call this: they share the
+    shards of the harvest, the main one does the rest while the others wait, and all return the same audit.
 
     Args:
         config: what to audit and how.
@@ -184,14 +187,14 @@ def run_audit(
     Raises:
         AnatomyError: bad input, told before the pass; a harvest of something else in the folder.
     """
-    from ..reading.fingerprint import model_fingerprint
     from ..reading.harvest import harvest
+    from ..reading.ranks import Ranks
     from ..reading.sae import check_sae, load_sae
     from ..reading.spans import read_rows
-    from .region_view import analyse_regions, region_rows
-    from .report import write_report
+    from .region_view import region_rows
 
     timings: dict[str, float] = {}
+    ranks = Ranks.current()
     _require(config, model, dataset)
     with _timed(timings, "load"):
         raw = load_dataset(config) if dataset is None else dataset
@@ -214,7 +217,27 @@ def run_audit(
             batch_tokens=config.batch_tokens,
             shard_pairs=config.shard_pairs,
             progress=progress,
+            ranks=ranks,
         )
+    ranks.in_main(lambda: _conclude(config, read, pairs, raw, model, sae, layer, timings))
+    return load_audit(config.out)
+
+
+def _conclude(
+    config: AuditConfig,
+    read: "Harvest",
+    pairs: "Pairs",
+    raw: "Dataset",
+    model: Any,
+    sae: "SAE",
+    layer: int,
+    timings: dict[str, float],
+) -> None:
+    """From a harvest to the audit folder."""
+    from ..reading.fingerprint import model_fingerprint
+    from .region_view import analyse_regions
+    from .report import write_report
+
     if config.data_kind == "sft":
         findings = analyse_regions(read, config, pairs)
     else:
@@ -251,7 +274,6 @@ def run_audit(
     }
     audit = write_audit(config.out, info, findings.hypotheses, findings.concepts, findings.pairs)
     write_report(audit, raw)
-    return audit
 
 
 @dataclass(frozen=True)
@@ -286,7 +308,14 @@ def analyse(
     timings: dict[str, float] = {}
     groups, note = _shared_prompts(prompt_groups)
     with _timed(timings, "communities"):
-        fired = fired_responses(read, config.tau, config.community_pairs, config.seed)
+        every = fired_responses(read, config.tau, config.community_pairs, config.seed)
+        fired = affordable(every, config.seed)
+        if fired.shape[0] < every.shape[0]:
+            note += [
+                f"So many features fire at a time that communities were found from {fired.shape[0]} responses of "
+                f"{every.shape[0]} drawn."
+            ]
+        del every
         n_live = len(live_features(fired, MIN_COUNT))
         sizes = sizes_for(n_live, config)
         communities = cofiring_communities(

@@ -70,26 +70,34 @@ def member_moments(values: np.ndarray, members: sparse.csr_array, centre: np.nda
         members: (n_groups, n) of ones and zeros; groups may overlap.
         centre: (n_columns,) taken off first: it keeps the later subtraction of squares accurate.
     """
-    return Moments(
-        n=members.sum(axis=1).astype(np.float64),
-        total=_sums(values, members, centre, lambda x: x),
-        square=_sums(values, members, centre, np.square),
-    )
+    total, square = _sums(values, members, centre, np.positive, np.square)
+    return Moments(members.sum(axis=1).astype(np.float64), total, square)
+
+
+def member_means(values: np.ndarray, members: sparse.csr_array) -> np.ndarray:
+    """(n_groups, n_columns) mean of `values` over the members of each group; NaN for an empty group."""
+    (total,) = _sums(values, members, 0.0, np.positive)
+    return Moments(members.sum(axis=1).astype(np.float64), total, total).mean
 
 
 def _sums(
-    values: np.ndarray,
-    members: sparse.csr_array,
-    centre: np.ndarray | float,
-    of: Callable[[np.ndarray], np.ndarray],
-) -> np.ndarray:
-    """(n_groups, n_columns): sums over members of a function of the centred values."""
-    n_columns = values.shape[1]
+    values: np.ndarray, members: sparse.csr_array, centre: np.ndarray | float, *of: Callable[..., np.ndarray]
+) -> tuple[np.ndarray, ...]:
+    """(n_groups, n_columns) for each of `of`: sums over members of that function of the centred values.
+
+    A function is called as `function(block, out=buffer)`: two buffers serve all blocks.
+    """
+    n, n_columns = values.shape
     centre = np.broadcast_to(centre, n_columns)
-    sums = np.empty((members.shape[0], n_columns))
+    sums = tuple(np.empty((members.shape[0], n_columns)) for _ in of)
+    buffers = np.empty((2, n * min(BLOCK, n_columns)))
     for start in range(0, n_columns, BLOCK):
-        block = slice(start, start + BLOCK)
-        sums[:, block] = members @ of(values[:, block].astype(np.float64) - centre[block])
+        block = slice(start, min(start + BLOCK, n_columns))
+        # Row by row, as the sparse product wants them.
+        centred, result = (buffer[: n * (block.stop - start)].reshape(n, -1) for buffer in buffers)
+        np.subtract(values[:, block], centre[block], out=centred)
+        for total, function in zip(sums, of, strict=True):
+            total[:, block] = members @ function(centred, out=result)
     return sums
 
 
@@ -180,7 +188,7 @@ def compare_groups(
 def compare_members(
     values: np.ndarray, members: sparse.csr_array, pool: np.ndarray, parity: np.ndarray, epsilon: float = 1e-6
 ) -> tuple[Welch, SplitHalf]:
-    """Every group against the rest of the pool, for every column, with split halves, in two passes over the data.
+    """Every group against the rest of the pool, for every column, with split halves, in one pass over the data.
 
     Args:
         values: (n, n_columns).
@@ -192,9 +200,10 @@ def compare_members(
     """
     centre = _mean_of_pool(values, pool)
     with_all = sparse.csr_array(sparse.vstack([members, sparse.csr_array(pool[None].astype(np.float64))]))
+    halves = [sparse.csr_array(with_all.multiply((parity == half)[None])) for half in (0, 1)]
+    both = member_moments(values, sparse.csr_array(sparse.vstack(halves)), centre)
     inside, outside = [], []
-    for half in (0, 1):
-        moments = member_moments(values, sparse.csr_array(with_all.multiply((parity == half)[None])), centre)
+    for moments in (both[: with_all.shape[0]], both[with_all.shape[0] :]):
         inside.append(moments[:-1])
         outside.append(moments[-1:] - moments[:-1])
     delta_a, delta_b = (a.mean - b.mean for a, b in zip(inside, outside, strict=True))
@@ -296,20 +305,30 @@ def mean_test(values: np.ndarray, groups: np.ndarray | None = None) -> tuple[np.
     Returns:
         mean, error, p: each (n_columns,). error and p are NaN below two groups; p is NaN where nothing varies.
     """
-    values = np.asarray(values, dtype=np.float64)
-    if len(values) == 0:
-        empty = np.full(values.shape[1], np.nan)
+    n, empty = len(values), np.full(values.shape[1], np.nan)
+    if n == 0:
         return empty, empty, empty
-    mean = values.mean(axis=0)
-    residual = _within(groups, len(values)) @ (values - mean)
-    n_groups = len(residual)
+    within = _within(groups, n)
+    n_groups = within.shape[0]
+
+    def of(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        mean = block.mean(axis=0)
+        return mean, np.square(within @ (block - mean)).sum(axis=0)
+
+    mean, square = _in_blocks(values, of)
     if n_groups < 2:
-        empty = np.full(values.shape[1], np.nan)
         return mean, empty, empty
-    error = np.sqrt(np.square(residual).sum(axis=0) * n_groups / (n_groups - 1)) / len(values)
+    error = np.sqrt(square * n_groups / (n_groups - 1)) / n
     with np.errstate(invalid="ignore", divide="ignore"):
         t = np.where(error > ROUNDING, mean / error, np.nan)
     return mean, error, 2 * distributions.t.sf(np.abs(t), n_groups - 1)
+
+
+def _in_blocks(values: np.ndarray, of: Callable[[np.ndarray], tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+    """`of` (n, some columns) in float64, a block at a time; its results put together along their last axis."""
+    starts = range(0, max(1, values.shape[1]), BLOCK)
+    parts = [of(np.asarray(values[:, start : start + BLOCK], dtype=np.float64)) for start in starts]
+    return tuple(np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
 
 
 def _within(groups: np.ndarray | None, n: int) -> sparse.csr_array:
@@ -341,7 +360,6 @@ def bootstrap_mean(
     Returns:
         low, high: each (n_columns,); NaN without rows.
     """
-    values = np.asarray(values, dtype=np.float64)
     n = len(values)
     if n == 0:
         empty = np.full(values.shape[1], np.nan)
@@ -350,14 +368,15 @@ def bootstrap_mean(
     units = _within(groups, n)
     if units.shape[0] > max_units:
         units = one_hot(rng.permutation(units.shape[0]) % max_units, max_units) @ units
-    values, size = units @ values, units.sum(axis=1)
-    units = len(values)
+    size = units.sum(axis=1)
+    (values,) = _in_blocks(values, lambda block: (units @ block,))
+    n_units = len(values)
     means = np.empty((n_resamples, values.shape[1]))
-    step = max(1, chunk_bytes // (8 * units))
+    step = max(1, chunk_bytes // (8 * n_units))
     for start in range(0, n_resamples, step):
         stop = min(start + step, n_resamples)
         counts = np.stack(
-            [np.bincount(rng.integers(0, units, units), minlength=units) for _ in range(start, stop)]
+            [np.bincount(rng.integers(0, n_units, n_units), minlength=n_units) for _ in range(start, stop)]
         ).astype(np.float64)
         means[start:stop] = (counts @ values) / (counts @ size)[:, None]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
@@ -387,10 +406,10 @@ def swapped_mean_p(values: np.ndarray, n_permutations: int, seed: int = 0, chunk
     values = np.asarray(values, dtype=np.float64)
     observed = np.abs(values.sum(axis=0))
     count = np.zeros(values.shape[1])
-    slack = _slack(np.abs(values).sum(axis=0))
+    slack, differ = _in_blocks(values, lambda block: (_slack(np.abs(block).sum(axis=0)), (block != 0).any(axis=0)))
     for signs in random_signs(len(values), n_permutations, seed, max(1, chunk_bytes // (8 * max(1, len(values))))):
         count += (np.abs(signs @ values) >= observed - slack).sum(axis=0)
-    return np.where((values != 0).any(axis=0), (1 + count) / (1 + n_permutations), np.nan)
+    return np.where(differ, (1 + count) / (1 + n_permutations), np.nan)
 
 
 def swapped_best_z(
@@ -466,7 +485,6 @@ def length_adjusted_mean(
         intercept, low, high: each (n_columns,). If every ratio is 1 this is the plain mean; if every ratio is the
         same other number, or there are fewer than three groups, NaN.
     """
-    values = np.asarray(values, dtype=np.float64)
     x = np.asarray(log_ratio, dtype=np.float64)
     n = len(values)
     missing = np.full(values.shape[1], np.nan)
@@ -479,15 +497,19 @@ def length_adjusted_mean(
         return missing, missing, missing
     design = np.ones((n, 1)) if constant else np.column_stack([np.ones(n), x])
     inverse = np.linalg.inv(design.T @ design)
-    coefficients = inverse @ (design.T @ values)
-    residual = values - design @ coefficients
-    # The intercept is a weighted sum of the rows, so its sandwich variance is the sum of squares of the groups' shares.
-    influence = within @ (residual * (design @ inverse[0])[:, None])
+    share = (design @ inverse[0])[:, None]
+
+    def of(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        coefficients = inverse @ (design.T @ block)
+        # The intercept is a weighted sum of the rows: its sandwich variance is the sum of squares of groups' shares.
+        influence = within @ ((block - design @ coefficients) * share)
+        return coefficients[0], np.square(influence).sum(axis=0)
+
+    intercept, square = _in_blocks(values, of)
     n_fitted = design.shape[1]
     correction = n_groups / (n_groups - 1) * (n - 1) / (n - n_fitted)
-    error = np.sqrt(np.square(influence).sum(axis=0) * correction)
-    half = distributions.t.ppf(0.5 + level / 2, n_groups - n_fitted) * error
-    return coefficients[0], coefficients[0] - half, coefficients[0] + half
+    half = distributions.t.ppf(0.5 + level / 2, n_groups - n_fitted) * np.sqrt(square * correction)
+    return intercept, intercept - half, intercept + half
 
 
 def adjusted_difference(
@@ -507,9 +529,9 @@ def adjusted_difference(
     x = x - _mean_of_pool(x, pool)
     centre = _mean_of_pool(values, pool)
     with_all = sparse.csr_array(sparse.vstack([members, sparse.csr_array(pool[None].astype(np.float64))]))
-    first = member_moments(values, with_all, centre)
+    total, cross = _sums(values, with_all, centre, np.positive, lambda y, out: np.multiply(y, x, out=out))
     second = member_moments(x, with_all)
-    cross = _sums(values, with_all, centre, lambda y: y * x)
+    first = Moments(second.n, total, np.full_like(total, np.nan))
     inside = first[:-1], second[:-1], cross[:-1]
     outside = first[-1:] - first[:-1], second[-1:] - second[:-1], cross[-1:] - cross[:-1]
     within_xy, within_xx = np.zeros_like(inside[2]), np.zeros((members.shape[0], 1))

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 from scipy import sparse
 
+from ..reading.files import scratch_array
 from . import stats
 from .clusters import spherical_kmeans
 from .config import AuditConfig
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 # The published sizes belong to an SAE of 65k latents; below so many live features they are scaled down.
 LARGE_SAE = 4096
+# Stored entries, and rows of scores, that are worked on at a time: they should stay in the cache.
+ENTRIES, ROWS = 1 << 18, 4096
 
 HYPOTHESES = pa.schema(
     [
@@ -95,28 +98,77 @@ def fired_responses(
         drawn[np.random.default_rng(seed).choice(harvest.n_pairs, max_pairs, replace=False)] = True
     parts, start = [], 0
     for shard in harvest.shards():
-        here = np.flatnonzero(drawn[start : start + len(shard.rows)])
+        here = shard.select(np.flatnonzero(drawn[start : start + len(shard.rows)]))
         start += len(shard.rows)
-        parts += [_fired(sparse.csr_array(shard.frequency(span))[here], tau) for span in spans]
+        parts += [_fired(sparse.csr_array(here.frequency(span)), tau) for span in spans]
     return sparse.csr_array(sparse.vstack(parts, format="csr"))
 
 
 def _fired(frequency: sparse.csr_array, tau: float) -> sparse.csr_array:
-    """1 where the frequency is above tau; nothing stored elsewhere.
-
-    Compared in float32, as frequencies are stored: a share of exactly tau does not count, whatever its rounding.
-    """
-    above = (frequency.data.astype(np.float32) > np.float32(tau)).astype(np.float64)
+    """1 where the frequency is above tau; nothing stored elsewhere."""
+    above = _above(frequency.data, tau)
     fired = sparse.csr_array((above, frequency.indices.copy(), frequency.indptr.copy()), shape=frequency.shape)
     fired.eliminate_zeros()
     return fired
 
 
-def membership(communities: Sequence[np.ndarray], d_sae: int) -> sparse.csr_array:
-    """(d_sae, K) matrix of ones: feature belongs to concept."""
-    features = np.concatenate([*communities, np.zeros(0, dtype=np.int64)]).astype(np.int64)
-    concept = np.repeat(np.arange(len(communities)), [len(c) for c in communities])
-    return sparse.csr_array((np.ones(len(features)), (features, concept)), shape=(d_sae, len(communities)))
+def cluster_sums(
+    matrix: sparse.csr_array, clusters: Sequence[np.ndarray], *values: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """For every row and cluster, the sum over the stored entries whose column is in the cluster.
+
+    Each row is summed by itself and in the order of its entries, so that it makes no difference which rows stand in a
+    matrix together.
+
+    Args:
+        matrix: (n, d_sae); its places are read, not its data.
+        clusters: column ids of each of K clusters, which may overlap.
+        values: (nnz,) what is summed, one array for each result.
+    Returns:
+        (n, K) float64 for each of `values`.
+    """
+    n, n_clusters = matrix.shape[0], len(clusters)
+    sums = tuple(np.zeros((n, n_clusters)) for _ in values)
+    lookups = _lookups(clusters, matrix.shape[1])
+    start = 0
+    while start < n:
+        stop = int(np.searchsorted(matrix.indptr, matrix.indptr[start] + ENTRIES, side="right")) - 1
+        stop = min(max(stop, start + 1), n)
+        entries = slice(matrix.indptr[start], matrix.indptr[stop])
+        row = np.repeat(np.arange(stop - start), np.diff(matrix.indptr[start : stop + 1])) * (n_clusters + 1)
+        for lookup in lookups:
+            key = row + lookup[matrix.indices[entries]]
+            for total, value in zip(sums, values, strict=True):
+                found = np.bincount(key, value[entries], (stop - start) * (n_clusters + 1))
+                total[start:stop] += found.reshape(stop - start, n_clusters + 1)[:, :n_clusters]
+        start = stop
+    return sums
+
+
+def _lookups(clusters: Sequence[np.ndarray], n_columns: int) -> list[np.ndarray]:
+    """Arrays (n_columns,) of cluster numbers, K where there is none: one where clusters do not overlap, else more."""
+    columns = np.concatenate([*clusters, np.zeros(0, dtype=np.int64)]).astype(np.int64)
+    cluster = np.repeat(np.arange(len(clusters)), [len(c) for c in clusters])
+    lookups = []
+    while len(columns):
+        lookup = np.full(n_columns, len(clusters))
+        first = np.unique(columns, return_index=True)[1]
+        lookup[columns[first]] = cluster[first]
+        lookups.append(lookup)
+        columns, cluster = np.delete(columns, first), np.delete(cluster, first)
+    return lookups
+
+
+def _sizes(clusters: Sequence[np.ndarray]) -> np.ndarray:
+    return np.maximum(1.0, np.array([len(c) for c in clusters], dtype=np.float64))
+
+
+def _above(frequency: np.ndarray, tau: float) -> np.ndarray:
+    """1.0 where a frequency is above tau, else 0.0.
+
+    Compared in float32, as frequencies are stored: a share of exactly tau does not count, whatever its rounding.
+    """
+    return (frequency.astype(np.float32, copy=False) > np.float32(tau)).astype(np.float64)
 
 
 def concept_activity(frequency: sparse.csr_array, communities: Sequence[np.ndarray], tau: float = 0.01) -> np.ndarray:
@@ -127,8 +179,8 @@ def concept_activity(frequency: sparse.csr_array, communities: Sequence[np.ndarr
     Returns:
         (n_responses, K) float64 in [0, 1].
     """
-    size = np.maximum(1.0, np.array([len(c) for c in communities], dtype=np.float64))
-    return (_fired(frequency, tau) @ membership(communities, frequency.shape[1])).toarray() / size
+    (fired,) = cluster_sums(frequency, communities, _above(frequency.data, tau))
+    return fired / _sizes(communities)
 
 
 @dataclass(frozen=True)
@@ -174,27 +226,35 @@ def activity(harvest: "Harvest", communities: Sequence[np.ndarray], tau: float =
 
     Source: method.md section 4.
     """
-    members = membership(communities, harvest.d_sae)
-    rows, u, s, v = [], [], [], []
+    shape = (harvest.n_pairs, len(communities))
+    folder = getattr(harvest, "path", None)
+    # Columns of u are what statistics take, rows of s and v what groups and lists pairs.
+    u = scratch_array(shape, np.float64, folder, order="F")
+    s, v = (scratch_array(shape, np.float32, folder) for _ in range(2))
+    rows, support, start = [], np.zeros(len(communities), dtype=np.int64), 0
     lengths: dict[str, list[np.ndarray]] = {"prompt": [], "chosen": [], "rejected": []}
-    support = np.zeros(len(communities), dtype=np.int64)
     for shard in harvest.shards():
-        chosen, rejected = (sparse.csr_array(shard.frequency(side)) for side in ("chosen", "rejected"))
-        in_chosen, in_rejected = (concept_activity(side, communities, tau) for side in (chosen, rejected))
+        here = slice(start, start + len(shard.rows))
+        start = here.stop
+        sides = []
+        for side in ("chosen", "rejected"):
+            frequency = sparse.csr_array(shard.frequency(side))
+            data = frequency.data.astype(np.float64)
+            sides.append(cluster_sums(frequency, communities, _above(frequency.data, tau), data))
+        (in_chosen, of_chosen), (in_rejected, of_rejected) = sides
         support += ((in_chosen > 0) | (in_rejected > 0)).sum(axis=0)
+        u[here] = (in_chosen - in_rejected) / _sizes(communities)
+        s[here] = of_chosen + of_rejected
+        v[here] = of_chosen - of_rejected
         rows.append(np.asarray(shard.rows, dtype=np.int64))
-        u.append(in_chosen - in_rejected)
-        frequency = [(side.astype(np.float64) @ members).toarray() for side in (chosen, rejected)]
-        s.append((frequency[0] + frequency[1]).astype(np.float32))
-        v.append((frequency[0] - frequency[1]).astype(np.float32))
         for span in lengths:
             lengths[span].append(np.asarray(shard.lengths[span], dtype=np.int64))
     tokens = {span: np.concatenate(parts) for span, parts in lengths.items()}
     return Activity(
         rows=np.concatenate(rows),
-        u=np.concatenate(u),
-        s=np.concatenate(s),
-        v=np.concatenate(v),
+        u=u,
+        s=s,
+        v=v,
         log_ratio=log_length_ratio(tokens),
         lengths=tokens,
         support=support,
@@ -220,6 +280,14 @@ class FeatureView:
     notes: tuple[str, ...]
 
 
+def row_norms(s: np.ndarray) -> np.ndarray:
+    """(n,) float64: length of each row of (n, K), in blocks of rows."""
+    norm = np.empty(len(s))
+    for start in range(0, len(s), ROWS):
+        norm[start : start + ROWS] = np.linalg.norm(s[start : start + ROWS].astype(np.float64), axis=1)
+    return norm
+
+
 def find_contexts(s: np.ndarray, config: AuditConfig) -> tuple[np.ndarray, tuple[str, ...]]:
     """Silent bucket and data clusters (method.md section 4, steps 1 and 2).
 
@@ -229,7 +297,7 @@ def find_contexts(s: np.ndarray, config: AuditConfig) -> tuple[np.ndarray, tuple
         contexts (n,): 0 silent (norm below the percentile, or no activity at all), 1.. data clusters, largest first;
         notes on what was scaled down.
     """
-    norm = np.linalg.norm(s.astype(np.float64), axis=1)
+    norm = row_norms(s)
     contexts = np.zeros(len(s), dtype=np.int64)
     active = norm > 0
     if len(norm):
@@ -246,8 +314,7 @@ def find_contexts(s: np.ndarray, config: AuditConfig) -> tuple[np.ndarray, tuple
         )
     if k == 1:
         notes = (*notes, "With one context there is nothing to compare it with: too few pairs to tell contexts apart.")
-    unit = s[active].astype(np.float64) / norm[active, None]
-    labels, _ = spherical_kmeans(unit, k, seed=config.seed)
+    labels, _ = spherical_kmeans(s, k, seed=config.seed, rows=np.flatnonzero(active))
     contexts[active] = labels + 1
     return contexts, notes
 
@@ -347,7 +414,7 @@ def hypothesis_table(
     cell: dict[str, np.ndarray] = {
         name: getattr(welch, name)[k, m] for name in ("delta", "z", "d", "p", "ci_low", "ci_high")
     }
-    cell["mean_in"] = stats.member_moments(scores.u, members).mean[k, m]
+    cell["mean_in"] = stats.member_means(scores.u, members)[k, m]
     cell["mean_out"] = cell["mean_in"] - cell["delta"]
     cell |= {name: getattr(split, name)[k, m] for name in ("delta_a", "delta_b", "delta_min")}
     cell["delta_length_adjusted"] = adjusted[k, m]

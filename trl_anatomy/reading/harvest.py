@@ -3,7 +3,7 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,23 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch
-from safetensors.numpy import load as load_tensors
+from safetensors import safe_open
 from safetensors.numpy import save as save_tensors
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import __version__
 from ..errors import AnatomyError
-from .files import write_atomically
+from .files import remove_partial, write_atomically
 from .fingerprint import hash_json, model_key
 from .forward import length_sorted_batches, read_spans
+from .ranks import Ranks
 from .sae import SAE
 from .spans import SPANS, Pairs
 
 _MANIFEST = "manifest.json"
+_RANK_MANIFEST = "manifest-rank{}.json"  # what another process has written so far
+_SHARD = "shard-{}.safetensors"
 _FORMAT = 1
 _POOLED_BYTES = 64 << 20  # dense pooled result held at a time
 # Dense activations held at a time: on a CPU they should stay in the cache, a GPU wants fewer and larger steps.
@@ -33,7 +36,7 @@ _CHUNK_BYTES = {"cpu": 4 << 20, "other": 64 << 20}
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """Some consecutive pairs of a harvest, in memory.
+    """Some pairs of a harvest, read from an open file when they are asked for.
 
     Attributes:
         rows: (n,) int64 index of each pair into the raw dataset.
@@ -43,26 +46,42 @@ class Shard:
     rows: np.ndarray
     lengths: dict[str, np.ndarray]
     d_sae: int
-    _tensors: Mapping[str, np.ndarray]
+    _file: Any
+    _only: np.ndarray | None = None
 
-    def _matrix(self, span: str, data: np.ndarray) -> sp.csr_array:
-        index = self._tensors[f"{span}.indices"].astype(np.int32)
-        shape = (len(self.rows), self.d_sae)
-        return sp.csr_array((data, index, self._tensors[f"{span}.indptr"]), shape=shape)
+    def select(self, pairs: np.ndarray) -> "Shard":
+        """Some of these pairs, by ascending number; nothing of the others will be read."""
+        lengths = {span: length[pairs] for span, length in self.lengths.items()}
+        return Shard(self.rows[pairs], lengths, self.d_sae, self._file, pairs)
+
+    def _matrix(self, span: str, name: str, dtype: Any) -> sp.csr_array:
+        """The tensor `name` of a span as the data of (n, d_sae)."""
+        indptr = self._file.get_tensor(f"{span}.indptr")
+        if self._only is None:
+            index, data = (self._file.get_tensor(f"{span}.{part}") for part in ("indices", name))
+        else:
+            runs = list(zip(indptr[self._only].tolist(), indptr[self._only + 1].tolist(), strict=True))
+            index, data = (
+                np.concatenate([part[:0], *(part[start:stop] for start, stop in runs)])
+                for part in (self._file.get_slice(f"{span}.{part}") for part in ("indices", name))
+            )
+            indptr = np.concatenate([[0], np.cumsum(np.diff(indptr)[self._only])])
+        index, data = index.astype(np.int32, copy=False), data.astype(dtype, copy=False)
+        return sp.csr_array((data, index, indptr), shape=(len(self.rows), self.d_sae))
 
     def maximum(self, span: str) -> sp.csr_array:
         """(n, d_sae) float32: largest activation of each latent over the span's tokens."""
-        return self._matrix(span, self._tensors[f"{span}.maximum"])
+        return self._matrix(span, "maximum", np.float32)
 
     def count(self, span: str) -> sp.csr_array:
         """(n, d_sae) int32: tokens of the span on which each latent fires."""
-        return self._matrix(span, self._tensors[f"{span}.count"].astype(np.int32))
+        return self._matrix(span, "count", np.int32)
 
     def frequency(self, span: str) -> sp.csr_array:
         """(n, d_sae) float32: share of the span's tokens on which each latent fires."""
-        fired = np.diff(self._tensors[f"{span}.indptr"])
-        share = self._tensors[f"{span}.count"] / np.repeat(self.lengths[span], fired)
-        return self._matrix(span, share.astype(np.float32))
+        matrix = self._matrix(span, "count", np.float32)
+        matrix.data /= np.repeat(self.lengths[span].astype(np.float32), np.diff(matrix.indptr))
+        return matrix
 
 
 class Harvest:
@@ -83,26 +102,19 @@ class Harvest:
         self.n_pairs = int(manifest["n_pairs"])
         self.d_sae = int(manifest["d_sae"])
         self._files = [entry["file"] for entry in manifest["shards"]]
-        shards = [self._load(name, only=("rows", *(f"{span}.length" for span in SPANS))) for name in self._files]
-        self.rows = np.concatenate([shard["rows"] for shard in shards])
-        self.lengths = {span: np.concatenate([shard[f"{span}.length"] for shard in shards]) for span in SPANS}
-
-    def _load(self, name: str, only: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        if only is None:
-            return load_tensors((self.path / name).read_bytes())
-        from safetensors import safe_open
-
-        with safe_open(self.path / name, "numpy") as file:
-            return {key: file.get_tensor(key) for key in only}
+        shards = list(self.shards())
+        self.rows = np.concatenate([shard.rows for shard in shards])
+        self.lengths = {span: np.concatenate([shard.lengths[span] for shard in shards]) for span in SPANS}
 
     def __len__(self) -> int:
         return self.n_pairs
 
     def shards(self) -> Iterator[Shard]:
-        """The shards in order, one in memory at a time."""
+        """The shards in order; of each, only what is asked of it is read."""
         for name in self._files:
-            tensors = self._load(name)
-            yield Shard(tensors["rows"], {span: tensors[f"{span}.length"] for span in SPANS}, self.d_sae, tensors)
+            file = safe_open(self.path / name, "numpy")
+            lengths = {span: file.get_tensor(f"{span}.length") for span in SPANS}
+            yield Shard(file.get_tensor("rows"), lengths, self.d_sae, file)
 
     def _stack(self, blocks: Iterator[sp.csr_array]) -> sp.csr_array:
         return sp.csr_array(sp.vstack(list(blocks), format="csr"))
@@ -127,7 +139,7 @@ class Harvest:
             AnatomyError: no harvest there, an unfinished one, or a missing, truncated or changed shard.
         """
         path = Path(path)
-        manifest = _read_manifest(path)
+        manifest = _read_manifest(path / _MANIFEST)
         if manifest is None:
             raise AnatomyError(f"No harvest in {str(path)!r}: {_MANIFEST} not found. Run the audit first.")
         done = sum(entry["pairs"] for entry in manifest["shards"])
@@ -155,10 +167,12 @@ def harvest(
     batch_tokens: int = 8192,
     shard_pairs: int = 2048,
     progress: bool = True,
+    ranks: Ranks | None = None,
 ) -> Harvest:
     """Read every pair once and keep, per span and latent, the largest activation and the firing tokens.
 
-    Shards whose hash still matches are kept, so that an interrupted run goes on and ends in the same bytes.
+    Shards whose hash still matches are kept, so that an interrupted run goes on and ends in the same bytes, with
+    whatever number of processes.
 
     Args:
         model: the frozen start model.
@@ -168,11 +182,13 @@ def harvest(
         layer: layer to read, from 0 (`check_sae` gives it).
         batch_tokens: padded tokens of one forward pass.
         shard_pairs: pairs of one file.
-        progress: show a progress bar.
+        progress: show a progress bar, in the main process.
+        ranks: processes that share the shards among them; all call this, each with its own model. Default: this one.
 
     Raises:
         AnatomyError: the folder holds a harvest of something else, or the model gives NaN or infinity.
     """
+    ranks = ranks or Ranks()
     out = Path(out)
     key = {
         "format": _FORMAT,
@@ -182,37 +198,76 @@ def harvest(
         "sae": sae.fingerprint,
         "layer": layer,
     }
-    manifest = _read_manifest(out)
-    if manifest is not None and manifest["key"] != key:
-        changed = [name for name in key if manifest["key"].get(name) != key[name]]
-        raise AnatomyError(
-            f"{str(out)!r} holds a harvest of something else (different: {', '.join(changed)}): choose another "
-            "folder or delete that one."
-        )
     if sae.prepend_bos and not pairs.begins_with_bos:
         warnings.warn(
             "The SAE was trained on text that begins with BOS, and these prompts do not: its activations may be off. "
             "Check the chat template.",
             stacklevel=2,
         )
-    entries: dict[str, dict[str, Any]] = {}
-    if manifest is not None and manifest["shard_pairs"] == shard_pairs:
-        entries = {entry["file"]: entry for entry in manifest["shards"] if not _problem(out, entry)}
-    out.mkdir(parents=True, exist_ok=True)
-    sae.to(next(model.parameters()).device)
     manifest = {"key": key, "n_pairs": len(pairs), "d_sae": sae.d_sae, "shard_pairs": shard_pairs}
-    with tqdm(total=len(pairs), desc="Reading pairs", unit="pair", disable=not progress) as bar:
-        for number, start in enumerate(range(0, len(pairs), shard_pairs)):
-            indices = range(start, min(start + shard_pairs, len(pairs)))
-            name = _shard_name(number)
-            if name in entries:
-                bar.update(len(indices))
-                continue
-            entries[name] = _write_shard(out, name, _read_shard(model, sae, pairs, indices, layer, batch_tokens, bar))
-            manifest["shards"] = [entries[file] for file in sorted(entries)]
-            write_atomically(out / _MANIFEST, _to_json(manifest))
-    manifest["shards"] = [entries[file] for file in sorted(entries)]
-    return Harvest(out, manifest)
+    entries = ranks.in_main(lambda: _settle(out, manifest))
+    assert entries is not None
+    shards = {_shard_name(i): start for i, start in enumerate(range(0, len(pairs), shard_pairs))}
+    mine = [name for name in shards if name not in entries][ranks.index :: ranks.size]
+    total = len(pairs) if ranks.size == 1 else shard_pairs * len(mine)
+    sae.to(next(model.parameters()).device)
+
+    def read_mine() -> dict[str, dict[str, Any]]:
+        made: dict[str, dict[str, Any]] = {}
+        initial = sum(entry["pairs"] for entry in entries.values()) if ranks.size == 1 else 0
+        silent = not progress or not ranks.main
+        with tqdm(total=total, initial=initial, desc="Reading pairs", unit="pair", disable=silent) as bar:
+            for name in mine:
+                indices = range(shards[name], min(shards[name] + shard_pairs, len(pairs)))
+                tensors = _read_shard(model, sae, pairs, indices, layer, batch_tokens, bar)
+                made[name] = _write_shard(out, name, tensors)
+                # Until the end each process notes its own shards; the main one notes those of earlier runs too.
+                file = _MANIFEST if ranks.main else _RANK_MANIFEST.format(ranks.index)
+                _write_manifest(out / file, manifest, {**(entries if ranks.main else {}), **made})
+        return made
+
+    made = ranks.together(read_mine)
+    for part in made:
+        entries |= part
+
+    def merge() -> None:
+        if any(made[1:]):
+            _write_manifest(out / _MANIFEST, manifest, entries)
+        for file in [*out.glob(_RANK_MANIFEST.format("*")), *out.glob(_SHARD.format("*"))]:
+            if file.name not in entries:  # the second kind: of a run with shards of another size
+                file.unlink()
+
+    ranks.in_main(merge)
+    return Harvest(out, {**manifest, "shards": [entries[name] for name in shards]})
+
+
+def _settle(out: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Entries of the shards that earlier runs left whole; what they left of no use is removed.
+
+    The manifest then names these shards, also those that other processes of an interrupted run had noted apart.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    parts = sorted(out.glob(_RANK_MANIFEST.format("*")))
+    for file in (out / _MANIFEST, *parts):
+        before = _read_manifest(file)
+        if before is None:
+            continue
+        if before["key"] != manifest["key"]:
+            changed = [name for name, value in manifest["key"].items() if before["key"].get(name) != value]
+            raise AnatomyError(
+                f"{str(out)!r} holds a harvest of something else (different: {', '.join(changed)}): choose another "
+                "folder or delete that one."
+            )
+        if before["shard_pairs"] == manifest["shard_pairs"]:
+            found |= {entry["file"]: entry for entry in before["shards"]}
+    out.mkdir(parents=True, exist_ok=True)
+    remove_partial(out)
+    entries = {name: found[name] for name in sorted(found) if not _problem(out, found[name])}
+    if parts:
+        _write_manifest(out / _MANIFEST, manifest, entries)
+        for file in parts:
+            file.unlink()
+    return entries
 
 
 def write_harvest(
@@ -236,24 +291,52 @@ def write_harvest(
         key: what it was made from.
         shard_pairs: pairs of one file.
     """
+
+    def parts() -> Iterator[tuple[dict[str, tuple[sp.csr_array, sp.csr_array, np.ndarray]], np.ndarray]]:
+        for start in range(0, len(rows), shard_pairs):
+            part = slice(start, start + shard_pairs)
+            spans = {s: (maximum[s][part], count[s][part], np.asarray(lengths[s])[part]) for s in SPANS}
+            yield spans, np.asarray(rows)[part]
+
+    return stream_harvest(
+        out, parts(), key, n_pairs=len(rows), d_sae=maximum["prompt"].shape[1], shard_pairs=shard_pairs
+    )
+
+
+def stream_harvest(
+    out: str | Path,
+    parts: Iterable[tuple[Mapping[str, tuple[sp.csr_array, sp.csr_array, np.ndarray]], np.ndarray]],
+    key: Mapping[str, Any],
+    *,
+    n_pairs: int,
+    d_sae: int,
+    shard_pairs: int = 2048,
+) -> Harvest:
+    """Write a harvest shard by shard, one in memory at a time.
+
+    Args:
+        out: folder; a harvest there is overwritten.
+        parts: of each shard in order, span -> (largest activations, firing tokens, tokens) as in `write_harvest`, and
+            its rows of the raw dataset.
+        key: what it was made from.
+        n_pairs: pairs of all shards; `shard_pairs` of each but the last.
+    """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    n_pairs, d_sae = maximum["prompt"].shape
     shards = []
-    for number, start in enumerate(range(0, n_pairs, shard_pairs)):
-        part = slice(start, min(start + shard_pairs, n_pairs))
+    for number, (spans, rows) in enumerate(parts):
         blocks = {}
-        for span in SPANS:
-            fired, largest = sp.csr_array(count[span][part]), sp.csr_array(maximum[span][part])
+        for span, (largest, fired, length) in spans.items():
+            largest, fired = sp.csr_array(largest), sp.csr_array(fired)
             fired.sort_indices()
             largest.sort_indices()
             if not np.array_equal(fired.indices, largest.indices) or not np.array_equal(fired.indptr, largest.indptr):
                 raise AnatomyError(f"write_harvest: maximum and count of {span!r} are stored at different places.")
-            blocks[span] = (fired.indptr, fired.indices, largest.data, fired.data, np.asarray(lengths[span])[part])
-        shards.append(_write_shard(out, _shard_name(number), _pack(blocks, np.asarray(rows)[part], d_sae)))
-    manifest = {"key": dict(key), "n_pairs": n_pairs, "d_sae": d_sae, "shard_pairs": shard_pairs, "shards": shards}
-    write_atomically(out / _MANIFEST, _to_json(manifest))
-    return Harvest(out, manifest)
+            blocks[span] = (fired.indptr, fired.indices, largest.data, fired.data, length)
+        shards.append(_write_shard(out, _shard_name(number), _pack(blocks, rows, d_sae)))
+    manifest = {"key": dict(key), "n_pairs": n_pairs, "d_sae": d_sae, "shard_pairs": shard_pairs}
+    _write_manifest(out / _MANIFEST, manifest, {entry["file"]: entry for entry in shards})
+    return Harvest(out, {**manifest, "shards": shards})
 
 
 def _read_shard(
@@ -326,7 +409,7 @@ def _pack(blocks: Mapping[str, tuple[np.ndarray, ...]], rows: np.ndarray, d_sae:
 
 
 def _shard_name(number: int) -> str:
-    return f"shard-{number:05d}.safetensors"
+    return _SHARD.format(f"{number:05d}")
 
 
 def _write_shard(out: Path, name: str, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -335,12 +418,12 @@ def _write_shard(out: Path, name: str, tensors: dict[str, np.ndarray]) -> dict[s
     return {"file": name, "pairs": len(tensors["rows"]), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _to_json(manifest: Mapping[str, Any]) -> bytes:
-    return json.dumps(manifest, indent=1).encode()
+def _write_manifest(file: Path, manifest: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> None:
+    shards = [entries[name] for name in sorted(entries)]
+    write_atomically(file, json.dumps({**manifest, "shards": shards}, indent=1).encode())
 
 
-def _read_manifest(path: Path) -> dict[str, Any] | None:
-    file = path / _MANIFEST
+def _read_manifest(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:

@@ -301,15 +301,11 @@ def _checked(dataset: Any) -> Dataset:
 
 
 def _audit_now(settings: "AuditConfig", start: Start, dataset: Dataset) -> "Audit":
-    """Audit what is trained on: the trainer's dataset, model, tokens, truncation. One rank works, the others wait."""
-    from ..audit.folder import load_audit
+    """Audit what is trained on: the trainer's dataset, model, tokens, truncation. The ranks share the work."""
     from ..audit.run import run_audit
 
     settings = replace(settings, max_length=start.config.max_length, truncation=start.truncation)
-    with PartialState().main_process_first():
-        if PartialState().is_main_process:
-            return run_audit(settings, model=start.model, tokenizer=start.tokenizer, dataset=dataset)
-        return load_audit(settings.out)
+    return run_audit(settings, model=start.model, tokenizer=start.tokenizer, dataset=dataset)
 
 
 def _plan(policy: "ConceptPolicy", audit: "Audit | None", start: Start, dataset: Dataset) -> "PolicyPlan":

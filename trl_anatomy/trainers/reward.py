@@ -43,8 +43,8 @@ class AnatomyRewardTrainer(ShapedSeams, RewardTrainer):
         *args, **kwargs: as `trl.RewardTrainer`.
         concept_policy: YAML path, dict or ConceptPolicy.
         audit: an audit folder, an Audit, or an AuditConfig to run one now on the training set; it is logged to
-            `report_to` when training begins, and rules may refer to its clusters. With several ranks, run a long audit
-            beforehand: the other ranks wait for it no longer than `ddp_timeout`.
+            `report_to` when training begins, and rules may refer to its clusters. Several ranks
+            share the pass of an audit that is run now.
 
     Attributes:
         plan: the PolicyPlan that acts, or None.

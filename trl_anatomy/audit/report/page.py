@@ -15,7 +15,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ...errors import AnatomyError
-from ..folder import REPORT, Audit, write_atomically
+from ...reading.files import write_atomically
+from ..folder import REPORT, Audit
 from ..labels import neuronpedia_url
 from ..predict import FALLS, NO_EVIDENCE, RISES, TOO_FEW
 
@@ -46,7 +47,7 @@ def write_report(audit: Audit, raw_dataset: "Dataset | None" = None, out: str | 
         AnatomyError: `raw_dataset` has another number of rows than the audited one.
     """
     path = audit.path / REPORT if out is None else Path(out)
-    write_atomically(path, render(audit, raw_dataset))
+    write_atomically(path, render(audit, raw_dataset).encode())
     return path
 
 

@@ -1,0 +1,131 @@
+"""Killing an audit at any point and starting it again gives the files of an undisturbed run, byte for byte."""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from audit_files import config_for, digests, write_inputs
+
+from trl_anatomy.audit import run
+from trl_anatomy.audit.config import AuditConfig
+from trl_anatomy.audit.folder import load_audit
+
+
+def in_a_process(work: Callable[[], None]) -> int:
+    """Do `work` in a forked process, which has paid for the imports already; gives the id of that process."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    return child
+
+
+def ended(child: int) -> int:
+    """0 for an orderly end, -9 for a killed process."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_at_call(name: str, count: int, config: AuditConfig) -> int:
+    """Run an audit that the kernel kills when it calls `os.<name>` for the `count`-th time (before it acts)."""
+
+    def work() -> None:
+        calls, real = 0, getattr(os, name)
+
+        def counted(*args: object, **kwargs: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        setattr(os, name, counted)
+        run.run_audit(config, progress=False)
+
+    return ended(in_a_process(work))
+
+
+def killed_when(seen: Callable[[Path], bool], config: AuditConfig, delay: float = 0.0) -> int:
+    """Run an audit and kill it `delay` seconds after its folder looks as `seen` says."""
+    child = in_a_process(lambda: run.run_audit(config, progress=False) and None)
+    end = time.monotonic() + 60
+    while not seen(Path(config.out)):
+        assert time.monotonic() < end, "the folder never looked like that"
+        time.sleep(0.0005)
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    return ended(child)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("restart")
+    write_inputs(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def undisturbed(root: Path) -> dict[str, str]:
+    assert ended(in_a_process(lambda: run.run_audit(config_for(root, "straight"), progress=False) and None)) == 0
+    found = digests(root / "straight" / "audit")
+    tables = ("audit.json", "concepts.parquet", "hypotheses.parquet", "pairs.parquet", "report.html")
+    shards = [f"harvest/shard-{i:05d}.safetensors" for i in range(5)]
+    assert sorted(found) == sorted([*tables, "harvest/manifest.json", *shards])
+    return found
+
+
+def finish(config: AuditConfig) -> dict[str, str]:
+    assert ended(in_a_process(lambda: run.run_audit(config, progress=False) and None)) == 0
+    load_audit(config.out).check_harvest()
+    return digests(Path(config.out))
+
+
+# Files are flushed, then moved into place, in this order: five times a shard and the manifest (calls 1 to 10), three
+# tables (11 to 13), audit.json (14) and the page (15). `fsync` dies with a whole file beside its place, `replace` too.
+@pytest.mark.parametrize(("name", "calls"), [("fsync", (1, 5, 9)), ("fsync", (14, 5)), ("replace", (2, 10, 4))])
+def test_killed_again_and_again_while_it_writes(
+    name: str, calls: tuple[int, ...], root: Path, undisturbed: dict[str, str]
+) -> None:
+    config = config_for(root, f"{name}-{'-'.join(map(str, calls))}")
+    for count in calls:
+        assert killed_at_call(name, count, config) == -signal.SIGKILL
+        assert list(Path(config.out).rglob("*.partial"))
+    assert finish(config) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("seen", "delay"),
+    [
+        (lambda out: (out / "harvest/shard-00002.safetensors").exists(), 0.0),
+        (lambda out: (out / "harvest/shard-00004.safetensors").exists(), 0.1),  # during the statistics
+        (lambda out: (out / "audit.json").exists(), 0.0),  # during the page
+    ],
+    ids=["third shard", "statistics", "page"],
+)
+def test_killed_at_any_moment(
+    seen: Callable[[Path], bool], delay: float, root: Path, undisturbed: dict[str, str], request: pytest.FixtureRequest
+) -> None:
+    config = config_for(root, request.node.callspec.id.replace(" ", "-"))
+    assert killed_when(seen, config, delay) == -signal.SIGKILL
+    assert finish(config) == undisturbed
+
+
+def test_a_shard_that_a_crash_cut_short_is_read_again(root: Path, undisturbed: dict[str, str]) -> None:
+    """A power cut may leave a file whose name is there and whose end is not."""
+    config = config_for(root, "cut")
+    assert killed_at_call("fsync", 8, config) == -signal.SIGKILL
+    shard = Path(config.out) / "harvest/shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    (shard.parent / "shard-00004.safetensors.77.partial").write_bytes(b"half")
+    assert finish(config) == undisturbed
