@@ -18,8 +18,10 @@ from .clusters import cofiring_communities, live_features
 from .config import AuditConfig
 from .folder import Audit, pairs_table, write_audit
 from .labels import distinctive_terms, group_terms, member_terms
+from .maps import map_places
 from .predict import RESPONSE_GEOMETRY, concept_table
 from .prompt_view import PromptView, prompt_view
+from .samples import sample_rows, sample_table
 from .views import FeatureView, feature_view, fired_responses, sizes_for
 
 if TYPE_CHECKING:
@@ -207,6 +209,19 @@ def run_audit(
             progress=progress,
         )
     findings = analyse(read, config, pairs.texts, pairs.prompt_groups)
+    with _timed(timings, "samples"):
+        table = findings.concepts
+        features = dict(zip(table["concept"].to_pylist(), map(np.asarray, table["features"].to_pylist()), strict=True))
+        samples = sample_table(
+            sample_rows(table, findings.hypotheses, findings.pairs),
+            features,
+            model,
+            sae,
+            pairs,
+            tokenizer,
+            layer=layer,
+            batch_tokens=config.batch_tokens,
+        )
     tokens = {span: int(length.sum()) for span, length in read.lengths.items()}
     first = next(read.shards())  # enough to tell how many latents fire per token
     l0 = float(first.count("chosen").sum(dtype=np.int64) / first.lengths["chosen"].sum(dtype=np.int64))
@@ -237,7 +252,7 @@ def run_audit(
         **findings.info,
         "timings": {**timings, **findings.timings},
     }
-    audit = write_audit(config.out, info, findings.hypotheses, findings.concepts, findings.pairs)
+    audit = write_audit(config.out, info, findings.hypotheses, findings.concepts, findings.pairs, samples)
     write_report(audit, raw)
     return audit
 
@@ -248,7 +263,7 @@ class Findings:
 
     Attributes:
         hypotheses, concepts, pairs: the tables of the audit folder.
-        info: settings_used, notes, contexts and counts of `audit.json`.
+        info: settings_used, notes, contexts, maps and counts of `audit.json`.
         timings: seconds of each step.
     """
 
@@ -315,6 +330,7 @@ def analyse(
             },
             "notes": notes,
             "contexts": contexts,
+            "maps": map_places(view, prompts),
             "counts": {
                 "n_prompts": read.n_pairs if prompt_groups is None else len(np.unique(prompt_groups)),
                 "n_live": n_live,
