@@ -130,9 +130,8 @@ def save_harvest(world: World, out: Path) -> Harvest:
 def word_samples(findings: Findings, world: World) -> pa.Table:
     """What `sample_table` makes with a model, by words: a concept fires on the words of the habit that it is."""
     place = {int(row): i for i, row in enumerate(world.rows)}
-    features = dict(
-        zip(findings.concepts["concept"].to_pylist(), findings.concepts["features"].to_pylist(), strict=True)
-    )
+    concepts = findings.concepts
+    features = dict(zip(concepts["concept"].to_pylist(), concepts["features"].to_pylist(), strict=True))
     samples = []
     for row, names in sample_rows(concepts, findings.hypotheses, findings.pairs, 60).items():
         texts = world.texts[place[row]]
