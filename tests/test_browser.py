@@ -11,6 +11,7 @@ from browser import HOSTILE, chromium, opened
 
 from trl_anatomy.audit.folder import Audit, write_audit
 from trl_anatomy.audit.report import write_report
+from trl_anatomy.checking.report import write_comparison
 from trl_anatomy.shaping.policy import ConceptPolicy
 
 
@@ -70,7 +71,7 @@ def test_the_hostile_texts_would_run_in_a_careless_page(browser, tmp_path):
         careless.write_text(f"<!doctype html><meta charset=utf-8><script>var data = '{text}';</script>{text}")
         tab = browser.new_page()
         tab.goto(careless.as_uri())
-        tab.wait_for_function("window.ran !== undefined", timeout=5000)
+        tab.wait_for_function("window.ran !== undefined", timeout=60_000)
         tab.close()
 
 
@@ -145,7 +146,7 @@ def test_tables_sort_both_ways(browser, audit, page):
 def test_more_rows_come_when_asked_for(browser, page):
     with opened(browser, page, "#view=pairs") as tab:
         assert len(rows(tab)) == 50
-        tab.click("text=Show more")
+        tab.click(".more-rows")
         assert len(rows(tab)) == 250
         assert len(set(rows(tab))) == 250
 
@@ -331,3 +332,46 @@ def test_narrow_screens_do_not_scroll_sideways(browser, page):
             for view in ("maps", "concepts", "hypotheses", "pairs"):
                 tab.click(f"#tab-{view}")
                 assert tab.evaluate("document.documentElement.scrollWidth") <= width, (width, view)
+
+
+def test_the_page_of_a_comparison_runs_nothing_and_can_be_read_point_by_point(browser, tmp_path):
+    names = ["<b>plain</b>", "<img src=x onerror=window.ran=1>"]
+    shifts = {"T1": 0.4, "T2": -0.2, "T3": 0.0}
+    result = {
+        "audit": HOSTILE[1],
+        "before": HOSTILE[0],
+        "after": dict.fromkeys(names, "out"),
+        "sampling": {"n_prompts": 10, "max_new_tokens": 5, "seed": 0},
+        "concepts": [
+            {
+                "concept": name,
+                "label": HOSTILE[i],
+                "predicted": shift,
+                "ci_low": shift - 0.1,
+                "ci_high": shift + 0.1,
+                "observed": {key: (shift / (k + 1), shift - 0.1, shift + 0.1) for k, key in enumerate(names)},
+            }
+            for i, (name, shift) in enumerate(shifts.items())
+        ],
+        "agreement": {
+            name: dict.fromkeys(("r2", "noise_ceiling_r2", "random_clusters_r2", "tilt_r2")) | {"n": 3, "n_prompts": 10}
+            for name in names
+        },
+        "rates": [
+            {"rule": text, "rates": dict.fromkeys(["before", *names], (0.5, 0.4, 0.6)), "recovery": {names[1]: None}}
+            for text in HOSTILE
+        ],
+    }
+    page = write_comparison(result, tmp_path / "compare.html")
+    with opened(browser, page) as tab:
+        tab.wait_for_selector("#scatter .point")
+        assert tab.locator("#scatter .point").count() == 3
+        assert tab.locator("#scatter .errorbar").count() == 3
+        tab.focus("#scatter")
+        tab.keyboard.press("ArrowRight")
+        assert tab.inner_text("#point").startswith("T1")
+        assert "observed +40.0" in tab.inner_text("#point")
+        tab.select_option("#model", index=1)
+        assert "observed +20.0" in tab.inner_text("#point")
+        assert HOSTILE[3] in tab.inner_text("#rates")
+        assert tab.locator("img, #point b b").count() == 0

@@ -394,6 +394,7 @@
         "data-mark": name, click: () => { go({ mark: name }, true); dialog.querySelector(`[data-mark="${name}"]`).focus(); } }, label);
     };
     const names = [...new Set([...p.concepts, ...sampled])];
+    const had = dialog.contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") : null;
     dialog.replaceChildren(
       el("div", { class: "viewer-head" },
         el("h2", { id: "viewer-title" }, "Row " + p.row),
@@ -410,10 +411,10 @@
         el("div", { class: "prompt" }, el("h4", null, "Prompt"), spanText(p, "prompt")),
         el("div", null, el("h4", null, "Chosen"), spanText(p, "chosen")),
         el("div", null, el("h4", null, "Rejected"), spanText(p, "rejected"))));
-    if (!dialog.open) {
-      dialog.showModal();
-      $("close-viewer").focus();
-    }
+    if (!dialog.open) dialog.showModal();
+    // What had the focus was replaced; without it the keys would go nowhere.
+    const again = had && dialog.querySelector(`[aria-label="${had}"]:not(:disabled)`);
+    (again || $("close-viewer")).focus();
     dialog.onkeydown = (event) => {
       if (event.key === "ArrowRight") step(1);
       if (event.key === "ArrowLeft") step(-1);
