@@ -1,16 +1,19 @@
 """A small preference set with planted habits, as sparse matrices and as text. Shared by the tests of the audit."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 from scipy import sparse
 
 from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.folder import Audit, write_audit
-from trl_anatomy.audit.run import analyse
+from trl_anatomy.audit.run import Findings, analyse
+from trl_anatomy.audit.samples import SAMPLES, sample_rows
 from trl_anatomy.reading.harvest import Harvest, write_harvest
 
 SPANS = ("prompt", "chosen", "rejected")
@@ -126,7 +129,26 @@ def save_harvest(world: World, out: Path) -> Harvest:
     return write_harvest(out, maximum, world.counts, world.lengths, world.rows, {"pairs": "test"}, shard_pairs=600)
 
 
-def make_audit(path: Path, world: World, config: AuditConfig | None = None) -> Audit:
+def word_samples(findings: Findings, world: World) -> pa.Table:
+    """What `sample_table` makes with a model, by words: a concept fires on the words of the habit that it is."""
+    place = {int(row): i for i, row in enumerate(world.rows)}
+    concepts = findings.concepts
+    features = dict(zip(concepts["concept"].to_pylist(), concepts["features"].to_pylist(), strict=True))
+    samples = []
+    for row, names in sample_rows(concepts, findings.hypotheses, findings.pairs, 60).items():
+        texts = world.texts[place[row]]
+        words: dict[str, Any] = {span: re.findall(r"\s*\S+", texts[span]) for span in SPANS}
+        fired = []
+        for name in names:
+            habits = [h["text"].split() for h in HABITS.values() if set(h["features"]) & set(features[name])]
+            for span in SPANS:
+                at = [t for t, word in enumerate(words[span]) if any(word.strip() in habit for habit in habits)]
+                fired += [{"concept": name, "span": span, "tokens": at, "share": [0.5] * len(at)}] if at else []
+        samples.append({"row": row, **words, "fired": fired})
+    return pa.Table.from_pylist(samples, schema=SAMPLES)
+
+
+def make_audit(path: Path, world: World, config: AuditConfig | None = None, samples: bool = False) -> Audit:
     """An audit folder of the world, made by every step but the pass through a model."""
     config = config or AuditConfig(model="model", dataset="planted pairs", sae="sae", out=str(path), n_contexts=4)
     findings = analyse(
@@ -155,4 +177,5 @@ def make_audit(path: Path, world: World, config: AuditConfig | None = None) -> A
         **findings.info,
         "timings": findings.timings,
     }
-    return write_audit(path, info, findings.hypotheses, findings.concepts, findings.pairs)
+    kept = word_samples(findings, world) if samples else None
+    return write_audit(path, info, findings.hypotheses, findings.concepts, findings.pairs, kept)

@@ -1,8 +1,9 @@
-"""The page: honest, escaped, without scripts."""
+"""The page: honest, escaped, with no script but its own; what it does in a browser is tested in test_browser.py."""
 
 import base64
 import hashlib
 import html
+import json
 import re
 from html.parser import HTMLParser
 
@@ -13,8 +14,8 @@ from audit_world import make_audit, make_world, raw_dataset
 
 from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.labels import distinctive_terms, group_terms
-from trl_anatomy.audit.report import render, write_report
-from trl_anatomy.audit.report.page import clean, deviations, points, probability
+from trl_anatomy.audit.report import explore, render, write_report
+from trl_anatomy.audit.report.shell import clean, deviations, points, probability, to_script
 from trl_anatomy.errors import AnatomyError
 from trl_anatomy.shaping.policy import ConceptPolicy
 
@@ -25,7 +26,7 @@ HOSTILE = MARKUP + "\u202eevil\u202c\x00\x1b שלום"
 class Reader(HTMLParser):
     """Every tag and attribute of a page, every text outside of style, and whether tags are balanced."""
 
-    VOID = ("meta", "img", "br", "link")
+    VOID = ("meta", "img", "br", "link", "input")
 
     def __init__(self, page: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -47,7 +48,7 @@ class Reader(HTMLParser):
             self.unbalanced.append(tag)
 
     def handle_data(self, data):
-        if "style" not in self.stack:
+        if not {"style", "script"} & set(self.stack):
             self.text.append(data)
 
 
@@ -88,37 +89,103 @@ def test_first_screen_says_what_it_will_teach(audit, page):
         assert f"row {concept['telling_rows'][0]}" in text
 
 
-def test_page_holds_no_script_and_no_text_of_the_data_becomes_markup(page):
+def scripts(page: str) -> tuple[list[str], dict[str, str]]:
+    """Scripts that run, and blocks of data by their id."""
+    found = re.findall(r"<script([^>]*)>(.*?)</script>", page, re.S)
+    held = {
+        re.search(r'id="(\w+)"', attributes)[1]: text for attributes, text in found if "application/json" in attributes
+    }
+    return [text for attributes, text in found if not attributes], held
+
+
+def test_no_text_of_the_data_becomes_markup(page):
     reader = Reader(page)
     assert not reader.unbalanced
     assert not reader.stack
-    assert not {"script", "img", "link", "iframe", "object", "form"} & set(reader.tags)
+    assert not {"img", "link", "iframe", "object", "form"} & set(reader.tags)
+    assert reader.tags.count("script") == 5  # data, pairs, plotly, common, explore
     assert not [name for name, _ in reader.attributes if name.startswith("on") or name in ("style", "src")]
     assert all(value.startswith("#") for name, value in reader.attributes if name == "href")
     text = "".join(reader.text)
     assert MARKUP in text
     assert "[U+202E]evil[U+202C]␀␛" in text
-    assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069]", page)
+    _, held = scripts(page)
+    for block in held.values():
+        assert not re.search("[<>&\u2028\u2029]", block)
+        assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069]", block)
+    assert MARKUP in json.loads(held["pairs"])["rows"][0][5]
 
 
-def test_policy_of_the_page_forbids_scripts_and_pins_the_style(page):
+def test_policy_of_the_page_allows_its_own_scripts_and_style_only(page):
     csp = html.unescape(re.search(r'Content-Security-Policy" content="([^"]*)"', page).group(1))
     style = re.search(r"<style>(.*?)</style>", page, re.S).group(1)
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    assert csp == f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    assert "prefers-color-scheme: dark" in style
+    run, _ = scripts(page)
+
+    def digest(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    assert csp.split("; ") == [
+        "default-src 'none'",
+        f"script-src {' '.join(map(digest, run))}",
+        f"style-src {digest(style)} {digest('')}",
+        "base-uri 'none'",
+        "form-action 'none'",
+    ]
+    assert "light-dark(" in style
     assert "@media print" in style
-    assert page.index("Content-Security-Policy") < page.index("<style>")
+    assert page.index("Content-Security-Policy") < page.index("<style>") < page.index("<script")
+
+
+def test_a_script_block_holds_any_text():
+    hostile = {"a</script><!--": [HOSTILE, "\u2028\u2029", float("nan"), 1 / 3, None, True]}
+    written = to_script(hostile)
+    assert not re.search("[<>&\u2028\u2029\x00]", written)
+    assert json.loads(written) == {"a</script><!--": [clean(HOSTILE), "\u2028\u2029", None, 0.333333, None, True]}
+
+
+def test_every_pair_is_carried_and_of_more_the_telling_ones(audit, dataset, page, monkeypatch):
+    _, held = scripts(page)
+    pairs = json.loads(held["pairs"])
+    assert [row[0] for row in pairs["rows"]] == audit.pairs["row"].to_pylist()
+    assert pairs["rows"][7][4] == clean(dataset[pairs["rows"][7][0]]["prompt"])
+    monkeypatch.setattr(explore, "N_PAIRS", 300)
+    _, held = scripts(render(audit, dataset))
+    rows = {row[0] for row in json.loads(held["pairs"])["rows"]}
+    telling = {row for rows in audit.concepts["telling_rows"].to_pylist() for row in rows}
+    assert len(rows) == 300
+    assert telling <= rows
+
+
+def test_long_texts_are_cut_to_fit(audit, dataset, monkeypatch):
+    monkeypatch.setattr(explore, "TEXT", 2000 * (500 + 2 * 150))
+    _, held = scripts(render(audit, dataset))
+    pairs = json.loads(held["pairs"])
+    assert pairs["cut"] == 500
+    assert max(len(row[4]) for row in pairs["rows"]) == 500
+
+
+def test_tokens_that_fire_are_marked(world, tmp_path, dataset):
+    page = render(make_audit(tmp_path, world, samples=True), dataset)
+    cells = re.findall(r'<td class="seen">(.*?)</td>', page)
+    assert len(cells) == 3
+    assert all('<mark class="m' in cell for cell in cells)
+    marks = html.unescape(" ".join(re.findall(r'<mark class="m\d">(.*?)</mark>', page)))
+    assert "**surely**" in marks
+    assert "brilliant" in marks
+    assert "lemon" in marks
+    assert "alert(1)" not in "".join(re.findall(r"<script[^>]*>(?!\{)[^<]*alert", page))
 
 
 def test_long_text_is_folded_and_complete(page):
     assert page.count("<details") == page.count("</details>")
-    assert re.search(r"show all 1,\d\d\d characters", page)
+    assert "show all of it" in page
     assert "a long question" + " a long question" * 99 in "".join(Reader(page).text)
 
 
 def test_snippet_is_a_policy_that_yaml_reads(audit, page):
     snippets = [html.unescape(s) for s in re.findall(r'<pre class="snippet" tabindex="0">(.*?)</pre>', page, re.S)]
+    top = html.unescape(re.search(r'<pre class="snippet" id="rule" tabindex="0">(.*?)</pre>', page, re.S)[1])
+    assert top in snippets
     prompted = [text for text in snippets if "where: {prompts: A" in text]
     assert prompted
     for text in prompted:
@@ -166,7 +233,7 @@ def test_another_dataset_is_refused(audit, dataset):
 
 
 def test_permutation_p_values_are_shown_where_asked_for(audit, page, tmp_path):
-    assert "swap" not in page
+    assert "swap" not in "".join(Reader(page).text)
     config = AuditConfig(model="m", dataset="d", sae="s", out=str(tmp_path), n_contexts=4, permutations=199)
     swapped = make_audit(tmp_path, make_world(), config)
     concepts = swapped.concepts.to_pylist()

@@ -487,17 +487,20 @@ def _compare(argv: list[str]) -> int:
     audit = load_audit(args.audit)
     audit.check_kind("compare")
     prompts = prompts_for(audit, args.prompts, args.n_prompts, args.seed) * args.n_per_prompt
+    out = Path(args.out) if args.out else audit.path / "compare"
     comparison = compare(
         audit,
         args.before,
         {Path(path).name: path for path in args.after},
         prompts,
-        out=Path(args.out) if args.out else audit.path / "compare",
+        out=out,
         max_new_tokens=args.max_new_tokens,
         batch_size=args.batch_size,
         seed=args.seed,
     )
     print(json.dumps(comparison, indent=2) if args.json else comparison_report(comparison))
+    if not args.json:
+        print(f"\nPage: {out / 'compare.html'}")
     return 0
 
 

@@ -16,6 +16,7 @@ from ..errors import AnatomyError
 from ..reading.files import remove_partial, write_atomically
 from .predict import CO_FIRING, CONCEPTS, RESPONSE_GEOMETRY
 from .prompt_view import response_scores
+from .samples import SAMPLES
 from .trace import hypotheses_of, to_columns, trace
 from .views import HYPOTHESES, ROWS, Activity, Disparity, activity, row_norms
 
@@ -43,6 +44,7 @@ PAIRS = pa.schema(
     ]
 )
 TABLES = {"hypotheses": HYPOTHESES, "concepts": CONCEPTS, "pairs": PAIRS}
+SAMPLE_FILE = "samples.parquet"
 INFO_KEYS = ("format", "versions", "model", "sae", "data", "settings", "counts", "timings")
 
 
@@ -97,6 +99,16 @@ class Audit:
             AnatomyError: as `harvest`.
         """
         _ = self.harvest
+
+    @cached_property
+    def samples(self) -> pa.Table | None:
+        """The pairs worth looking at, token by token: schema SAMPLES. None where the folder has none.
+
+        Raises:
+            AnatomyError: the file is damaged.
+        """
+        file = self.path / SAMPLE_FILE
+        return _read_table(file, SAMPLES) if file.is_file() else None
 
     @cached_property
     def concept_names(self) -> list[str]:
@@ -251,7 +263,12 @@ def pairs_table(
 
 
 def write_audit(
-    path: str | Path, info: Mapping[str, Any], hypotheses: pa.Table, concepts: pa.Table, pairs: pa.Table
+    path: str | Path,
+    info: Mapping[str, Any],
+    hypotheses: pa.Table,
+    concepts: pa.Table,
+    pairs: pa.Table,
+    samples: pa.Table | None = None,
 ) -> Audit:
     """Write the tables and `audit.json` of an audit.
 
@@ -267,10 +284,14 @@ def write_audit(
     counted = {"hypotheses": hypotheses, "concepts": audit.concepts, "responses": audit.responses, "pairs": pairs}
     info["counts"] = {**info.get("counts", {}), **{name: table.num_rows for name, table in counted.items()}}
     (path / INFO).unlink(missing_ok=True)
-    for name, table in tables.items():
+    (path / SAMPLE_FILE).unlink(missing_ok=True)
+    files = {f"{name}.parquet": table for name, table in tables.items()}
+    if samples is not None:
+        files[SAMPLE_FILE] = samples
+    for name, table in files.items():
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
-        write_atomically(path / f"{name}.parquet", sink.getvalue())
+        write_atomically(path / name, sink.getvalue())
     write_atomically(path / INFO, (json.dumps(info, indent=2, ensure_ascii=False) + "\n").encode())
     return audit
 
@@ -288,24 +309,7 @@ def load_audit(path: str | Path) -> Audit:
     tables = {}
     for name, schema in TABLES.items():
         file = path / f"{name}.parquet"
-        if not file.is_file():
-            raise AnatomyError(f"{file}: missing. Run the audit again; it resumes from the harvest.")
-        try:
-            table = pq.read_table(file)
-        except (pa.ArrowException, OSError) as error:
-            raise AnatomyError(
-                f"{file}: truncated or damaged ({str(error).splitlines()[0]}). Run the audit again; it "
-                "resumes from the harvest."
-            ) from error
-        for column in schema:
-            if column.name not in table.column_names or not _same_type(
-                table.schema.field(column.name).type, column.type
-            ):
-                found = table.schema.field(column.name).type if column.name in table.column_names else "nothing"
-                raise AnatomyError(
-                    f"{file}: column {column.name!r} must be {column.type}, found {found}. The folder was written by "
-                    "another version; run the audit again."
-                )
+        table = _read_table(file, schema)
         counts = info["counts"]
         wanted = counts.get(name, 0) + (counts.get("responses", 0) if name == "concepts" else 0)
         if table.num_rows != wanted:
@@ -317,10 +321,32 @@ def load_audit(path: str | Path) -> Audit:
     return Audit(path, info, **tables)
 
 
+def _read_table(file: Path, schema: pa.Schema) -> pa.Table:
+    if not file.is_file():
+        raise AnatomyError(f"{file}: missing. Run the audit again; it resumes from the harvest.")
+    try:
+        table = pq.read_table(file)
+    except (pa.ArrowException, OSError) as error:
+        raise AnatomyError(
+            f"{file}: truncated or damaged ({str(error).splitlines()[0]}). Run the audit again; it resumes from the "
+            "harvest."
+        ) from error
+    for column in schema:
+        if column.name not in table.column_names or not _same_type(table.schema.field(column.name).type, column.type):
+            found = table.schema.field(column.name).type if column.name in table.column_names else "nothing"
+            raise AnatomyError(
+                f"{file}: column {column.name!r} must be {column.type}, found {found}. The folder was written by "
+                "another version; run the audit again."
+            )
+    return table
+
+
 def _same_type(found: pa.DataType, wanted: pa.DataType) -> bool:
     """Equal, whatever the name that parquet gives to the field of a list."""
     if pa.types.is_list(found) and pa.types.is_list(wanted):
-        return found.value_type == wanted.value_type
+        return _same_type(found.value_type, wanted.value_type)
+    if pa.types.is_struct(found) and pa.types.is_struct(wanted) and found.num_fields == wanted.num_fields:
+        return all(a.name == b.name and _same_type(a.type, b.type) for a, b in zip(found, wanted, strict=True))
     return found == wanted
 
 

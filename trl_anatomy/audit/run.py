@@ -18,8 +18,10 @@ from .clusters import affordable, cofiring_communities, live_features
 from .config import AuditConfig
 from .folder import Audit, load_audit, pairs_table, write_audit
 from .labels import distinctive_terms, group_terms, member_terms
+from .maps import map_places
 from .predict import RESPONSE_GEOMETRY, concept_table
 from .prompt_view import PromptView, prompt_view
+from .samples import sample_rows, sample_table
 from .views import FeatureView, feature_view, fired_responses, sizes_for
 
 if TYPE_CHECKING:
@@ -219,7 +221,7 @@ def run_audit(
             progress=progress,
             ranks=ranks,
         )
-    ranks.in_main(lambda: _conclude(config, read, pairs, raw, model, sae, layer, timings))
+    ranks.in_main(lambda: _conclude(config, read, pairs, raw, tokenizer, model, sae, layer, timings))
     return load_audit(config.out)
 
 
@@ -228,6 +230,7 @@ def _conclude(
     read: "Harvest",
     pairs: "Pairs",
     raw: "Dataset",
+    tokenizer: Any,
     model: Any,
     sae: "SAE",
     layer: int,
@@ -238,10 +241,24 @@ def _conclude(
     from .region_view import analyse_regions
     from .report import write_report
 
+    samples = None
     if config.data_kind == "sft":
         findings = analyse_regions(read, config, pairs)
     else:
         findings = analyse(read, config, pairs.texts, pairs.prompt_groups)
+        with _timed(timings, "samples"):
+            table = findings.concepts
+            of = dict(zip(table["concept"].to_pylist(), map(np.asarray, table["features"].to_pylist()), strict=True))
+            samples = sample_table(
+                sample_rows(table, findings.hypotheses, findings.pairs),
+                of,
+                model,
+                sae,
+                pairs,
+                tokenizer,
+                layer=layer,
+                batch_tokens=config.batch_tokens,
+            )
     tokens = {span: int(length.sum()) for span, length in read.lengths.items()}
     first = next(read.shards())  # enough to tell how many latents fire per token
     l0 = float(first.count("chosen").sum(dtype=np.int64) / first.lengths["chosen"].sum(dtype=np.int64))
@@ -272,7 +289,7 @@ def _conclude(
         **findings.info,
         "timings": {**timings, **findings.timings},
     }
-    audit = write_audit(config.out, info, findings.hypotheses, findings.concepts, findings.pairs)
+    audit = write_audit(config.out, info, findings.hypotheses, findings.concepts, findings.pairs, samples)
     write_report(audit, raw)
 
 
@@ -282,7 +299,7 @@ class Findings:
 
     Attributes:
         hypotheses, concepts, pairs: the tables of the audit folder.
-        info: settings_used, notes, contexts and counts of `audit.json`.
+        info: settings_used, notes, contexts, maps and counts of `audit.json`.
         timings: seconds of each step.
     """
 
@@ -356,6 +373,7 @@ def analyse(
             },
             "notes": notes,
             "contexts": contexts,
+            "maps": map_places(view, prompts),
             "counts": {
                 "n_prompts": read.n_pairs if prompt_groups is None else len(np.unique(prompt_groups)),
                 "n_live": n_live,

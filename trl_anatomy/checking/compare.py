@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import AnatomyError
 from .rates import TEXT_RULES, rate_interval, recovery, rule_hits
+from .report import PAGE, write_comparison
 
 if TYPE_CHECKING:
     import scipy.sparse as sp
@@ -82,7 +83,7 @@ def compare(
         before: the audited model: a path or a loaded model.
         after: name -> trained model (path or loaded); recovery of the others is counted against the first.
         prompts: strings or conversations; one response of each model to each, so repeat them for more.
-        out: folder for the sampled responses and `compare.json`.
+        out: folder for the sampled responses, `compare.json` and its page `compare.html`.
         tokenizer: default: the start model's.
         rules: name -> regular expression, counted in the responses; default `TEXT_RULES`.
         max_new_tokens: longest response sampled, in tokens.
@@ -194,6 +195,7 @@ def compare(
     temporary = out / "compare.json.tmp"
     temporary.write_text(json.dumps(result, indent=2))
     os.replace(temporary, out / "compare.json")
+    write_comparison(result, out / PAGE)
     return result
 
 

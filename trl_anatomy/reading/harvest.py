@@ -60,9 +60,10 @@ class Shard:
         if self._only is None:
             index, data = (self._file.get_tensor(f"{span}.{part}") for part in ("indices", name))
         else:
-            runs = list(zip(indptr[self._only].tolist(), indptr[self._only + 1].tolist(), strict=True))
+            bounds = zip(indptr[self._only].tolist(), indptr[self._only + 1].tolist(), strict=True)
+            runs = [(start, stop) for start, stop in bounds if stop > start]
             index, data = (
-                np.concatenate([part[:0], *(part[start:stop] for start, stop in runs)])
+                np.concatenate([np.zeros(0, np.int8), *(part[start:stop] for start, stop in runs)])
                 for part in (self._file.get_slice(f"{span}.{part}") for part in ("indices", name))
             )
             indptr = np.concatenate([[0], np.cumsum(np.diff(indptr)[self._only])])

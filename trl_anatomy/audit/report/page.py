@@ -1,35 +1,35 @@
-"""Audit -> report.html: one file without scripts, every text of the data escaped."""
+"""Audit -> report.html: one file, every text of the data escaped, no script but its own."""
 
-import base64
-import hashlib
 import json
 import math
 import re
-import unicodedata
-from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from ...errors import AnatomyError
 from ...reading.files import write_atomically
 from ..folder import REPORT, Audit
 from ..labels import neuronpedia_url
 from ..predict import FALLS, NO_EVIDENCE, RISES, TOO_FEW
+from .explore import excerpt, explore_data, marked, pair_data, sample_views
+from .shell import number, render_page
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-N_ROWS = 12  # concepts in the first table
+N_ROWS = 8  # concepts in the first table
+N_NAMED = 2  # concepts a side in the first sentence
 N_CARDS = 30  # concepts with a telling pair, contexts and a snippet
 N_CONTEXTS = 5  # contexts named in a card
 N_LATENTS = 8  # latents of a concept linked to Neuronpedia
 N_HYPOTHESES = 15  # hypotheses listed a side
 N_REGIONS = 30  # regions of SFT data that are listed
 SHORT = 420  # characters of a text shown before it is folded
+SEEN_TOKENS, SHORT_TOKENS = 12, 90  # tokens of an excerpt in the first table, and before a text is folded
+
+_SIDES = ("prompt", "chosen", "rejected")
+# Stand for the names of a concept and a context in the snippets that the page's script fills in.
+CONCEPT, CONTEXT = "\ue000", "\ue001"
 
 # Half the width of the interval drawing, in its own units.
 HALF = 110.0
@@ -39,7 +39,8 @@ def write_report(audit: Audit, raw_dataset: "Dataset | None" = None, out: str | 
     """Write the page of an audit.
 
     Args:
-        raw_dataset: the dataset that was audited, for the telling pairs; without it the page names rows only.
+        raw_dataset: the dataset that was audited, for the texts of pairs; without it the page names rows, and shows
+            only the pairs that the folder keeps token by token.
         out: file to write; default `report.html` in the audit folder.
     Returns:
         Where it was written.
@@ -52,97 +53,28 @@ def write_report(audit: Audit, raw_dataset: "Dataset | None" = None, out: str | 
 
 
 def render(audit: Audit, raw_dataset: "Dataset | None" = None) -> str:
-    """The page as HTML. Content-Security-Policy forbids every script and every request; the style is pinned by hash."""
+    """The page as HTML; what its Content-Security-Policy allows: `shell.render_page`.
+
+    Raises:
+        AnatomyError: as `write_report`.
+    """
     n_rows = audit.info["data"]["n_rows"]
     if raw_dataset is not None and len(raw_dataset) != n_rows:
         raise AnatomyError(f"{audit.path}: the audited dataset has {n_rows} rows, found one of {len(raw_dataset)}.")
-    css = _read("page.css")
-    digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
-    return _template().render(css=Markup(css), csp=f"style-src 'sha256-{digest}'", **_view(audit, raw_dataset))
-
-
-@cache
-def _template() -> Any:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "points": points,
-        "deviations": deviations,
-        "number": number,
-        "probability": probability,
-        "clean": clean,
+    if audit.info["settings"].get("data_kind") == "sft":  # regions are listed, and there are no pairs to explore
+        return render_page("page.html", __package__, [], {}, **_view(audit, raw_dataset, {}))
+    samples = sample_views(audit)
+    snippets = {
+        "all": snippet(audit, CONCEPT),
+        "feature": snippet(audit, CONCEPT, gate=f"{{data: {CONTEXT}}}"),
+        "prompt": snippet(audit, CONCEPT, gate=f"{{prompts: {CONTEXT}}}"),
     }
-    return environment.from_string(_read("page.html"))
+    data = {"data": explore_data(audit, snippets), "pairs": pair_data(audit, raw_dataset, samples)}
+    view = _view(audit, raw_dataset, samples)
+    return render_page("page.html", __package__, ["explore.js"], data, **view)
 
 
-def _read(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def clean(text: str) -> str:
-    """Text with what a browser would obey or hide made visible: control characters, direction overrides, surrogates.
-
-    >>> clean("a\\x00b\\u202ec")
-    'a␀b[U+202E]c'
-    """
-    shown = []
-    for char in text:
-        kind = unicodedata.category(char)
-        if kind == "Cc" and char not in "\n\t":
-            shown.append(chr(0x2400 + ord(char)) if ord(char) < 0x20 else f"[U+{ord(char):04X}]")
-        elif kind == "Cs" or unicodedata.bidirectional(char) in (
-            "LRE",
-            "RLE",
-            "LRO",
-            "RLO",
-            "PDF",
-            "LRI",
-            "RLI",
-            "FSI",
-            "PDI",
-        ):
-            shown.append(f"[U+{ord(char):04X}]")
-        else:
-            shown.append(char)
-    return "".join(shown)
-
-
-def points(value: float | None, sign: bool = True) -> str:
-    """A share in percentage points, with a true minus sign.
-
-    >>> points(0.4134), points(-0.02)
-    ('+41.3', '−2.0')
-    """
-    if value is None or math.isnan(value):
-        return "n/a"
-    text = f"{100 * value:{'+' if sign else ''}.1f}"
-    return text.replace("-", "−") if float(text) else "0.0"
-
-
-def deviations(value: float | None) -> str:
-    """A number of standard deviations, with a true minus sign.
-
-    >>> deviations(0.4134), deviations(-0.001)
-    ('+0.41', '0.00')
-    """
-    if value is None or math.isnan(value):
-        return "n/a"
-    text = f"{value:+.2f}"
-    return text.replace("-", "−") if float(text) else "0.00"
-
-
-def number(value: int) -> str:
-    """An integer with thousands apart."""
-    return f"{value:,}"
-
-
-def probability(value: float | None) -> str:
-    """A p- or q-value, no more digits than mean anything."""
-    if value is None or math.isnan(value):
-        return "n/a"
-    return "< 0.0001" if value < 1e-4 else f"{value:.2g}"
-
-
-def _view(audit: Audit, raw: "Dataset | None") -> dict[str, Any]:
+def _view(audit: Audit, raw: "Dataset | None", samples: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """What the template shows."""
     info = audit.info
     concepts = audit.concepts.to_pylist()
@@ -180,7 +112,7 @@ def _view(audit: Audit, raw: "Dataset | None") -> dict[str, Any]:
         concept["against"] = [h for h in mine if h["lean"] != side and h["q"] <= info["settings"]["alpha"]][:N_CONTEXTS]
         latents = concept["features"][:N_LATENTS] if neuronpedia_id else []
         concept["latents"] = [(latent, neuronpedia_url(neuronpedia_id, latent)) for latent in latents]
-        concept["pair"] = _pair(concept, raw)
+        concept["pair"] = _pair(concept, raw, samples)
         concept["snippet"] = snippet(audit, concept["concept"], [h["context"] for h in concept["contexts"]])
     sft = info["settings"].get("data_kind") == "sft"
     apart = [h for h in all_kept if h["view"] == "region" and h["q"] <= info["settings"]["alpha"]]
@@ -199,6 +131,7 @@ def _view(audit: Audit, raw: "Dataset | None") -> dict[str, Any]:
         "found": found,
         "first": found[:N_ROWS],
         "more": found[N_ROWS:],
+        "named": {verdict: [c for c in found if c["verdict"] == verdict][:N_NAMED] for verdict in (RISES, FALLS)},
         "cards": cards,
         "unsure": unsure,
         "few": few,
@@ -216,8 +149,6 @@ def _view(audit: Audit, raw: "Dataset | None") -> dict[str, Any]:
             **{f"{key} (used)": value for key, value in info.get("settings_used", {}).items()},
         },
         "notes": info.get("notes", []),
-        "has_text": raw is not None,
-        "short": SHORT,
     }
 
 
@@ -243,7 +174,7 @@ def _example(concept: dict[str, Any], raw: "Dataset | None") -> dict[str, Any] |
 
     row = concept["telling_rows"][0]
     prompt, response = sft_texts(raw[int(row)])
-    return {"row": row, "prompt": clean(prompt), "response": clean(response)}
+    return {"row": row, "prompt": prompt, "response": response}
 
 
 def _scale(values: list[float]) -> float:
@@ -271,20 +202,31 @@ def _bar(concept: dict[str, Any], scale: float) -> dict[str, float] | None:
     }
 
 
-def _pair(concept: dict[str, Any], raw: "Dataset | None") -> dict[str, Any] | None:
-    """The pair that shows the shift best, as text."""
+def _pair(concept: dict[str, Any], raw: "Dataset | None", samples: dict[int, dict[str, Any]]) -> dict[str, Any] | None:
+    """The pair that shows the shift best: texts in pieces with the level at which the concept fires there.
+
+    `all` is None where no text is known; `short` leaves out sides that need no folding; `seen` is the stretch of the
+    side that shows the concept where it fires most.
+    """
     rows = concept["telling_rows"]
     if not rows:
         return None
-    if raw is None:
-        return {"row": rows[0], "texts": None}
-    from ...reading.spans import flatten_text, split_row
+    row, name = int(rows[0]), concept["concept"]
+    side = "chosen" if concept["predicted"] > 0 else "rejected"
+    pair: dict[str, Any] = {"row": row, "all": None, "short": {}, "seen": None, "marked": row in samples}
+    if row in samples:
+        sample = samples[row]
+        pair["all"] = {key: marked(sample, name, key) for key in _SIDES}
+        long = [key for key in _SIDES if len(sample[key]) > SHORT_TOKENS]
+        pair["short"] = {key: excerpt(sample, name, key, SHORT_TOKENS) for key in long}
+        pair["seen"] = excerpt(sample, name, side, SEEN_TOKENS)
+    elif raw is not None:
+        from ...reading.spans import flatten_text, split_row
 
-    row = split_row(raw[int(rows[0])])
-    return {
-        "row": rows[0],
-        "texts": {side: clean(flatten_text(row[side])) for side in ("prompt", "chosen", "rejected")},
-    }
+        texts = {key: flatten_text(value) for key, value in split_row(raw[row]).items() if key in _SIDES}
+        pair["all"] = {key: [(text, 0)] for key, text in texts.items()}
+        pair["short"] = {key: [(f"{text[:SHORT]} …", 0)] for key, text in texts.items() if len(text) > SHORT}
+    return pair
 
 
 def snippet(audit: Audit, concept: str, contexts: list[str] | None = None, gate: str | None = None) -> str:

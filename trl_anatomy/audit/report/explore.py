@@ -1,0 +1,176 @@
+"""What the page's scripts show: concepts, contexts, hypotheses, and the pairs that it can carry."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from ..folder import Audit
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+N_PAIRS = 10_000  # pairs carried; the folder holds all
+N_HYPOTHESES = 5_000  # hypotheses carried
+TEXT = 12_000_000  # characters of text carried, samples apart
+CUTS = (4000, 2000, 1000, 500, 250)  # characters of a text carried: the first of these that fits
+
+HYPOTHESIS = ("context", "concept", "lean", "mean_in", "mean_out", "delta", "ci_low", "ci_high", "q", "n_in", "kept")
+CONCEPT = (
+    "concept",
+    "kind",
+    "label",
+    "verdict",
+    "predicted",
+    "ci_low",
+    "ci_high",
+    "length_adjusted",
+    "q",
+    "differ",
+    "n_features",
+    "telling_rows",
+)
+PAIR = ("row", "contexts", "concepts", "scores")
+_SIDES = ("prompt", "chosen", "rejected")
+
+
+def explore_data(audit: Audit, snippets: dict[str, str]) -> dict[str, Any]:
+    """Concepts, contexts and hypotheses as columns and rows.
+
+    Args:
+        snippets: policies with signs in place of the names of concept and context: "all", "feature", "prompt".
+    """
+    places = audit.info.get("maps", {})
+    described = audit.info.get("contexts", {})
+    hypotheses = audit.hypotheses.select([*HYPOTHESIS, "rank"]).to_pylist()
+    hypotheses.sort(key=lambda h: (not h["kept"], h["rank"] or 0, -abs(h["delta"])))
+    concepts = [*audit.concepts.select(CONCEPT).to_pylist(), *audit.responses.select(CONCEPT).to_pylist()]
+    return {
+        "n_pairs": audit.pairs.num_rows,
+        "alpha": audit.info["settings"]["alpha"],
+        "n_hypotheses": len(hypotheses),
+        "concepts": {"columns": CONCEPT, "rows": [list(c.values()) for c in concepts]},
+        "contexts": {
+            "columns": ("context", "pairs", "terms"),
+            "rows": [[name, entry["pairs"], entry["terms"]] for name, entry in described.items()],
+        },
+        "hypotheses": {
+            "columns": HYPOTHESIS,
+            "rows": [[h[key] for key in HYPOTHESIS] for h in hypotheses[:N_HYPOTHESES]],
+        },
+        "places": places,
+        "snippets": snippets,
+    }
+
+
+def pair_data(audit: Audit, raw: "Dataset | None", samples: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """The pairs that the page carries, with their texts as far as these fit.
+
+    All pairs of a small audit; of a larger one the samples and telling rows, and others evenly spread.
+
+    Args:
+        raw: the audited dataset; without it pairs have no text but that of the samples.
+        samples: row -> tokens and firings, of `sample_views`.
+    """
+    carried = _carried(audit, samples)
+    table = audit.pairs.take(carried).select(PAIR)
+    rows = [list(pair.values()) for pair in table.to_pylist()]
+    texts, cut = _texts(raw, [row[0] for row in rows], set(samples))
+    return {
+        "columns": (*PAIR, *_SIDES),
+        "rows": [[*row, *text] for row, text in zip(rows, texts, strict=True)],
+        "cut": cut,
+        "samples": samples,
+    }
+
+
+def _carried(audit: Audit, samples: dict[int, dict[str, Any]]) -> np.ndarray:
+    """Places in the table of pairs, ascending."""
+    rows = audit.pairs["row"].to_numpy()
+    if len(rows) <= N_PAIRS:
+        return np.arange(len(rows))
+    telling = [pc.list_flatten(table["telling_rows"]).to_numpy() for table in (audit.concepts, audit.responses)]
+    first = np.flatnonzero(np.isin(rows, np.concatenate([list(samples), *telling])))[:N_PAIRS]
+    others = np.setdiff1d(np.arange(len(rows)), first)
+    spread = others[np.linspace(0, len(others) - 1, N_PAIRS - len(first)).astype(np.int64)]
+    return np.union1d(first, spread)
+
+
+def _texts(raw: "Dataset | None", rows: list[int], sampled: set[int]) -> tuple[list[list[str | None]], int]:
+    """Prompt, chosen and rejected of each row, cut where all together are too long; samples carry tokens instead."""
+    if raw is None:
+        return [[None, None, None] for _ in rows], CUTS[0]
+    from ...reading.spans import flatten_text, split_row
+
+    found = []
+    raw = raw.select_columns([side for side in _SIDES if side in raw.column_names])
+    for start in range(0, len(rows), 1000):
+        batch = raw[rows[start : start + 1000]]
+        for values in zip(*batch.values(), strict=True):
+            row = split_row(dict(zip(batch, values, strict=True)))
+            found.append([flatten_text(row[side])[: CUTS[0]] for side in _SIDES])
+    lengths = np.array([[len(text) for text in texts] for texts in found])
+    cut = next((cut for cut in CUTS if np.minimum(lengths, cut).sum() <= TEXT), CUTS[-1])
+    shown = [[None if row in sampled else text[:cut] for text in texts] for row, texts in zip(rows, found, strict=True)]
+    return shown, cut
+
+
+def sample_views(audit: Audit) -> dict[int, dict[str, Any]]:
+    """Row -> token texts of each span, and concept -> span -> [tokens, levels]: how much of the concept fires there.
+
+    A level is 1, 2 or 3: thirds of the largest share of the concept's features that fires on one token of the pair.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    for sample in [] if audit.samples is None else audit.samples.to_pylist():
+        fired: dict[str, dict[str, list[list[int]]]] = {}
+        top: dict[str, float] = {}
+        for entry in sample["fired"]:
+            top[entry["concept"]] = max(top.get(entry["concept"], 0.0), *entry["share"])
+        for entry in sample["fired"]:
+            levels = np.ceil(3 * np.array(entry["share"]) / top[entry["concept"]] - 1e-6).astype(int)
+            fired.setdefault(entry["concept"], {})[entry["span"]] = [entry["tokens"], levels.tolist()]
+        found[sample["row"]] = {**{side: sample[side] for side in _SIDES}, "fired": fired}
+    return found
+
+
+def marked(sample: dict[str, Any], concept: str, side: str) -> list[tuple[str, int]]:
+    """A text in pieces with the level at which the concept fires there; 0 where it does not.
+
+    >>> sample = {"chosen": ["a", " b", " c"], "fired": {"T1": {"chosen": [[1], [3]]}}}
+    >>> marked(sample, "T1", "chosen")
+    [('a', 0), (' b', 3), (' c', 0)]
+    """
+    levels = np.zeros(len(sample[side]), dtype=int)
+    tokens, level = sample["fired"].get(concept, {}).get(side, ([], []))
+    levels[tokens] = level
+    pieces: list[tuple[str, int]] = []
+    for text, here in zip(sample[side], levels.tolist(), strict=True):
+        if pieces and pieces[-1][1] == here:
+            pieces[-1] = (pieces[-1][0] + text, here)
+        else:
+            pieces.append((text, here))
+    return pieces
+
+
+def excerpt(sample: dict[str, Any], concept: str, side: str, n_tokens: int) -> list[tuple[str, int]]:
+    """The stretch of a text in which the concept fires most, as `marked` gives it, with an ellipsis where it is cut."""
+    n = len(sample[side])
+    levels = np.zeros(n)
+    tokens, level = sample["fired"].get(concept, {}).get(side, ([], []))
+    levels[tokens] = level
+    total = np.concatenate([[0.0], np.cumsum(levels)])
+    starts = np.arange(max(1, n - n_tokens + 1))
+    start = int(starts[np.argmax(total[np.minimum(starts + n_tokens, n)] - total[starts])])
+    part = {
+        side: sample[side][start : start + n_tokens],
+        "fired": {
+            concept: {
+                side: [
+                    [t - start for t in tokens if start <= t < start + n_tokens],
+                    [at for t, at in zip(tokens, level, strict=True) if start <= t < start + n_tokens],
+                ]
+            }
+        },
+    }
+    shown = marked(part, concept, side)
+    return [*([("… ", 0)] if start else []), *shown, *([(" …", 0)] if start + n_tokens < n else [])]

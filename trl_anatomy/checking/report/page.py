@@ -1,0 +1,103 @@
+"""Comparison -> compare.html: predicted against observed, beside `compare.json`, in the look of the audit's page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...audit.folder import write_atomically
+from ...audit.report.shell import render_page
+
+PAGE = "compare.html"
+# Length of the axis of rates, in the drawing's own units.
+WIDTH = 220.0
+
+
+def write_comparison(result: Mapping[str, Any], out: str | Path) -> Path:
+    """Write the page of a comparison.
+
+    Args:
+        result: what `compare` returns and `compare.json` holds.
+        out: file to write.
+    Returns:
+        Where it was written.
+    """
+    write_atomically(path := Path(out), render_comparison(result).encode())
+    return path
+
+
+def render_comparison(result: Mapping[str, Any]) -> str:
+    """The page as HTML; what its Content-Security-Policy allows: `trl_anatomy.audit.report.shell.render_page`."""
+    names = list(result["after"])
+    concepts = sorted(result["concepts"], key=lambda c: -abs(c["predicted"] or 0.0))
+    held = [row for row in result["rates"] if any(_number(rate[0]) > 0 for rate in row["rates"].values())]
+    scatter = {
+        "concepts": [[c["concept"], c["label"], c["predicted"], c["ci_low"], c["ci_high"]] for c in concepts],
+        "observed": [[list(c["observed"][name]) for c in concepts] for name in names],
+    }
+    return render_page(
+        "compare.html",
+        __package__,
+        ["compare.js"],
+        {"data": scatter},
+        names=names,
+        audit_name=Path(result["audit"]).name,
+        before=Path(result["before"]).name,
+        n_prompts=result["sampling"]["n_prompts"],
+        sampling=result["sampling"],
+        concepts=[{**c, "met": {name: _met(c, c["observed"][name]) for name in names}} for c in concepts],
+        agreement=result["agreement"],
+        baselines=sorted({m for figures in result["agreement"].values() for m in figures.get("baselines_r2", {})}),
+        told=[_told(name, result["agreement"][name], concepts) for name in names],
+        rates=[{**row, "moved": _apart(row["rates"]["before"], row["rates"][names[0]])} for row in held],
+        n_never=len(result["rates"]) - len(held),
+        place=_place,
+        width=WIDTH,
+    )
+
+
+def _met(concept: Mapping[str, Any], observed: tuple[float, float, float] | list[float]) -> str:
+    """What became of a prediction, by the two 95 % intervals."""
+    _, low, high = observed
+    if any(not math.isfinite(_number(value)) for value in (concept["ci_low"], concept["ci_high"], low, high)):
+        return "unknown"
+    predicted = _sign(concept["ci_low"], concept["ci_high"])
+    seen = _sign(low, high)
+    if predicted == 0:
+        return "as predicted: no shift" if seen == 0 else "not predicted"
+    if seen == 0:
+        return "did not come"
+    return "as predicted" if predicted == seen else "the other way"
+
+
+def _apart(one: tuple[float, float, float], other: tuple[float, float, float]) -> bool:
+    """Whether two intervals do not touch."""
+    return one[2] < other[1] or other[2] < one[1]
+
+
+def _sign(low: float, high: float) -> int:
+    return 1 if low > 0 else -1 if high < 0 else 0
+
+
+def _told(name: str, figures: Mapping[str, Any], concepts: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many of the predicted shifts came, as the page's first sentence says it."""
+    shifts = [c for c in concepts if _sign(_number(c["ci_low"]), _number(c["ci_high"]))]
+    met = [_met(c, c["observed"][name]) for c in shifts]
+    return {
+        "name": name,
+        "figures": figures,
+        "n_shifts": len(shifts),
+        "n_came": met.count("as predicted"),
+        "n_against": met.count("the other way"),
+    }
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _place(rate: float | None) -> float:
+    """Where a rate lies on the axis."""
+    return round(WIDTH * min(1.0, max(0.0, _number(rate))), 1) if math.isfinite(_number(rate)) else 0.0

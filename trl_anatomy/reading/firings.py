@@ -1,0 +1,88 @@
+"""On which tokens features fire: for the few pairs that a person looks at; a harvest keeps no tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .forward import length_sorted_batches, read_spans
+from .spans import SPANS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .sae import SAE
+    from .spans import Pairs
+
+
+def token_firings(
+    model: nn.Module,
+    sae: SAE,
+    pairs: Pairs,
+    wanted: Mapping[int, Sequence[np.ndarray]],
+    *,
+    layer: int,
+    batch_tokens: int = 8192,
+) -> dict[int, dict[str, np.ndarray]]:
+    """Share of each group's features that fire on each token of some pairs.
+
+    Args:
+        model: the frozen start model.
+        sae: its SAE, on the model's device.
+        pairs: tokenised pairs.
+        wanted: index of a pair -> groups of feature ids.
+        layer: layer to read, from 0.
+        batch_tokens: padded tokens of one forward pass.
+
+    Returns:
+        Index of a pair -> span -> (n_tokens, n_groups) float32 in [0, 1], for the tokens of `span_tokens`.
+    """
+    found: dict[int, dict[str, np.ndarray]] = {}
+    for batch in length_sorted_batches(pairs, wanted, batch_tokens):
+        read = read_spans(model, pairs, batch, [layer])
+        for j, pair in enumerate(batch):
+            groups = [np.asarray(group, dtype=np.int64) for group in wanted[pair]]
+            features = np.unique(np.concatenate([*groups, np.zeros(0, dtype=np.int64)]))
+            bounds = read.bounds[len(SPANS) * j : len(SPANS) * (j + 1) + 1]
+            fires = np.zeros((bounds[-1] - bounds[0], len(features)), dtype=np.float32)
+            if fires.size:
+                codes = sae.encode_features(read.hidden[layer][bounds[0] : bounds[-1]], features.tolist())
+                fires = (codes != 0).float().cpu().numpy()
+            at = [np.searchsorted(features, group) for group in groups]
+            share = np.stack([fires[:, columns].mean(axis=1) for columns in at], axis=1) if at else fires[:, :0]
+            cuts = [bound - bounds[0] for bound in bounds[1:-1]]
+            found[pair] = dict(zip(SPANS, np.split(share, cuts), strict=True))
+    return found
+
+
+def span_tokens(pairs: Pairs, i: int) -> dict[str, list[int]]:
+    """Span -> token ids of pair `i` that are read: after truncation, without a leading BOS."""
+    prompt, chosen, _, rejected = pairs.tokens(i)
+    if prompt and prompt[0] == pairs.bos_token_id:
+        prompt = prompt[1:]
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds; end to end they are the text of all.
+
+    A token that ends inside a character adds nothing, and the one that completes it adds the character.
+    """
+
+    def decode(part: Sequence[int]) -> str:
+        return tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    texts: list[str] = []
+    start = done = 0  # tokens before `start` no longer change how later ones are spaced
+    before = ""
+    for i in range(1, len(ids) + 1):
+        now = decode(ids[start:i])
+        if now.endswith("\ufffd") and i < len(ids):
+            texts.append("")
+            continue
+        texts.append(now[len(before) :])
+        start, done = done, i
+        before = decode(ids[start:done])
+    return texts
