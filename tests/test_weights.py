@@ -235,7 +235,7 @@ AWAY = {"explain_away": "a", "with": "reweight_pairs"}
         ({"explain_away": "a", "hold": ["d"]}, r"rules\[0\].hold: found the concept 'd', allowed: a, b, c"),
         ({"explain_away": "a", "hold": "b"}, "found 'b', allowed: a list of names"),
         ({"explain_away": "a", "hold": ["b", "b"]}, "A name occurs twice"),
-        ({"explain_away": "a", "column": "w"}, "found explain_away or amplify beside column"),
+        ({"explain_away": "a", "column": "w"}, r"rules\[0\].column: found explain_away or amplify beside column"),
         ({"column": "w", "strength": 0.5}, "found strength beside column"),
         ({"column": "w", "hold": []}, "found hold beside column"),
         ({}, "neither explain_away nor amplify"),

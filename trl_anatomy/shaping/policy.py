@@ -360,7 +360,7 @@ class _Reader:
             named = {f"{key}_" if iskeyword(key) else key: held for key, held in values.items()}
             return cls(where=where, **named)
         except AnatomyError as error:  # keys that are right one by one and wrong together
-            key = next(iter(cls.keys))
+            key = next((key for key in cls.keys if key in entries), next(iter(cls.keys)))
             problems.add(entries[key].line if key in entries else value.line, f"{path}.{key}", str(error))
             return None
 
