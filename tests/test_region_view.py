@@ -211,6 +211,8 @@ def test_the_command_audits_sft_data(trained: dict[str, Path], capsys: pytest.Ca
     out = trained["root"] / "audit"
     argv = ["audit", "--model", str(trained["model"]), "--dataset", str(trained["data"]), "--sae", str(trained["sae"])]
     argv += ["--data_kind", "sft", "--region", "source=prose", "--max_length", "160", "--out", str(out)]
+    assert main([*argv, "--region", "source=poems", "--dry_run"]) == 2
+    assert "allowed: maths, prose" in capsys.readouterr().err
     assert main(argv) == 0
     told = capsys.readouterr().out
     assert "no shift is predicted" in told

@@ -59,8 +59,9 @@ class Audit:
         responses: a row per response cluster R1, R2, ... of the prompt-conditioned view (kind "response-geometry");
             `concepts.parquet` holds both.
         pairs: a row per pair; `row` is its index into the raw dataset, `prompt_group` the same number for pairs of one
-            prompt, `contexts` the contexts it belongs to (B0 is the silent bucket; A1, A2, ... are prompt contexts: a
-            pair may be in several or none), `concepts` and `scores` its strongest concepts and their disparity u.
+            prompt, `contexts` the contexts it belongs to (B0 is the silent bucket; A1, A2, ... are prompt contexts, or
+            regions of SFT data: a pair may be in several or none), `concepts` and `scores` its strongest concepts and
+            their disparity u.
     """
 
     def __init__(

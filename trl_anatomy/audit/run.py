@@ -134,6 +134,7 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
 
     from ..reading.sae import check_sae, load_sae
     from ..reading.spans import read_rows
+    from .region_view import region_rows
 
     _require(config, model, dataset)
     raw = load_dataset(config) if dataset is None else dataset
@@ -144,6 +145,8 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
         max_length=config.max_length,
         truncation=config.truncation,
     )
+    if config.region is not None:
+        region_rows(pairs, config.region)
     if model is None:
         try:
             with torch.device("meta"):
