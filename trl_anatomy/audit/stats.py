@@ -243,6 +243,7 @@ def welch_of_groups(
         u = values[rows, block].astype(np.float64) - centre[block]
         total = within @ u
         square, cross, count = np.square(total).sum(axis=0), size @ total, np.square(size).sum()
+        overall = total.sum(axis=0)
         for k, (inside, touched, part) in enumerate(contexts):
             n_in, n_out = len(inside), len(rows) - len(inside)
             n_part = part.sum(axis=1)
@@ -250,7 +251,7 @@ def welch_of_groups(
             if g_in < 2 or g_out < 2:
                 continue
             of_part = part @ u[inside]
-            mean_in, mean_out = of_part.sum(axis=0) / n_in, (total.sum(axis=0) - of_part.sum(axis=0)) / n_out
+            mean_in, mean_out = of_part.sum(axis=0) / n_in, (overall - of_part.sum(axis=0)) / n_out
             dev_in = of_part - np.outer(n_part, mean_in)
             dev_out = total[touched] - of_part - np.outer(size[touched] - n_part, mean_out)
             # All groups as if they were outside, less those that are touched, plus what these have outside.

@@ -210,7 +210,8 @@ def harvest(
     assert entries is not None
     shards = {_shard_name(i): start for i, start in enumerate(range(0, len(pairs), shard_pairs))}
     mine = [name for name in shards if name not in entries][ranks.index :: ranks.size]
-    total = len(pairs) if ranks.size == 1 else shard_pairs * len(mine)
+    size = {name: min(shard_pairs, len(pairs) - start) for name, start in shards.items()}
+    total = len(pairs) if ranks.size == 1 else sum(size[name] for name in mine)
     sae.to(next(model.parameters()).device)
 
     def read_mine() -> dict[str, dict[str, Any]]:
@@ -219,7 +220,7 @@ def harvest(
         silent = not progress or not ranks.main
         with tqdm(total=total, initial=initial, desc="Reading pairs", unit="pair", disable=silent) as bar:
             for name in mine:
-                indices = range(shards[name], min(shards[name] + shard_pairs, len(pairs)))
+                indices = range(shards[name], shards[name] + size[name])
                 tensors = _read_shard(model, sae, pairs, indices, layer, batch_tokens, bar)
                 made[name] = _write_shard(out, name, tensors)
                 # Until the end each process notes its own shards; the main one notes those of earlier runs too.
