@@ -195,7 +195,8 @@ def test_a_point_opens_by_click(browser, audit, page):
         # The point furthest out is covered by no other.
         places = {name: np.array(at) for name, at in audit.info["maps"].items() if name[0] in "TR"}
         alone = max(places, key=lambda a: min(np.linalg.norm(places[a] - places[b]) for b in places if b != a))
-        order = [*audit.concept_names, *audit.responses["concept"].to_pylist()]
+        drawn = [sorted(t.to_pylist(), key=lambda c: -abs(c["predicted"])) for t in (audit.concepts, audit.responses)]
+        order = [concept["concept"] for table in drawn for concept in table]
         box = tab.locator("#map-concepts .point").nth(order.index(alone)).bounding_box()
         tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
         tab.wait_for_function(

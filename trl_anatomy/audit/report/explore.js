@@ -85,7 +85,7 @@
       { key: "concept", title: "Concept", value: (c) => c.concept, cell: (c) => [el("b", null, c.concept), " ", words(c.label)] },
       { key: "verdict", title: "verdict", value: (c) => c.verdict, cell: (c) => [el("span", { class: tone(c.verdict) }, c.verdict)] },
       { key: "predicted", title: "predicted shift", n: true, value: (c) => c.predicted, cell: (c) => [el("b", null, amount(c.concept, c.predicted))] },
-      { key: "size", title: "size of shift", n: true, value: (c) => Math.abs(c.predicted || 0), cell: (c) => [amount(c.concept, c.ci_low) + " … " + amount(c.concept, c.ci_high)] },
+      { key: "size", title: "95 % interval, by size", n: true, value: (c) => Math.abs(c.predicted || 0), cell: (c) => [amount(c.concept, c.ci_low) + " … " + amount(c.concept, c.ci_high)] },
       { key: "length_adjusted", title: "at equal length", n: true, value: (c) => c.length_adjusted, cell: (c) => [amount(c.concept, c.length_adjusted)] },
       { key: "q", title: "q", n: true, value: (c) => c.q, cell: (c) => [chance(c.q)] },
       { key: "differ", title: "pairs that differ", n: true, value: (c) => c.differ, cell: (c) => [count(c.differ)] },
@@ -405,7 +405,7 @@
         el("button", { type: "button", id: "close-viewer", click: () => dialog.close() }, "Close")),
       el("p", { class: "chips" }, names.map(chip)),
       el("p", { class: "dim" }, p.sample
-        ? [state.mark ? ["Marked: tokens on which features of ", state.mark, " ", words(concepts.get(state.mark)?.label), " fire; the darker, the more of them. Choose another concept above."] : "None of its concepts fires on a single token."].flat()
+        ? [state.mark ? ["Marked: tokens on which features of ", state.mark, " ", words(concepts.get(state.mark)?.label), " fire; the stronger the mark, the more of them. Choose another concept above."] : "None of its concepts fires on a single token."].flat()
         : ["Token by token the audit keeps its samples only (the table of pairs says \"marked\"); this pair is shown as plain text."]),
       el("div", { class: "pair" },
         el("div", { class: "prompt" }, el("h4", null, "Prompt"), spanText(p, "prompt")),

@@ -44,7 +44,12 @@ def explore_data(audit: Audit, snippets: dict[str, str]) -> dict[str, Any]:
     described = audit.info.get("contexts", {})
     hypotheses = audit.hypotheses.select([*HYPOTHESIS, "rank"]).to_pylist()
     hypotheses.sort(key=lambda h: (not h["kept"], h["rank"] or 0, -abs(h["delta"])))
-    concepts = [*audit.concepts.select(CONCEPT).to_pylist(), *audit.responses.select(CONCEPT).to_pylist()]
+    # The two kinds have different units, so each is in the order of its own shifts.
+    concepts = [
+        concept
+        for table in (audit.concepts, audit.responses)
+        for concept in sorted(table.select(CONCEPT).to_pylist(), key=lambda c: -abs(c["predicted"] or 0))
+    ]
     return {
         "n_pairs": audit.pairs.num_rows,
         "alpha": audit.info["settings"]["alpha"],
