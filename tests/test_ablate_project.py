@@ -36,6 +36,7 @@ from trl_anatomy.reading.removal import Removal
 from trl_anatomy.reading.sae import SAE
 from trl_anatomy.reading.spans import read_pairs
 from trl_anatomy.shaping.hidden import GradientProjection, Projection, Steering, orthonormal
+from trl_anatomy.shaping.plan import plan_report
 from trl_anatomy.shaping.policy import ConceptPolicy
 from trl_anatomy.shaping.settle import settle_policy
 from trl_anatomy.trainers.hidden import HiddenEdits, projected_parameters
@@ -477,6 +478,7 @@ def test_the_start_model_is_read_only_for_scores(tmp_path: Path) -> None:
     rules = [rule("v", "project_out"), rule("f", "ablate_features"), rule("w", "steer", strength=1.0)]
     plan = settle_policy(ConceptPolicy.load(policy(tmp_path, *rules)), pairs, no_model)
     assert [type(edit).__name__ for edit in plan.hidden] == ["Projection", "Ablation", "Steering"]
+    assert "rule 1: edits the step of pairs that carry 100% of the gradient." in plan_report(plan)
     asks = rule("w", "steer", "amplify", strength=1.0, fraction=0.5, where={"prompt": "w6"})
     with pytest.raises(AssertionError, match="loaded"):
         settle_policy(ConceptPolicy.load(policy(tmp_path, asks)), pairs, no_model)

@@ -362,3 +362,19 @@ def test_what_cannot_be_attached(tiny_model_dir: Path, tmp_path: Path) -> None:
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "final")
     with pytest.raises(AnatomyError, match="has changed since the model was trained"):
         trl_anatomy.attach_edits(loaded, tmp_path / "final")
+
+
+def test_a_reference_pass_inside_a_step_is_not_edited(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Under LoRA it runs through the edited modules themselves, whenever in the step it comes."""
+    trainer = dpo(
+        tiny_model_dir, tmp_path, plain_rows(6), policy=directions_only(tmp_path), peft_config=lora(init=True)
+    )
+    batch = whole_batch(trainer)
+    inputs = {key: value for key, value in batch.items() if not key.startswith("anatomy")}
+    outside = trainer.compute_ref_log_probs(trainer.model, batch)
+    with trainer._hidden.step(trainer.model), torch.no_grad():
+        trainer._hidden.see(batch)
+        inside = trainer.compute_ref_log_probs(trainer.model, batch)
+        policy_sees = log_probability(trainer.model, inputs, None)
+    assert torch.equal(torch.stack(inside), torch.stack(outside))
+    assert (policy_sees - torch.stack(outside)).abs().max() > 0.5

@@ -96,7 +96,8 @@ def attach_edits(model: nn.Module, folder: str | Path) -> list[Any]:
     """Put the edits that a reward model was trained with, and is to keep, back on its hidden states.
 
     Args:
-        model: the reward model, loaded from `folder` (or from its base model and the adapter there).
+        model: the reward model, loaded from `folder` (or from its base model and the adapter there). A model that was
+            just trained has them on already.
         folder: where `AnatomyRewardTrainer` saved it.
 
     Returns:

@@ -280,6 +280,7 @@ def _rule_row(n: int, rule: dict[str, Any]) -> list[str]:
     strength = "" if rule["strength"] is None else f"{rule['strength']:.3g}"
     if rule["ci_low"] is not None:
         strength += f" ({rule['ci_low']:.3g} to {rule['ci_high']:.3g})"
+    gradient = f"-{rule['gradient_removed']:.1%} +{rule['gradient_added']:.1%}"
     return [
         str(n),
         (rule["sign"] or "").replace("_", " "),
@@ -291,7 +292,7 @@ def _rule_row(n: int, rule: dict[str, Any]) -> list[str]:
         "" if rule["tokens"] is None else str(rule["tokens"]),
         strength,
         "" if rule["mean_offset"] is None else f"{rule['mean_offset']:+.3f}",
-        f"-{rule['gradient_removed']:.1%} +{rule['gradient_added']:.1%}",
+        gradient if rule["gradient_touched"] is None else "",
     ]
 
 
