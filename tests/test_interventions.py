@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from trl_anatomy.errors import AnatomyError
-from trl_anatomy.shaping.interventions import LATER, VERBS, FilterPairs, ShapeReward
+from trl_anatomy.shaping.interventions import (
+    LATER,
+    VERBS,
+    FilterPairs,
+    Inoculate,
+    MaskTokens,
+    Residualize,
+    ShapeReward,
+)
 
 STAGES = {
     "filter_pairs": "rows",
@@ -33,6 +41,17 @@ def test_registration() -> None:
         (FilterPairs, {"sign": "explain_away", "fraction": 1.0}),
         (FilterPairs, {"sign": "explain_away", "fraction": True}),
         (FilterPairs, {"sign": "away", "fraction": 0.5}),
+        (MaskTokens, {"sign": "amplify"}),
+        (MaskTokens, {"sign": "explain_away", "threshold": float("inf")}),
+        (MaskTokens, {"sign": "explain_away", "chance": 0.1}),
+        (MaskTokens, {"sign": "explain_away", "positions": "decided", "unit": "word"}),
+        (MaskTokens, {"sign": "explain_away", "positions": "decided", "chance": 1.0}),
+        (Inoculate, {"sign": "amplify", "instruction": "Be bold."}),
+        (Inoculate, {"sign": "explain_away", "instruction": " "}),
+        (Inoculate, {"sign": "explain_away", "instruction": "Be bold.", "side": "rejected"}),
+        (Residualize, {"sign": "amplify", "instruction": "Be bold."}),
+        (Residualize, {"sign": "explain_away", "steer": 0.0}),
+        (Residualize, {"sign": "explain_away"}),
         (ShapeReward, {"sign": "explain_away", "strength": -1}),
         (ShapeReward, {"sign": "explain_away", "strength": float("nan")}),
         (ShapeReward, {"sign": "amplify"}),
