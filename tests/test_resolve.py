@@ -197,3 +197,26 @@ def test_errors_of_a_dict_have_no_line(folder: Path) -> None:
     )
     with pytest.raises(AnatomyError, match=r"^policy: concepts.x: No direction in"):
         found.scorers()
+
+
+def test_verbs_that_their_scorer_cannot_serve(folder: Path) -> None:
+    concepts = {
+        "dash": {"scorer": "text", "pattern": "-"},
+        "warm": {"scorer": "direction", "path": str(folder / "direction")},
+    }
+    rules = [
+        {"explain_away": "dash", "with": "mask_tokens", "threshold": 0.5},
+        {"explain_away": "warm", "with": "mask_tokens"},
+        {"explain_away": "warm", "with": "inoculate", "instruction": "Be warm."},
+        {"explain_away": "dash", "with": "residualize", "steer": 2.0},
+        {"explain_away": "warm", "with": "residualize", "steer": 2.0},
+        {"explain_away": "dash", "with": "inoculate", "instruction": "Use a dash."},
+    ]
+    with pytest.raises(PolicyError) as caught:
+        check_policy(policy(folder, concepts, *rules))
+    assert [problem.split(": ", 2)[1] for problem in caught.value.problems] == [
+        "rules[0].threshold",
+        "rules[1]",
+        "rules[2]",
+        "rules[3].steer",
+    ]

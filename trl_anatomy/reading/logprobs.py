@@ -1,6 +1,7 @@
 """Log-probabilities that a frozen model gives to the tokens of responses; the LM head runs piece by piece."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -74,7 +75,7 @@ def response_logprobs(
         return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
 
     made_from = {
-        "prompts": None if prompts is None else [prompts[i] for i in indices],
+        "prompts": None if prompts is None else _hash_ids(prompts[i][side] for i in indices for side in (0, 1)),
         "shift": None if shift is None else [shift.layer, shift.shift.tolist()],
     }
     file = _file(cache_dir, model, pairs, indices, made_from)
@@ -138,7 +139,14 @@ def _file(
     if cache_dir is None:
         return None
     key = {"version": __version__, "pairs": pairs.fingerprint, **model_key(model), **made_from}
-    return Path(cache_dir) / f"logprobs-{hash_json({**key, 'indices': np.asarray(indices).tolist()})}.safetensors"
+    return Path(cache_dir) / f"logprobs-{hash_json({**key, 'indices': _hash_ids([indices])})}.safetensors"
+
+
+def _hash_ids(lists: Iterable[Sequence[int]]) -> str:
+    digest = hashlib.sha256()
+    for ids in lists:
+        digest.update(np.asarray([len(ids), *ids], dtype=np.int64).tobytes())
+    return digest.hexdigest()[:32]
 
 
 def _stored(file: Path | None, values: np.ndarray) -> bool:

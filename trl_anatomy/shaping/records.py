@@ -95,7 +95,7 @@ def rule_records(
             if part.interval is not None:
                 record["ci_low"], record["ci_high"] = part.interval
         change = alive * expit(-margin) - before
-        record["gradient_removed"] = float(-change[change < 0].sum() / total)
+        record["gradient_removed"] = float(np.abs(change[change < 0]).sum() / total)
         record["gradient_added"] = float(change[change > 0].sum() / total)
         record["gradient_share"] = record["gradient_added"] - record["gradient_removed"]
         record["note"] = _weight_note(a.weighed[i], record) if i in a.weighed else _note(rule, record)
