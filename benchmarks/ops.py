@@ -12,6 +12,7 @@ import argparse
 import ctypes
 import datetime
 import json
+import os
 import platform
 import statistics
 import sys
@@ -46,16 +47,21 @@ SIZES = (
 
 
 def time_variants(variants: Variants, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each variant in each round, after one round that does not count."""
+    """Seconds of one call of each variant in each round; short ones are called until 50 ms have passed."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
+    repeats = {}
+    for name, run in variants.items():
+        run()
+        start = _now()
+        run()
+        repeats[name] = max(1, round(0.05 / max(_now() - start, 1e-6)))
     names = list(variants)
-    for number in range(rounds + 1):
+    for number in range(rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
             start = _now()
-            variants[name]()
-            end = _now()
-            if number:
-                seconds[name].append(end - start)
+            for _ in range(repeats[name]):
+                variants[name]()
+            seconds[name].append((_now() - start) / repeats[name])
     return seconds
 
 
@@ -69,7 +75,15 @@ def _now() -> float:
 def report(op: str, what: str, variants: Variants, rounds: int, goals: dict[str, tuple[str, float]]) -> dict[str, Any]:
     """Time a row and print it; goals: variant -> (">=" or "<=", its seconds by ours, or ours by its)."""
     seconds = time_variants(variants, rounds)
-    row: dict[str, Any] = {"op": op, "what": what, "milliseconds": {}, "ratios": {}, "goals": {}}
+    row: dict[str, Any] = {
+        "op": op,
+        "what": what,
+        "rounds": rounds,
+        "load_average": os.getloadavg()[0],
+        "milliseconds": {},
+        "ratios": {},
+        "goals": {},
+    }
     for name, values in seconds.items():
         low, middle, high = min(values), statistics.median(values), max(values)
         row["milliseconds"][name] = {"median": 1e3 * middle, "min": 1e3 * low, "max": 1e3 * high}
@@ -83,7 +97,7 @@ def report(op: str, what: str, variants: Variants, rounds: int, goals: dict[str,
         met = figure >= goal if sign == ">=" else figure <= goal
         label = f"{name} / ours {sign} {goal}" if sign == ">=" else f"ours / {name} {sign} {goal}"
         row["goals"][label] = {"figure": figure, "met": met}
-    print(f"\n{op}: {what}")
+    print(f"\n{op}: {what}", flush=True)
     for name, values in row["milliseconds"].items():
         ratio = row["ratios"][name]
         print(
@@ -369,18 +383,29 @@ def pool_rows(rounds: int, n: int, d: int, k: int = 8) -> list[dict[str, Any]]:
     return rows
 
 
+ROWS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
+    "span_harvest": lambda rounds: harvest_rows(rounds, *(SIZES[key] for key in ("harvest", "d", "latents", "k"))),
+    "ablate_features": lambda rounds: ablate_rows(rounds, *(SIZES[key] for key in ("ablate", "d", "latents", "k"))),
+    "project_out": lambda rounds: project_rows(rounds, SIZES["project"], SIZES["d"]),
+    "pooled_projection": lambda rounds: pool_rows(rounds, SIZES["project"], SIZES["d"]),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each row (default 7)")
+    parser.add_argument("--only", choices=list(ROWS), help="measure one operation again, and keep the others' rows")
     parser.add_argument("--results", default=f"benchmarks/results/ops_{DEVICE}.json")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    s = SIZES
-    rows = harvest_rows(args.rounds, s["harvest"], s["d"], s["latents"], s["k"])
-    rows += ablate_rows(args.rounds, s["ablate"], s["d"], s["latents"], s["k"])
-    rows += project_rows(args.rounds, s["project"], s["d"])
-    rows += pool_rows(args.rounds, s["project"], s["d"])
+    file = Path(args.results)
+    rows = json.loads(file.read_text())["rows"] if args.only and file.exists() else []
+    rows = [row for row in rows if row["op"] != args.only]
+    for op, measure in ROWS.items():
+        if args.only in (None, op):
+            rows += measure(args.rounds)
+    rows.sort(key=lambda row: list(ROWS).index(row["op"]))
     versions = {}
     for name in ("torch", "triton", "sae-lens"):
         try:
@@ -395,11 +420,10 @@ def main() -> None:
         "dtype": str(DTYPE).removeprefix("torch."),
         "python": platform.python_version(),
         "versions": versions,
-        "rounds": args.rounds,
         "rows": rows,
     }
-    Path(args.results).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.results).write_text(json.dumps(results, indent=1) + "\n")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results, indent=1) + "\n")
     missed = [f"{row['op']} ({label})" for row in rows for label, goal in row["goals"].items() if not goal["met"]]
     print(f"\ngoals missed: {', '.join(missed) or 'none'}")
 

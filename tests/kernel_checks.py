@@ -72,6 +72,13 @@ def compare(found: Iterator[tuple[Tensor, Tensor]], truth: tuple[Tensor, ...]) -
         assert error <= factor * own + 4 * torch.finfo(torch.float32).eps * wanted.abs().max(), (error, own)
 
 
+def test_kernels_are_chosen_on_a_gpu_only() -> None:
+    x = torch.zeros(1, device=DEVICE)
+    assert _rows.kernels_for(x) == (DEVICE == "cuda")
+    assert not _rows.kernels_for(x, x.double())
+    assert not _rows.kernels_for(x.cpu())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "d", "u"), [(70, 80, 5), (40, 17, 1), (33, 130, 40)])
 @pytest.mark.parametrize("same_type", [False, True])

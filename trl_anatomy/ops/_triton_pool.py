@@ -27,8 +27,8 @@ def fold_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ) -> None:
-    columns = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
-    piece = pieces + 3 * tl.program_id(1)
+    columns = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    piece = pieces + 3 * tl.program_id(0).to(tl.int64)
     span = tl.load(piece).to(tl.int64)
     first, end = tl.load(piece + 1), tl.load(piece + 2)
     column_in = columns < width
@@ -55,7 +55,7 @@ def fold_kernel(
 def fold(z: Tensor, bar: Tensor, pieces: Tensor, maximum: Tensor, count: Tensor) -> None:
     """`span_harvest.fold` in one read of `z`."""
     width = z.shape[1]
-    fold_kernel[(triton.cdiv(width, FOLD["BLOCK_W"]), len(pieces))](
+    fold_kernel[(len(pieces), triton.cdiv(width, FOLD["BLOCK_W"]))](  # only the first axis may be long
         z,
         bar,
         pieces.to(z.device, torch.int32),
