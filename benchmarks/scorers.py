@@ -86,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--positives", type=int, default=150, help="windows drawn for each concept (default 150)")
     parser.add_argument("--random", type=int, default=700, help="windows drawn whatever they show (default 700)")
+    parser.add_argument("--concepts", nargs="+", default=CONCEPTS, choices=CONCEPTS, help="default: all")
     parser.add_argument("--results", default="benchmarks/results/scorers.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -101,11 +102,11 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         trained = train_sae(
-            read[0][SAE_LAYER], d_sae=1024, k=16, layer=SAE_LAYER, model_name="tinychat1m", seed=0, tokens=300_000
+            read[0][SAE_LAYER], d_sae=1024, k=16, layer=SAE_LAYER, model_name="tinychat1m", seed=0, tokens=150_000
         )
         save_sae(trained, Path(folder))
         sae = load_sae(folder)
-        for concept in CONCEPTS:
+        for concept in args.concepts:
             labelled = dataclasses.replace(examples, labels=labels[concept])
             for name, (scorer, settings) in KINDS.items():
                 more = {"sae": sae} if scorer == "features" else {"layers": layers}
@@ -114,21 +115,28 @@ def main() -> None:
                 rows.append({"concept": concept, "scorer": name, "layer": fitted.scorer.layer, **card["held_out"]})
                 shown = "  ".join(f"{key} {card['held_out'][key]:.3f}" for key in ("f1", "roc_auc", "pr_auc"))
                 print(f"{concept:<8} {name:<26} layer {fitted.scorer.layer}  {shown}", flush=True)
+            write(Path(args.results), args, labels, rows, time.perf_counter() - clock)
+
+
+def write(
+    path: Path, args: argparse.Namespace, labels: dict[str, np.ndarray], rows: list[dict], seconds: float
+) -> None:
+    """The results so far."""
     results = {
         "command": f"python benchmarks/scorers.py --positives {args.positives} --random {args.random}",
         "date": datetime.date.today().isoformat(),
         "device": f"CPU ({platform.machine()}), one thread",
-        "seconds": round(time.perf_counter() - clock),
+        "seconds": round(seconds),
         "seed": 0,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", "sae-lens", "numpy", "scikit-learn")},
         "model": "tinychat1m (1.07 million parameters, 4 layers, width 128)",
-        "windows": len(texts),
+        "windows": len(next(iter(labels.values()))),
         "positives": {name: int(found.sum()) for name, found in labels.items()},
         "rows": rows,
     }
-    Path(args.results).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.results).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
