@@ -1,7 +1,8 @@
 """What each verb of a policy takes out, and what else it changes: on worlds with planted habits.
 
 Per seed one world whose start model also obeys instructions (`asking`), plain DPO, and DPO once per rule and habit,
-all with the demo's settings; then the rates of all habits and of right values in rollouts on held-out prompts. Recorded
+all with the demo's settings but a gentler learning rate (at the demo's, training moves habits by about a third more
+than the pairs say, and a strength fitted on the pairs takes out what they say); then the rates of all habits and of right values in rollouts on held-out prompts. Recorded
 for each rule: the habit's rate, its recovery (0 at plain DPO's rate, 1 at the start model's), the mean absolute change
 of the other habits and the change of the quality signal against plain DPO, and the standard error of a difference of
 two rates.
@@ -36,7 +37,8 @@ from trl_anatomy.testbed.world import DEMO, World, build_world
 PACKAGES = ("trl", "transformers", "torch", "sae-lens", "numpy", "scipy", "scikit-learn")
 SIZE = replace(DEMO, asking=0.15)
 TARGETS = tuple(INSTRUCTIONS)  # three rewarded habits, which plain DPO raises by far more than 20 points
-N_PROMPTS, N_PER_PROMPT = 500, 4
+N_PROMPTS, N_PER_PROMPT = 500, 3
+LEARNING_RATE = 2e-4
 
 
 def rules(habit: str, readings: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -46,32 +48,30 @@ def rules(habit: str, readings: dict[str, Any]) -> dict[str, list[dict[str, Any]
         return [{"explain_away": concept, "with": verb, **keys}]
 
     seen, direction, gap = f"{habit}_latents", f"{habit}_direction", readings[habit]["gap"]
+    others = [h.name for h in HABITS if h.name != habit]
+    asked = INSTRUCTIONS[habit]
+    written = {"from": "gradient", "weights": r"(o_proj|down_proj)\.weight$"}
     return {
+        # one of each verb first
         "shape_reward, text rule, auto": away("shape_reward"),
-        "shape_reward, SAE latents, auto": away("shape_reward", seen),
-        "shape_reward, difference of means, auto": away("shape_reward", direction),
-        "shape_reward, text rule, strength 1": away("shape_reward", strength=1.0),
-        "reweight_pairs, balanced, others held": away(
-            "reweight_pairs", hold=[h.name for h in HABITS if h.name != habit]
-        ),
-        "reweight_pairs, balanced, none held": away("reweight_pairs", hold=[]),
+        "reweight_pairs, balanced, others held": away("reweight_pairs", hold=others),
         "filter_pairs, all that favour chosen": away("filter_pairs", above=0),
-        "filter_pairs, top 5 %": away("filter_pairs", fraction=0.05),
         "mask_tokens, decision tokens": away("mask_tokens", positions="decided"),
-        "mask_tokens, text rule": away("mask_tokens"),
-        "mask_tokens, SAE latents": away("mask_tokens", seen),
-        "inoculate, both sides": away("inoculate", instruction=INSTRUCTIONS[habit]),
-        "inoculate, chosen side": away("inoculate", instruction=INSTRUCTIONS[habit], side="chosen"),
-        "residualize, instruction, auto": away("residualize", instruction=INSTRUCTIONS[habit]),
-        "residualize, steered, auto": away("residualize", direction, steer=4 * gap),
-        "steer, rejected": away("steer", direction, side="rejected", strength=4 * gap),
-        "steer, chosen": away("steer", direction, side="chosen", strength=4 * gap),
-        "steer, both": away("steer", direction, side="both", strength=4 * gap),
+        "inoculate, both sides": away("inoculate", instruction=asked),
+        "residualize, instruction, auto": away("residualize", instruction=asked),
         "ablate_features": away("ablate_features", seen),
         "project_out, hidden states": away("project_out", direction),
-        "project_out, gradient": away(
-            "project_out", direction, **{"from": "gradient", "weights": r"(o_proj|down_proj)\.weight$"}
-        ),
+        "steer, rejected": away("steer", direction, side="rejected", strength=4 * gap),
+        "mask_tokens, text rule": away("mask_tokens"),
+        "shape_reward, SAE latents, auto": away("shape_reward", seen),
+        "shape_reward, difference of means, auto": away("shape_reward", direction),
+        "reweight_pairs, balanced, none held": away("reweight_pairs", hold=[]),
+        "inoculate, chosen side": away("inoculate", instruction=asked, side="chosen"),
+        "residualize, steered, auto": away("residualize", direction, steer=4 * gap),
+        "steer, chosen": away("steer", direction, side="chosen", strength=4 * gap),
+        "project_out, gradient": away("project_out", direction, **written),
+        "filter_pairs, top 5 %": away("filter_pairs", fraction=0.05),
+        "shape_reward, text rule, strength 1": away("shape_reward", strength=1.0),
     }
 
 
@@ -142,9 +142,14 @@ def measure(model_path: Path, world: World) -> dict[str, float]:
     return {name: rate.share for name, rate in rates(flat, [text for group in texts for text in group]).items()}
 
 
+def kept_file(folder: Path, name: str) -> Path:
+    """Where the figures of a run are kept."""
+    return folder / "runs" / f"{''.join(c if c.isalnum() else '-' for c in name)}.json"
+
+
 def run(folder: Path, name: str, world: World, seed: int, policy: dict[str, Any] | None) -> dict[str, Any]:
     """Train (unless `policy` is the start model's empty dict), measure, and keep the figures."""
-    kept = folder / "runs" / f"{''.join(c if c.isalnum() else '-' for c in name)}.json"
+    kept = kept_file(folder, name)
     if kept.is_file():
         return json.loads(kept.read_text())
     started = time.perf_counter()
@@ -153,7 +158,7 @@ def run(folder: Path, name: str, world: World, seed: int, policy: dict[str, Any]
         told["rates"] = measure(world.model_path, world)
     else:
         try:
-            plan = train(world, folder / "model", seed, concept_policy=policy)
+            plan = train(world, folder / "model", seed, learning_rate=LEARNING_RATE, concept_policy=policy)
         except Exception as error:
             # A rule that cannot run on this world is a finding, with its reason; the next one still runs.
             told["refused"] = f"{type(error).__name__}: {str(error)[:300]}"
@@ -190,6 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--only", default="", help="run only the rules whose name holds this")
+    parser.add_argument("--finished", action="store_true", help="train nothing, record the runs that are finished")
     parser.add_argument("--out", default="benchmark-verbs", help="folder for worlds and runs; finished ones are kept")
     parser.add_argument("--results", default="benchmarks/results/verbs.json")
     args = parser.parse_args()
@@ -206,10 +212,11 @@ def main() -> None:
         dpo = run(folder, "plain DPO", world, seed, None)["rates"]
         n = N_PROMPTS * N_PER_PROMPT
         found: dict[str, Any] = {}
-        for habit in TARGETS:
-            for name, rule in rules(habit, readings).items():
-                if args.only not in name:
+        for name in rules(TARGETS[0], readings):
+            for habit in TARGETS:
+                if args.only not in name or (args.finished and not kept_file(folder, f"{habit}: {name}").is_file()):
                     continue
+                rule = rules(habit, readings)[name]
                 policy = {"version": 1, "concepts": concepts(world, habit, readings, folder), "rules": rule}
                 done = run(folder, f"{habit}: {name}", world, seed, policy)
                 found.setdefault(name, {})[habit] = figures(habit, start, dpo, done)
@@ -222,6 +229,7 @@ def main() -> None:
         }
     results = {
         "command": f"python benchmarks/verbs.py --seeds {' '.join(map(str, args.seeds))}",
+        "learning rate": LEARNING_RATE,
         "date": datetime.date.today().isoformat(),
         "device": f"CPU ({platform.machine()}), one thread",
         "python": platform.python_version(),
@@ -237,7 +245,7 @@ def main() -> None:
 def summary(seeds: dict[str, Any]) -> dict[str, Any]:
     """Per rule, over seeds and habits: median, smallest and largest recovery; medians of the rest."""
     out = {}
-    for name in seeds[next(iter(seeds))]["rules"]:
+    for name in dict.fromkeys(name for seed in seeds.values() for name in seed["rules"]):
         rows = [row for seed in seeds.values() for row in seed["rules"].get(name, {}).values()]
         ran = [row for row in rows if "refused" not in row]
         if not ran:

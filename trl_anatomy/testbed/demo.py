@@ -232,7 +232,7 @@ def hypotheses(audit: Audit, n: int = 6) -> list[str]:
     return lines
 
 
-def train(world: World, out: Path, seed: int, **policy: Any) -> Any:
+def train(world: World, out: Path, seed: int, *, learning_rate: float = LEARNING_RATE, **policy: Any) -> Any:
     """DPO on the world's pairs with the demo's settings; saves the model and returns the trainer's plan (or None)."""
     from transformers import PrinterCallback, ProgressCallback
     from trl import DPOConfig
@@ -250,7 +250,7 @@ def train(world: World, out: Path, seed: int, **policy: Any) -> Any:
         args = DPOConfig(
             output_dir=str(out),
             beta=BETA,
-            learning_rate=LEARNING_RATE,
+            learning_rate=learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=5,
             per_device_train_batch_size=32,
