@@ -1,11 +1,11 @@
 """What each verb of a policy takes out, and what else it changes: on worlds with planted habits.
 
 Per seed one world whose start model also obeys instructions (`asking`), plain DPO, and DPO once per rule and habit,
-all with the demo's settings but a gentler learning rate (at the demo's, training moves habits by about a third more
-than the pairs say, and a strength fitted on the pairs takes out what they say); then the rates of all habits and of right values in rollouts on held-out prompts. Recorded
-for each rule: the habit's rate, its recovery (0 at plain DPO's rate, 1 at the start model's), the mean absolute change
-of the other habits and the change of the quality signal against plain DPO, and the standard error of a difference of
-two rates.
+all with the demo's settings but a gentler learning rate: at the demo's, training moves habits by about a third more
+than the pairs say, and a strength fitted on the pairs takes out what they say. Then the rates of all habits and of right
+values in rollouts on held-out prompts. Recorded for each rule: the habit's rate, its recovery (0 at plain DPO's rate, 1
+at the start model's), the mean absolute change of the other habits and the change of the quality signal against plain
+DPO, and the standard error of a difference of two rates.
 
     python benchmarks/verbs.py --seeds 0 1
 
