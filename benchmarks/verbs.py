@@ -2,8 +2,8 @@
 
 Per seed one world whose start model also obeys instructions (`asking`), plain DPO, and DPO once per rule and habit,
 all with the demo's settings but a gentler learning rate: at the demo's, training moves habits by about a third more
-than the pairs say, and a strength fitted on the pairs takes out what they say. Then the rates of all habits and of right
-values in rollouts on held-out prompts. Recorded for each rule: the habit's rate, its recovery (0 at plain DPO's rate, 1
+than the pairs say, and a strength fitted on the pairs takes out what they say. Then the rates of all habits and of
+right values in rollouts on held-out prompts. Recorded for each rule: the habit's rate, its recovery (0 at plain DPO's rate, 1
 at the start model's), the mean absolute change of the other habits and the change of the quality signal against plain
 DPO, and the standard error of a difference of two rates.
 
@@ -25,10 +25,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_anatomy.checking.rollouts import rollouts
-from trl_anatomy.reading.scorers.direction import fit_direction
+from trl_anatomy.reading.fit import fit_concept, read_examples, read_hidden
 from trl_anatomy.testbed.demo import MAX_NEW_TOKENS, rates, train
 from trl_anatomy.testbed.language import HABITS, INSTRUCTIONS
 from trl_anatomy.testbed.sae import habit_latents
@@ -107,29 +108,30 @@ def read(world: World, folder: Path) -> dict[str, Any]:
     shows = {habit: np.concatenate([np.array(data[f"{side}_{habit}"]) for side in sides]) for habit in TARGETS}
     model = AutoModelForCausalLM.from_pretrained(world.model_path, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(world.model_path)
-    texts = [text for side in sides for text in data[side]]
+    rows = Dataset.from_dict(
+        {
+            "prompt": data["prompt"] * 2,
+            "response": [text for side in sides for text in data[side]],
+            "label": [0] * len(data) * 2,
+        }
+    )
+    hidden = None
     found = {}
     for habit, latent in habit_latents(fired, shows).items():
-        scorer = fit_direction(model, tokenizer, texts, shows[habit].tolist(), layer=world.layer, max_length=128)
+        labelled = rows.remove_columns("label").add_column("label", shows[habit].astype(int).tolist())
+        examples = read_examples(labelled, tokenizer, max_length=128)
+        hidden = hidden or read_hidden(model, examples, [world.layer], progress=False)
+        scorer = fit_concept(
+            model, examples, scorer="direction", layers=[world.layer], read=hidden, progress=False
+        ).scorer
         scorer.save(folder / f"direction-{habit}")
-        found[habit] = {
-            "features": [latent.feature],
-            "phi": latent.phi,
-            "gap": _gap(scorer, model, tokenizer, texts, shows[habit]),
-        }
+        # What one unit of steering is: the difference of the classes' mean projections
+        states, bounds = hidden
+        projection = states[world.layer].double().numpy() @ scorer.tensors["direction"].double().numpy()
+        mean = np.add.reduceat(projection, bounds[:-1]) / np.diff(bounds)
+        gap = mean[shows[habit].astype(bool)].mean() - mean[~shows[habit].astype(bool)].mean()
+        found[habit] = {"features": [latent.feature], "phi": latent.phi, "gap": float(gap)}
     return found
-
-
-def _gap(scorer: Any, model: Any, tokenizer: Any, texts: list[str], shows: np.ndarray) -> float:
-    """Difference of the classes' mean projections on the direction, over tokens: what one unit of steering is."""
-    from trl_anatomy.reading.forward import read_texts
-
-    sequences = tokenizer(texts[:2000], truncation=True, max_length=128)["input_ids"]
-    mean = np.zeros(len(sequences))
-    for i, hidden in read_texts(model, sequences, scorer.layer, pad_token_id=tokenizer.pad_token_id):
-        mean[i] = float((hidden @ torch.as_tensor(scorer.vector, dtype=hidden.dtype)).mean())
-    flag = shows[:2000].astype(bool)
-    return float(mean[flag].mean() - mean[~flag].mean())
 
 
 def measure(model_path: Path, world: World) -> dict[str, float]:
