@@ -3,9 +3,9 @@
 Per seed one world whose start model also obeys instructions (`asking`), plain DPO, and DPO once per rule and habit,
 all with the demo's settings but a gentler learning rate: at the demo's, training moves habits by about a third more
 than the pairs say, and a strength fitted on the pairs takes out what they say. Then the rates of all habits and of
-right values in rollouts on held-out prompts. Recorded for each rule: the habit's rate, its recovery (0 at plain DPO's rate, 1
-at the start model's), the mean absolute change of the other habits and the change of the quality signal against plain
-DPO, and the standard error of a difference of two rates.
+right values in rollouts on held-out prompts. Recorded for each rule: the habit's rate, its recovery (0 at plain DPO's
+rate, 1 at the start model's), the mean absolute change of the other habits and the change of the quality signal against
+plain DPO, and the standard error of a difference of two rates.
 
     python benchmarks/verbs.py --seeds 0 1
 
@@ -110,7 +110,7 @@ def read(world: World, folder: Path) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(world.model_path)
     rows = Dataset.from_dict(
         {
-            "prompt": data["prompt"] * 2,
+            "prompt": list(data["prompt"]) * 2,
             "response": [text for side in sides for text in data[side]],
             "label": [0] * len(data) * 2,
         }
