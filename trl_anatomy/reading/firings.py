@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +21,7 @@ def token_firings(
     model: nn.Module,
     sae: SAE,
     pairs: Pairs,
-    wanted: dict[int, Sequence[np.ndarray]],
+    wanted: Mapping[int, Sequence[np.ndarray]],
     *,
     layer: int,
     batch_tokens: int = 8192,

@@ -97,15 +97,12 @@ def _view(audit: Audit, raw: "Dataset | None", samples: dict[int, dict[str, Any]
     shown = {lean: [h for h in prompted if h["lean"] == lean][:N_HYPOTHESES] for lean in ("chosen", "rejected")}
     for hypothesis in [*shown["chosen"], *shown["rejected"]]:
         hypothesis["snippet"] = snippet(audit, hypothesis["concept"], gate=f"{{prompts: {hypothesis['context']}}}")
-    cards = found[:N_CARDS]
     neuronpedia_id = info["sae"].get("neuronpedia_id")
-    for concept in cards:
-        mine = [h for h in kept if h["concept"] == concept["concept"]]
+    for concept in found:
+        mine = [h for h in kept if h["concept"] == concept["concept"] and h["q"] <= info["settings"]["alpha"]]
         side = "chosen" if concept["verdict"] == RISES else "rejected"
-        concept["contexts"] = [h for h in mine if h["lean"] == side and h["q"] <= info["settings"]["alpha"]][
-            :N_CONTEXTS
-        ]
-        concept["against"] = [h for h in mine if h["lean"] != side and h["q"] <= info["settings"]["alpha"]][:N_CONTEXTS]
+        concept["contexts"] = [h for h in mine if h["lean"] == side][:N_CONTEXTS]
+        concept["against"] = [h for h in mine if h["lean"] != side][:N_CONTEXTS]
         latents = concept["features"][:N_LATENTS] if neuronpedia_id else []
         concept["latents"] = [(latent, neuronpedia_url(neuronpedia_id, latent)) for latent in latents]
         concept["pair"] = _pair(concept, raw, samples)
@@ -123,7 +120,7 @@ def _view(audit: Audit, raw: "Dataset | None", samples: dict[int, dict[str, Any]
         "first": found[:N_ROWS],
         "more": found[N_ROWS:],
         "named": {verdict: [c for c in found if c["verdict"] == verdict][:N_NAMED] for verdict in (RISES, FALLS)},
-        "cards": cards,
+        "cards": found[:N_CARDS],
         "unsure": unsure,
         "few": few,
         "scale": scale,
