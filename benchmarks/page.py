@@ -54,7 +54,7 @@ def measure(page: Path) -> dict[str, float]:
         tab.goto("about:blank")
         before = spent()
         tab.goto(page.as_uri())
-        tab.wait_for_function("performance.getEntriesByType('navigation')[0].loadEventEnd > 0")
+        tab.wait_for_function("() => performance.getEntriesByType('navigation')[0].loadEventEnd > 0")
         opened = spent() - before
         found = tab.evaluate(
             "() => ({paint: performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? 0,"

@@ -305,7 +305,7 @@ def test_keys_lead_everywhere(browser, page):
         assert tab.evaluate("document.activeElement.id") == "search"
         tab.keyboard.type("12")
         assert tab.input_value("#search") == "12"
-        tab.wait_for_function("location.hash.includes('q=12')")
+        tab.wait_for_function("() => location.hash.includes('q=12')")
         tab.focus("#view-pairs tbody tr")
         tab.keyboard.press("ArrowDown")
         row = tab.evaluate("document.activeElement.dataset.id")
