@@ -82,6 +82,7 @@ def test_first_screen_says_what_it_will_teach(audit, page):
     assert "2,000 pairs of 4,000 rows (left out: 2,000 empty response)" in text
     assert "2 concepts are predicted to rise , 1 to fall" in text
     assert "no evidence" in text
+    assert re.search(r"will show more of T\d .* and T\d .*, and less of T\d .*brilliant", text)
     shifts = [c for c in audit.concepts.to_pylist() if c["verdict"] in ("rises", "falls")]
     order = [c["concept"] for c in sorted(shifts, key=lambda c: -abs(c["predicted"]))]
     assert re.findall(r'<section class="card" id="(T\d+)"', page) == order

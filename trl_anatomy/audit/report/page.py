@@ -122,7 +122,7 @@ def _view(audit: Audit, raw: "Dataset | None", samples: dict[int, dict[str, Any]
         "found": found,
         "first": first,
         "more": [c for c in found if c not in first],
-        "named": {verdict: [c for c in found if c["verdict"] == verdict][:N_NAMED] for verdict in (RISES, FALLS)},
+        "named": {verdict: _named(found, verdict) for verdict in (RISES, FALLS)},
         "cards": found[:N_CARDS],
         "unsure": unsure,
         "few": few,
@@ -166,6 +166,12 @@ def _bar(concept: dict[str, Any], scale: float) -> dict[str, float] | None:
         "high": place(concept["ci_high"]),
         "adjusted": -1.0 if adjusted is None or math.isnan(adjusted) else place(adjusted),
     }
+
+
+def _named(found: list[dict[str, Any]], verdict: str) -> list[dict[str, Any]]:
+    """The largest shifts of a direction, of those with the same words the first only: a sentence says nothing twice."""
+    by_label = {c["label"]: c for c in reversed(found) if c["verdict"] == verdict}
+    return [c for c in found if by_label.get(c["label"]) is c][:N_NAMED]
 
 
 def _first(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
