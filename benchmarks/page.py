@@ -10,13 +10,16 @@ tests do.
 """
 
 import argparse
+import datetime
 import json
+import os
 import platform
 import random
 import statistics
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,7 @@ def write_page(n_pairs: int, words: int, out: Path) -> tuple[Path, float]:
             texts[side] += " " + " ".join(rng.choices(WORDS, k=words))
     audit = make_audit(out, world, samples=True)
     start = time.perf_counter()
-    return write_report(audit, raw_dataset(world)), time.perf_counter() - start
+    return write_report(audit, raw_dataset(world)), round(time.perf_counter() - start, 1)
 
 
 def measure(page: Path) -> dict[str, float]:
@@ -54,7 +57,7 @@ def measure(page: Path) -> dict[str, float]:
         tab.goto("about:blank")
         before = spent()
         tab.goto(page.as_uri())
-        tab.wait_for_function("performance.getEntriesByType('navigation')[0].loadEventEnd > 0")
+        tab.wait_for_function("() => performance.getEntriesByType('navigation')[0].loadEventEnd > 0")
         opened = spent() - before
         found = tab.evaluate(
             "() => ({paint: performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? 0,"
@@ -82,11 +85,18 @@ def main() -> None:
         made = [(n, *write_page(n, args.words, out / str(n))) for n in args.pairs]
         for n, page, seconds in [*made, *((None, page, None) for page in args.pages)]:
             rounds = [measure(page) for _ in range(args.rounds)]
-            row = {"pairs": n, "megabytes": round(page.stat().st_size / 1e6, 1), "write_s": seconds}
+            row = {
+                "pairs": n,
+                "megabytes": round(page.stat().st_size / 1e6, 1),
+                "write_s": seconds and round(seconds, 1),
+            }
             row |= {key: round(statistics.median(r[key] for r in rounds)) for key in rounds[0]}
             print(json.dumps(row))
             rows.append(row)
-    machine = {"processor": platform.processor() or platform.machine(), "rounds": args.rounds, "words": args.words}
+    with chromium() as browser:
+        versions = {"chromium": browser.version, "plotly": version("plotly"), "python": platform.python_version()}
+    machine = {"date": datetime.date.today().isoformat(), "processor": platform.machine(), "cores": os.cpu_count()}
+    machine |= {"load": os.getloadavg()[0], "rounds": args.rounds, "words": args.words, "versions": versions}
     args.results.parent.mkdir(exist_ok=True)
     args.results.write_text(json.dumps({"machine": machine, "pages": rows}, indent=2) + "\n")
 

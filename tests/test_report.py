@@ -15,6 +15,7 @@ from audit_world import make_audit, make_world, raw_dataset
 from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.labels import distinctive_terms, group_terms
 from trl_anatomy.audit.report import explore, render, write_report
+from trl_anatomy.audit.report import page as page_module
 from trl_anatomy.audit.report.shell import clean, deviations, points, probability, to_script
 from trl_anatomy.errors import AnatomyError
 from trl_anatomy.shaping.policy import ConceptPolicy
@@ -81,6 +82,7 @@ def test_first_screen_says_what_it_will_teach(audit, page):
     assert "2,000 pairs of 4,000 rows (left out: 2,000 empty response)" in text
     assert "2 concepts are predicted to rise , 1 to fall" in text
     assert "no evidence" in text
+    assert re.search(r"will show more of T\d .* and T\d .*, and less of T\d .*brilliant", text)
     shifts = [c for c in audit.concepts.to_pylist() if c["verdict"] in ("rises", "falls")]
     order = [c["concept"] for c in sorted(shifts, key=lambda c: -abs(c["predicted"]))]
     assert re.findall(r'<section class="card" id="(T\d+)"', page) == order
@@ -92,10 +94,8 @@ def test_first_screen_says_what_it_will_teach(audit, page):
 def scripts(page: str) -> tuple[list[str], dict[str, str]]:
     """Scripts that run, and blocks of data by their id."""
     found = re.findall(r"<script([^>]*)>(.*?)</script>", page, re.S)
-    held = {
-        re.search(r'id="(\w+)"', attributes)[1]: text for attributes, text in found if "application/json" in attributes
-    }
-    return [text for attributes, text in found if not attributes], held
+    held = {re.search(r'id="(\w+)"', how)[1]: text for how, text in found if how}
+    return [held.pop("plotly"), *(text for how, text in found if not how)], held
 
 
 def test_no_text_of_the_data_becomes_markup(page):
@@ -295,6 +295,20 @@ def test_terms_are_printable_and_may_be_none():
     assert set(about[0]) == {"sea", "tide"}
     assert about[1] == []
     assert set(about[2]) == {"soup", "salt"}
+
+
+def test_concepts_without_a_card_have_a_row(audit, dataset, monkeypatch):
+    monkeypatch.setattr(page_module, "N_CARDS", 1)
+    monkeypatch.setattr(page_module, "N_ROWS", 1)
+    monkeypatch.setattr(page_module, "N_EACH", 1)
+    page = render(audit, dataset)
+    assert "1 smaller shift<" in page  # the first table holds the largest of each direction
+    first = page.split("<tbody>")[1].split("</tbody>")[0]
+    shown = set(re.findall(r'data-concept="(T\d+)"', first))
+    assert {c["verdict"] for c in audit.concepts.to_pylist() if c["concept"] in shown} == {"rises", "falls"}
+    assert page.count('<section class="card"') == 1
+    names = [c["concept"] for c in audit.concepts.to_pylist() if c["verdict"] in ("rises", "falls")]
+    assert set(re.findall(r'class="js rule" data-concept="(T\d+)"', page)) == set(names)
 
 
 def test_numbers_are_readable():

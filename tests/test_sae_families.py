@@ -363,7 +363,7 @@ def test_the_page_links_latents_to_neuronpedia_where_the_sae_has_an_id(tmp_path:
     page = render(audit)
     url = f"https://www.neuronpedia.org/gemma-2-2b/12-res%22%3E%3Cscript%3E/{shown['features'][0]}"
     assert f'<a href="{url}" rel="noreferrer">{shown["features"][0]}</a>' in page
-    assert "<script" not in page
+    assert page.count("<script") == render(make_audit(tmp_path / "plain", make_world())).count("<script")
 
 
 def test_an_audit_notes_an_l0_far_from_the_published_one(

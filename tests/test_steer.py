@@ -236,8 +236,8 @@ def test_turns_begin_where_the_last_user_text_does(bos: bool) -> None:
     pairs = read_pairs(data, tokenizer)
     starts = turn_starts(pairs, tokenizer)
     for i, row in enumerate(made):
-        before = tokenizer.decode(pairs._ids(i, "prompt")[: starts[i]])
-        after = tokenizer.decode(pairs._ids(i, "prompt")[starts[i] :])
+        before = tokenizer.decode(pairs.ids(i, "prompt")[: starts[i]])
+        after = tokenizer.decode(pairs.ids(i, "prompt")[starts[i] :])
         if i == 3:
             assert starts[i] == 0
         else:

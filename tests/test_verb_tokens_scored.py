@@ -132,7 +132,7 @@ def test_thresholds_that_scorers_bring() -> None:
     sae = SAE(tiny_sae())
     assert shown_above(TextScorer("a")) == 0.0
     assert shown_above(FeaturesScorer(sae, [1], 2), token=True) == 0.0
-    card = {"held_out": {"threshold": 0.5}, "reduce": "max"}
+    card = {"threshold": 0.5, "reduce": "max"}
     found = shown_above(DirectionScorer(VECTOR, 0, "max", card), token=True)
     assert found is not None
     assert found < 0.5 <= np.nextafter(found, 1)  # the card counts a score at the threshold

@@ -10,6 +10,10 @@ import numpy as np
 from .forward import length_sorted_batches, read_spans
 from .spans import SPANS
 
+# Tokens before a token that are decoded with it: a character has four bytes at most.
+_CONTEXT = 6
+_INCOMPLETE = "\ufffd"
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -70,19 +74,15 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
     A token that ends inside a character adds nothing, and the one that completes it adds the character.
     """
-
-    def decode(part: Sequence[int]) -> str:
-        return tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    texts: list[str] = []
-    start = done = 0  # tokens before `start` no longer change how later ones are spaced
-    before = ""
-    for i in range(1, len(ids) + 1):
-        now = decode(ids[start:i])
-        if now.endswith("\ufffd") and i < len(ids):
-            texts.append("")
-            continue
-        texts.append(now[len(before) :])
-        start, done = done, i
-        before = decode(ids[start:done])
+    # What a token adds depends on those before it (spaces, characters in parts), but on no more than a few.
+    starts = [max(0, i - _CONTEXT) for i in range(len(ids))]
+    windows = [list(ids[start:i]) for i, start in enumerate(starts)]
+    windows += [list(ids[start : i + 1]) for i, start in enumerate(starts)]
+    decoded = tokenizer.backend_tokenizer.decode_batch(windows, skip_special_tokens=False)
+    texts = []
+    for i, (before, now) in enumerate(zip(decoded[: len(ids)], decoded[len(ids) :], strict=True)):
+        inside = now.endswith(_INCOMPLETE) and i + 1 < len(ids)
+        # Parts of a character may end `before` in place of the character itself.
+        shared = next((k for k, (one, other) in enumerate(zip(before, now, strict=False)) if one != other), len(before))
+        texts.append("" if inside else now[shared:])
     return texts

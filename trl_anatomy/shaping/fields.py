@@ -153,6 +153,12 @@ def _names(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _some_names(value: Any) -> tuple[str, ...]:
+    if not value:
+        raise ValueError
+    return _names(value)
+
+
 def one_of(*words: str) -> Field:
     """One of a few words."""
 
@@ -180,7 +186,8 @@ LAYER = Field("a layer number, counted from 0", _whole)
 FEATURES = Field("a list of feature numbers, counted from 0, each once", _features)
 FLAG = Field("true or false", _flag)
 TEXT = Field("text", _text)
-NAMES = Field("a list of names of concepts, each once", _names)
+NAMES = Field("a list of names of concepts, each once", _some_names)
+NAMES_OR_NONE = Field("a list of names of concepts, each once", _names)
 PATTERN = Field("a regular expression (text that is not empty)", _pattern)
 NAMES = Field("a list of names of concepts, each once", _names)
 SCALAR = Field("text, a number, true, false or null", _scalar)

@@ -84,6 +84,13 @@ function paint() {
   for (const draw of drawn) draw();
 }
 
+function loadPlotly() {
+  if (window.Plotly) return;
+  const script = el("script");
+  script.textContent = document.getElementById("plotly").textContent;
+  document.head.append(script);
+}
+
 function plotLayout(more) {
   const text = { color: colour("dim"), family: getComputedStyle(document.body).fontFamily, size: 11 };
   return Object.assign({

@@ -272,6 +272,7 @@
       place.textContent = "No map: nothing was found to place, or the folder was written without places (audit again).";
       return;
     }
+    loadPlotly();
     const near = related();
     const size = (p) => (kind === "concepts" ? p.item.differ : p.item.pairs);
     const largest = Math.max(1, ...found.points.map(size));
@@ -494,7 +495,7 @@
   else {
     const seen = new IntersectionObserver((entries) => {
       if (entries.some((entry) => entry.isIntersecting)) { seen.disconnect(); render(); }
-    }, { rootMargin: "400px" });
+    }, { rootMargin: "50px" });
     seen.observe($("explore"));
     detail();
   }

@@ -1,5 +1,6 @@
 """What the page's scripts show: concepts, contexts, hypotheses, and the pairs that it can carry."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -157,9 +158,14 @@ def marked(sample: dict[str, Any], concept: str, side: str) -> list[tuple[str, i
     return pieces
 
 
-def excerpt(sample: dict[str, Any], concept: str, side: str, n_tokens: int) -> list[tuple[str, int]]:
-    """The stretch of a text in which the concept fires most, as `marked` gives it, with an ellipsis where it is cut."""
+def excerpt(sample: dict[str, Any], concept: str, side: str, n_characters: int) -> list[tuple[str, int]]:
+    """The stretch of a text in which the concept fires most, as `marked` gives it, with an ellipsis where it is cut.
+
+    Args:
+        n_characters: about as many, counted in whole tokens of mean length.
+    """
     n = len(sample[side])
+    n_tokens = math.ceil(n_characters * n / max(1, sum(map(len, sample[side]))))
     levels = np.zeros(n)
     tokens, level = sample["fired"].get(concept, {}).get(side, ([], []))
     levels[tokens] = level

@@ -24,8 +24,9 @@ N_CONTEXTS = 5  # contexts named in a card
 N_LATENTS = 8  # latents of a concept linked to Neuronpedia
 N_HYPOTHESES = 15  # hypotheses listed a side
 N_REGIONS = 30  # regions of SFT data that are listed
+N_EACH = 3  # of these at least that rise, and that fall
 SHORT = 420  # characters of a text shown before it is folded
-SEEN_TOKENS, SHORT_TOKENS = 12, 90  # tokens of an excerpt in the first table, and before a text is folded
+SEEN = 60  # characters of an excerpt in the first table
 
 _SIDES = ("prompt", "chosen", "rejected")
 # Stand for the names of a concept and a context in the snippets that the page's script fills in.
@@ -101,19 +102,18 @@ def _view(audit: Audit, raw: "Dataset | None", samples: dict[int, dict[str, Any]
     shown = {lean: [h for h in prompted if h["lean"] == lean][:N_HYPOTHESES] for lean in ("chosen", "rejected")}
     for hypothesis in [*shown["chosen"], *shown["rejected"]]:
         hypothesis["snippet"] = snippet(audit, hypothesis["concept"], gate=f"{{prompts: {hypothesis['context']}}}")
-    cards = found[:N_CARDS]
     neuronpedia_id = info["sae"].get("neuronpedia_id")
-    for concept in cards:
-        mine = [h for h in kept if h["concept"] == concept["concept"]]
+    for concept in found:
+        mine = [h for h in kept if h["concept"] == concept["concept"] and h["q"] <= info["settings"]["alpha"]]
         side = "chosen" if concept["verdict"] == RISES else "rejected"
-        concept["contexts"] = [h for h in mine if h["lean"] == side and h["q"] <= info["settings"]["alpha"]][
-            :N_CONTEXTS
-        ]
-        concept["against"] = [h for h in mine if h["lean"] != side and h["q"] <= info["settings"]["alpha"]][:N_CONTEXTS]
+        concept["contexts"] = [h for h in mine if h["lean"] == side][:N_CONTEXTS]
+        concept["against"] = [h for h in mine if h["lean"] != side][:N_CONTEXTS]
         latents = concept["features"][:N_LATENTS] if neuronpedia_id else []
         concept["latents"] = [(latent, neuronpedia_url(neuronpedia_id, latent)) for latent in latents]
         concept["pair"] = _pair(concept, raw, samples)
         concept["snippet"] = snippet(audit, concept["concept"], [h["context"] for h in concept["contexts"]])
+        concept["card"] = concept in found[:N_CARDS]
+    first = _first(found)
     sft = info["settings"].get("data_kind") == "sft"
     apart = [h for h in all_kept if h["view"] == "region" and h["q"] <= info["settings"]["alpha"]]
     return {
@@ -129,10 +129,10 @@ def _view(audit: Audit, raw: "Dataset | None", samples: dict[int, dict[str, Any]
         "n_rises": sum(c["verdict"] == RISES for c in found),
         "n_falls": sum(c["verdict"] == FALLS for c in found),
         "found": found,
-        "first": found[:N_ROWS],
-        "more": found[N_ROWS:],
-        "named": {verdict: [c for c in found if c["verdict"] == verdict][:N_NAMED] for verdict in (RISES, FALLS)},
-        "cards": cards,
+        "first": first,
+        "more": [c for c in found if c not in first],
+        "named": {verdict: _named(found, verdict) for verdict in (RISES, FALLS)},
+        "cards": found[:N_CARDS],
         "unsure": unsure,
         "few": few,
         "scale": scale,
@@ -202,6 +202,20 @@ def _bar(concept: dict[str, Any], scale: float) -> dict[str, float] | None:
     }
 
 
+def _named(found: list[dict[str, Any]], verdict: str) -> list[dict[str, Any]]:
+    """The largest shifts of a direction, of those with the same words the first only: a sentence says nothing twice."""
+    by_label = {c["label"]: c for c in reversed(found) if c["verdict"] == verdict}
+    return [c for c in found if by_label.get(c["label"]) is c][:N_NAMED]
+
+
+def _first(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The largest shifts, with the largest of each direction among them: one side may crowd out what the other says."""
+    sides = [[c for c in found if c["verdict"] == verdict][:N_EACH] for verdict in (RISES, FALLS)]
+    kept = [c["concept"] for side in sides for c in side]
+    others = [c["concept"] for c in found if c["concept"] not in kept][: max(0, N_ROWS - len(kept))]
+    return [c for c in found if c["concept"] in {*kept, *others}]
+
+
 def _pair(concept: dict[str, Any], raw: "Dataset | None", samples: dict[int, dict[str, Any]]) -> dict[str, Any] | None:
     """The pair that shows the shift best: texts in pieces with the level at which the concept fires there.
 
@@ -217,9 +231,9 @@ def _pair(concept: dict[str, Any], raw: "Dataset | None", samples: dict[int, dic
     if row in samples:
         sample = samples[row]
         pair["all"] = {key: marked(sample, name, key) for key in _SIDES}
-        long = [key for key in _SIDES if len(sample[key]) > SHORT_TOKENS]
-        pair["short"] = {key: excerpt(sample, name, key, SHORT_TOKENS) for key in long}
-        pair["seen"] = excerpt(sample, name, side, SEEN_TOKENS)
+        long = [key for key in _SIDES if sum(map(len, sample[key])) > SHORT]
+        pair["short"] = {key: excerpt(sample, name, key, SHORT) for key in long}
+        pair["seen"] = excerpt(sample, name, side, SEEN)
     elif raw is not None:
         from ...reading.spans import flatten_text, split_row
 

@@ -28,18 +28,18 @@ def render_page(template: str, package: str, scripts: Sequence[str], data: Mappi
     Args:
         template: file of the template; it places `head` in its head and `tail` before the end of its body.
         package: where template and scripts lie.
-        scripts: files of `package`, run in this order after plotly.
+        scripts: files of `package`, run in this order after common.js.
         data: id of an element -> what it holds as JSON, for the scripts.
         view: what the template shows; escaped there.
     """
     css = _read(__package__, "page.css")
     plotly = _plotly()
-    inline = [plotly, _read(__package__, "common.js"), *(_read(package, name) for name in scripts)]
+    inline = [_read(__package__, "common.js"), *(_read(package, name) for name in scripts)]
     # plotly fills its style element rule by rule: only the empty text needs to be allowed.
     policy = "; ".join(
         [
             "default-src 'none'",
-            f"script-src {' '.join(map(_hash, inline))}",
+            f"script-src {' '.join(map(_hash, [plotly, *inline]))}",
             f"style-src {_hash(css)} {_hash('')}",
             "base-uri 'none'",
             "form-action 'none'",
@@ -49,6 +49,8 @@ def render_page(template: str, package: str, scripts: Sequence[str], data: Mappi
     blocks = "".join(
         f'<script type="application/json" id="{name}">{to_script(value)}</script>\n' for name, value in data.items()
     )
+    # As plain text plotly costs next to nothing; common.js makes it a script when the first plot is drawn.
+    blocks += f'<script type="text/plain" id="plotly">{plotly}</script>\n'
     run = "".join(f"<script>{script}</script>\n" for script in inline)
     return _template(package, template).render(
         head=Markup(f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<style>{css}</style>'),

@@ -61,6 +61,7 @@
   start();
   if (!data.concepts.length) place.textContent = "No concept, so nothing was predicted.";
   else {
+    loadPlotly();
     drawn.push(draw);
     draw();
   }

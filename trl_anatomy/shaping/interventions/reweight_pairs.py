@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...errors import AnatomyError
-from ..fields import NAMES, TEXT, Field, check, number, one_of
+from ..fields import NAMES_OR_NONE, TEXT, Field, check, number, one_of
 from ..where import Where
 
 
@@ -33,7 +33,7 @@ class ReweightPairs:
 
     verb: ClassVar[str] = "reweight_pairs"
     stage: ClassVar[str] = "weight"
-    keys: ClassVar[Mapping[str, Field]] = {"strength": number(above=0), "hold": NAMES, "column": TEXT}
+    keys: ClassVar[Mapping[str, Field]] = {"strength": number(above=0), "hold": NAMES_OR_NONE, "column": TEXT}
 
     concept: str | None = None
     sign: str | None = None
