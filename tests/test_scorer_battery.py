@@ -234,3 +234,20 @@ def test_reductions_have_the_gradients_of_their_formulas(reduce: str) -> None:
 def test_an_sae_in_memory_cannot_be_stored(tmp_path: Path) -> None:
     with pytest.raises(AnatomyError, match="SAE in memory"):
         FeaturesScorer(SAE(tiny_sae()), [1], layer=1).save(tmp_path)
+
+
+def test_moving_along_its_directions_raises_the_score(make: Make) -> None:
+    """What steering relies on; a kind without a direction says so."""
+    scorer = make("sum")
+    if scorer.kind == "attention_probe":
+        with pytest.raises(AnatomyError, match="attention_probe has no direction"):
+            scorer.unit_direction()
+        return
+    rows, unit = scorer.directions(), scorer.unit_direction()
+    assert rows.dtype == torch.float64
+    assert rows.shape[1] == WIDTH
+    assert float(unit.norm()) == pytest.approx(1.0, rel=1e-6)
+    assert float(torch.nn.functional.cosine_similarity(unit.double(), rows.sum(dim=0), dim=0)) == pytest.approx(1.0)
+    before, after = (scorer.score_spans(hidden, BOUNDS) for hidden in (HIDDEN, HIDDEN + 5 * unit))
+    assert (after >= before).all()
+    assert after.sum() > before.sum()

@@ -486,7 +486,7 @@ def test_residualized_by_steering(sign: str, tiny_model_dir: Path, tmp_path: Pat
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "both": ({"instruction": ASK, "steer": 1.0}, "both instruction and steer"),
     "neither": ({}, "neither instruction nor steer"),
-    "text": ({"steer": 1.0}, "found a text rule, allowed: a direction or SAE features"),
+    "text": ({"steer": 1.0}, "found a concept of the scorer text, allowed: direction, probe or features"),
 }
 
 

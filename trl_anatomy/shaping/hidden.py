@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..errors import AnatomyError
-from ..reading.scorers.direction import DirectionScorer
 from .interventions import AblateFeatures, ProjectOut, Steer
 from .located import PolicyError
 from .policy import ConceptPolicy
@@ -98,15 +97,10 @@ def _resolve(rule: Steer | AblateFeatures | ProjectOut, scorer: "Scorer") -> Hid
         sae, layer = scorer.sae, scorer.layer  # type: ignore[union-attr]
         sae.rows(scorer.features[:1])  # type: ignore[union-attr]  # refuses SAEs for which this is not exact
         return Ablation(layer, sae, tuple(scorer.features), rule.strength, rule.keep)  # type: ignore[union-attr]
-    if isinstance(scorer, DirectionScorer):
-        layer, rows = scorer.layer, scorer.vector.double()[None]
-    else:
-        layer, rows = scorer.layer, scorer.sae.decoder_rows(scorer.features).double().cpu()  # type: ignore[union-attr]
+    layer = scorer.layer  # type: ignore[union-attr]
     if isinstance(rule, Steer):
-        vector = rows.sum(dim=0)
-        if not vector.norm() > 1e-6 * rows.norm():
-            raise AnatomyError("the decoder rows of these latents cancel, so that they have no common direction.")
-        return Steering(layer, (vector / vector.norm()).float())
+        return Steering(layer, scorer.unit_direction())  # type: ignore[union-attr]
+    rows = scorer.directions()  # type: ignore[union-attr]
     if len(orthonormal(rows)) == rows.shape[1]:
         raise AnatomyError(
             f"the {len(rows)} directions of {rule.concept!r} span all {rows.shape[1]} dimensions: nothing would be "

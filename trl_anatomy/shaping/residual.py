@@ -5,12 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import AnatomyError
 from .interventions import Residualize
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..reading.scorers import Scorer
     from ..reading.spans import Pairs
 
@@ -40,22 +37,6 @@ def likelihood_ratios(
         prompts = instructed_prompts(pairs, indices, rule.instruction)
         moved = response_logprobs(model, pairs, indices, prompts=prompts, cache_dir=cache_dir)
     else:
-        layer, vector = unit_direction(scorer)
-        shift = Shift(layer, float(rule.steer or 0.0) * vector)
+        shift = Shift(scorer.layer, float(rule.steer or 0.0) * scorer.unit_direction())  # type: ignore[union-attr]
         moved = response_logprobs(model, pairs, indices, shift=shift, cache_dir=cache_dir)
     return moved - plain
-
-
-def unit_direction(scorer: Any) -> "tuple[int, Tensor]":
-    """Layer and unit vector (d_model,) of a concept: a direction's own, or the sum of its latents' decoder rows.
-
-    Raises:
-        AnatomyError: the decoder rows cancel.
-    """
-    if hasattr(scorer, "vector"):
-        return scorer.layer, scorer.vector
-    rows = scorer.sae.decoder_rows(scorer.features).double().cpu()
-    total = rows.sum(dim=0)
-    if not total.norm() > 1e-6 * rows.norm():
-        raise AnatomyError("The decoder rows of these latents cancel, so that they have no common direction.")
-    return scorer.layer, (total / total.norm()).float()

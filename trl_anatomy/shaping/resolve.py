@@ -65,11 +65,14 @@ def _rule_problems(policy: ConceptPolicy, i: int, scorer: "Scorer") -> list[str]
             return [
                 f"{place}: found no threshold, and the scorer of {rule.concept!r} says none for tokens; give a number."
             ]
-    if isinstance(rule, Residualize) and rule.steer is not None and text:
-        place = policy.place(f"rules[{i}].steer")
-        return [
-            f"{place}: found a text rule, allowed: a direction or SAE features, which have a vector; or instruction."
-        ]
+    if isinstance(rule, Residualize) and rule.steer is not None:
+        kind = "text" if rule.concept is None else policy.concepts[rule.concept].scorer
+        if kind in ("text", "attention_probe"):
+            place = policy.place(f"rules[{i}].steer")
+            return [
+                f"{place}: found a concept of the scorer {kind}, allowed: direction, probe or features, which have a "
+                "vector; or instruction."
+            ]
     if isinstance(rule, Inoculate) and rule.above is None and shown_above(scorer) is None:
         place = policy.place(f"rules[{i}]")
         return [f"{place}: found no key 'above', and the scorer of {rule.concept!r} says no threshold; give a number."]

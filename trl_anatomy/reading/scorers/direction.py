@@ -42,6 +42,10 @@ class DirectionScorer(HiddenScorer):
         """(d_model,) float32, unit length."""
         return self.tensors["direction"]
 
+    def directions(self) -> Tensor:
+        """As `HiddenScorer.directions`: the vector."""
+        return self.vector.double()[None]
+
     def score_tokens(self, hidden: Tensor, bounds: Sequence[int] | None = None) -> Tensor:
         """As `HiddenScorer.score_tokens`; each token by itself."""
         return hidden @ self.vector.to(hidden.device)

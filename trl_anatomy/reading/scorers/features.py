@@ -60,6 +60,10 @@ class FeaturesScorer(HiddenScorer):
         """Width of the hidden states that the SAE reads."""
         return self.sae.d_in
 
+    def directions(self) -> Tensor:
+        """As `HiddenScorer.directions`: the decoder rows of its latents."""
+        return self.sae.decoder_rows(self.features).double().cpu()
+
     def score_tokens(self, hidden: Tensor, bounds: Sequence[int] | None = None) -> Tensor:
         """As `HiddenScorer.score_tokens`; each token by itself."""
         scores = self.sae.to(hidden.device).encode_features(hidden, self.features).abs().sum(dim=1)

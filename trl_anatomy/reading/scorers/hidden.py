@@ -80,6 +80,26 @@ class HiddenScorer:
         """(n_tokens, d_model) float32 and n_spans + 1 offsets -> (n_spans,) float64; 0 for a span without tokens."""
         return reduce_spans(self.score_tokens(hidden, bounds).double(), bounds, self.reduce)
 
+    def directions(self) -> Tensor:
+        """(k, d_model) float64 on the CPU: the directions of the hidden states in which the concept lies.
+
+        Raises:
+            AnatomyError: this kind has none.
+        """
+        raise AnatomyError(f"a concept of the scorer {self.kind} has no direction in the hidden states.")
+
+    def unit_direction(self) -> Tensor:
+        """(d_model,) float32 of length 1: the sum of its directions.
+
+        Raises:
+            AnatomyError: it has none, or they cancel.
+        """
+        rows = self.directions()
+        total = rows.sum(dim=0)
+        if not total.norm() > 1e-6 * rows.norm():
+            raise AnatomyError("the decoder rows of these latents cancel, so that they have no common direction.")
+        return (total / total.norm()).float()
+
     def check(self, model: nn.Module) -> None:
         """Raise AnatomyError where width or layer do not fit the model, or it was fitted on other weights."""
         width = hidden_size(model)

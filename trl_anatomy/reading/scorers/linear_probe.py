@@ -42,6 +42,11 @@ class LinearProbe(HiddenScorer):
         tensors = {"weight": weight.float(), "bias": torch.as_tensor(bias, dtype=torch.float32).reshape(())}
         super().__init__(tensors, layer, reduce, card)
 
+    def directions(self) -> Tensor:
+        """As `HiddenScorer.directions`: the weight, of length 1."""
+        weight = self.tensors["weight"].double()
+        return (weight / weight.norm())[None]
+
     def score_tokens(self, hidden: Tensor, bounds: Sequence[int] | None = None) -> Tensor:
         """As `HiddenScorer.score_tokens`; each token by itself."""
         weight, bias = (self.tensors[name].to(hidden.device) for name in self.names)

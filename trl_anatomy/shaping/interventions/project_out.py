@@ -36,7 +36,7 @@ class ProjectOut:
 
     verb: ClassVar[str] = "project_out"
     stage: ClassVar[str] = "hidden"
-    scorers: ClassVar[tuple[str, ...]] = ("features", "direction")
+    scorers: ClassVar[tuple[str, ...]] = ("features", "direction", "probe")
     keys: ClassVar[Mapping[str, Field]] = {"from": one_of("hidden", "gradient"), "weights": PATTERN, "keep": FLAG}
 
     concept: str

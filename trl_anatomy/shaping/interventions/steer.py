@@ -34,7 +34,7 @@ class Steer:
 
     verb: ClassVar[str] = "steer"
     stage: ClassVar[str] = "hidden"
-    scorers: ClassVar[tuple[str, ...]] = ("features", "direction")
+    scorers: ClassVar[tuple[str, ...]] = ("features", "direction", "probe")
     keys: ClassVar[Mapping[str, Field]] = {
         "strength": number(above=0),
         "side": one_of("chosen", "rejected", "both"),
