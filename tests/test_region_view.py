@@ -20,7 +20,7 @@ from trl_anatomy.audit.views import Activity
 from trl_anatomy.cli import main
 from trl_anatomy.errors import AnatomyError
 from trl_anatomy.reading.harvest import Harvest, write_harvest
-from trl_anatomy.reading.spans import SftRows
+from trl_anatomy.reading.sft import SftRows
 
 N_ROWS = 1200
 

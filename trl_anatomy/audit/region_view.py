@@ -91,7 +91,7 @@ def analyse_regions(read: "Harvest", config: AuditConfig, rows: "Pairs") -> "Fin
     Regions A1, A2, ... are the clusters of prompts of section 5, or the one that `config.region` names.
 
     Args:
-        rows: SFT rows as `reading.spans.read_sft` gives them, those of the harvest.
+        rows: SFT rows as `reading.sft.read_sft` gives them, those of the harvest.
     Raises:
         AnatomyError: no region is given and the rows have no prompts to find one by.
     """

@@ -52,7 +52,7 @@ class Source:
     @cached_property
     def pairs(self) -> Pairs:
         """The pairs, checked against the audit's fingerprint."""
-        from ..reading.spans import read_rows
+        from ..reading.sft import read_rows
 
         self._named("dataset")
         pairs = read_rows(

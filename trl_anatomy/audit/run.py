@@ -133,7 +133,7 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from ..reading.sae import check_sae, load_sae
-    from ..reading.spans import read_rows
+    from ..reading.sft import read_rows
     from .region_view import region_rows
 
     _require(config, model, dataset)
@@ -195,7 +195,7 @@ def run_audit(
     from ..reading.harvest import harvest
     from ..reading.ranks import Ranks
     from ..reading.sae import check_sae, load_sae
-    from ..reading.spans import read_rows
+    from ..reading.sft import read_rows
     from .region_view import region_rows
 
     timings: dict[str, float] = {}

@@ -170,7 +170,7 @@ def _example(concept: dict[str, Any], raw: "Dataset | None") -> dict[str, Any] |
     """The row of SFT data that shows a concept best, as text."""
     if raw is None or not concept["telling_rows"]:
         return None
-    from ...reading.spans import sft_texts
+    from ...reading.sft import sft_texts
 
     row = concept["telling_rows"][0]
     prompt, response = sft_texts(raw[int(row)])

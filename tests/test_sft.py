@@ -9,7 +9,7 @@ from datasets import Dataset
 from reading_world import build_tokenizer, rows, tiny_model
 
 from trl_anatomy.errors import AnatomyError
-from trl_anatomy.reading.spans import read_rows, read_sft, sft_texts
+from trl_anatomy.reading.sft import read_rows, read_sft, sft_texts
 
 FORMATS = ("prompt-completion", "conversations", "messages", "text")
 
