@@ -10,7 +10,7 @@ from audit_world import D_SAE, World, make_world
 from datasets import Dataset
 from reading_world import build_tokenizer, tiny_model, tiny_sae
 from scipy import sparse, stats
-from test_sft_spans import sft_dataset
+from test_sft import sft_dataset
 
 from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.folder import load_audit

@@ -1,4 +1,4 @@
-"""Tokens of SFT data, exactly as TRL's SFTTrainer sees them: rows that take the form of pairs with one side empty."""
+"""Tokens of SFT data, made by ``SFTTrainer._prepare_dataset`` itself: rows that become pairs with one side empty."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -2,8 +2,7 @@
 
 The tokens are made by ``DPOTrainer._prepare_dataset`` itself, called on a light stand-in. Its ``prompt_ids`` followed
 by ``chosen_ids`` are also what ``RewardTrainer`` makes of the same row, so one preparation serves both trainers; only
-what happens to rows longer than ``max_length`` differs, and ``truncation`` names it. Rows of SFT data are tokenised by
-``SFTTrainer._prepare_dataset`` in the same way and become pairs whose rejected side is empty.
+what happens to rows longer than ``max_length`` differs, and ``truncation`` names it.
 """
 
 import hashlib
