@@ -143,7 +143,7 @@ def test_compare_after_training(world, trained, capsys):
     )
     assert code == 0
     shown = capsys.readouterr().out
-    result = json.loads(shown[shown.index("{") :])
+    result = json.loads(shown)
     assert len(result["concepts"]) == load_audit(world["audit"]).concepts.num_rows
     assert result["agreement"]["dpo"]["n_prompts"] > 0
     assert 0 <= result["rates"][0]["rates"]["dpo"][0] <= 1

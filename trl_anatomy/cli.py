@@ -210,13 +210,14 @@ def _plan(argv: list[str]) -> int:
     from .shaping.resolve import check_policy
     from .shaping.settle import settle_policy
 
-    audit = load_audit(args.audit)
-    audit.check_kind("plan")
-    policy = ConceptPolicy.load(args.policy)
-    audit.check_harvest()
-    source = reopen(audit)
-    check_policy(policy, audit, source.model_config, source.pairs.raw.column_names)
-    plan = settle_policy(policy, source.pairs, lambda: source.model, audit=audit, cache_dir=audit.path / "scores")
+    with redirect_stdout(sys.stderr):  # some libraries print notes, which would spoil the JSON
+        audit = load_audit(args.audit)
+        audit.check_kind("plan")
+        policy = ConceptPolicy.load(args.policy)
+        audit.check_harvest()
+        source = reopen(audit)
+        check_policy(policy, audit, source.model_config, source.pairs.raw.column_names)
+        plan = settle_policy(policy, source.pairs, lambda: source.model, audit=audit, cache_dir=audit.path / "scores")
     print(json.dumps(plan_json(plan), indent=2) if args.json else plan_report(plan))
     return 0
 
@@ -484,20 +485,21 @@ def _compare(argv: list[str]) -> int:
     from .audit.folder import load_audit
     from .checking.compare import compare, comparison_report, prompts_for
 
-    audit = load_audit(args.audit)
-    audit.check_kind("compare")
-    prompts = prompts_for(audit, args.prompts, args.n_prompts, args.seed) * args.n_per_prompt
-    out = Path(args.out) if args.out else audit.path / "compare"
-    comparison = compare(
-        audit,
-        args.before,
-        {Path(path).name: path for path in args.after},
-        prompts,
-        out=out,
-        max_new_tokens=args.max_new_tokens,
-        batch_size=args.batch_size,
-        seed=args.seed,
-    )
+    with redirect_stdout(sys.stderr):  # as in plan
+        audit = load_audit(args.audit)
+        audit.check_kind("compare")
+        prompts = prompts_for(audit, args.prompts, args.n_prompts, args.seed) * args.n_per_prompt
+        out = Path(args.out) if args.out else audit.path / "compare"
+        comparison = compare(
+            audit,
+            args.before,
+            {Path(path).name: path for path in args.after},
+            prompts,
+            out=out,
+            max_new_tokens=args.max_new_tokens,
+            batch_size=args.batch_size,
+            seed=args.seed,
+        )
     print(json.dumps(comparison, indent=2) if args.json else comparison_report(comparison))
     if not args.json:
         print(f"\nPage: {out / 'compare.html'}")
