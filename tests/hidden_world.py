@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from conftest import preference_rows
+from explicit_dpo import assert_same_step, formula, gradients
 from parity import EXACT, fresh
 from reading_world import tiny_sae
-from test_shaping_seam import formula, gradients
 from torch import Tensor
 from trl import RewardConfig, RewardTrainer
 
@@ -139,14 +139,7 @@ def assert_step(
     expected = expected_of(batch)
     expected.backward()
     wanted = {name: change(name, gradient) for name, gradient in gradients(trainer.model).items()}
-    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=1e-7)
-    assert got.keys() == wanted.keys()
-    largest = max(gradient.abs().max().item() for gradient in wanted.values())
-    assert largest > 1e-4
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(
-            got[name], gradient, rtol=1e-5, atol=atol * max(1.0, largest), msg=lambda m, name=name: f"{name}: {m}"
-        )
+    assert_same_step(loss, got, expected, wanted, atol)
 
 
 def dpo_loss(trainer: Any, batch: dict[str, Any], edit: Edit | None, loss_type: str = "sigmoid") -> Tensor:

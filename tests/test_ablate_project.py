@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import build_tokenizer, preference_rows
 from datasets import Dataset
+from explicit_dpo import EPSILON, TAU, dpo, lora
 from hidden_world import (
     DIRECTIONS,
     FEATURES,
@@ -27,7 +28,6 @@ from hidden_world import (
 )
 from peft import LoraConfig
 from reading_world import FAMILIES, tiny_model, tiny_sae
-from test_shaping_seam import EPSILON, TAU, dpo, lora
 from torch import Tensor
 
 from trl_anatomy.errors import AnatomyError

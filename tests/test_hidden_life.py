@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import preference_rows
+from explicit_dpo import BETA, dpo, formula, lora
 from hidden_world import (
     DIRECTIONS,
     D,
@@ -31,7 +32,6 @@ from hidden_world import (
 from parity import assert_same_tensors, fresh, state
 from peft import LoraConfig, PeftModel
 from reading_world import tiny_sae
-from test_shaping_seam import BETA, dpo, formula, lora
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import DPOTrainer
@@ -224,7 +224,7 @@ import sys, torch
 from pathlib import Path
 sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent)]
 from test_hidden_life import directions_only, plain_rows
-from test_shaping_seam import dpo
+from explicit_dpo import dpo
 model, out = Path(sys.argv[2]), Path(sys.argv[3])
 trainer = dpo(model, out, plain_rows(12), policy=directions_only(out), per_device_train_batch_size=3, max_steps=3,
               optim="sgd")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import preference_rows
 from datasets import Dataset
+from explicit_dpo import EPSILON, TAU, dpo, lora
 from hidden_world import (
     FEATURES,
     D,
@@ -22,7 +23,6 @@ from hidden_world import (
     vector,
 )
 from reading_world import build_tokenizer, rows, tiny_sae
-from test_shaping_seam import EPSILON, TAU, dpo, lora
 from torch import Tensor
 
 from trl_anatomy.reading.spans import read_pairs, turn_starts

@@ -11,21 +11,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import preference_rows
-from parity import assert_same_tensors, fresh, state
-from peft import LoraConfig
-from test_shaping_seam import (
+from explicit_dpo import (
     CONCEPTS,
     EPSILON,
     TAU,
+    assert_same_step,
     dpo,
     expected_offsets,
     formula,
     gradients,
     log_probability,
     lora,
+    reference_of,
     reward,
     wpo_weight,
 )
+from parity import assert_same_tensors, fresh, state
+from peft import LoraConfig
 from trl import DPOTrainer, RewardTrainer
 
 from trl_anatomy import AnatomyDPOTrainer, AnatomyError
@@ -69,12 +71,7 @@ def check_against_formula(trainer: Any, weights: dict[str, float]) -> None:
     got = gradients(model)
 
     model.gradient_checkpointing_disable()
-    with torch.no_grad():
-        if trainer.ref_model is not None:
-            reference = log_probability(trainer.ref_model, batch, trainer.ld_alpha)
-        else:
-            with model.disable_adapter():
-                reference = log_probability(model, batch, trainer.ld_alpha)
+    reference = reference_of(trainer, batch)
     logps = log_probability(model, batch, trainer.ld_alpha)
     length = batch["completion_mask"].sum(1).view(2, -1).double()
     wpo = wpo_weight(model, batch) if trainer.use_weighting else 1.0
@@ -87,14 +84,7 @@ def check_against_formula(trainer: Any, weights: dict[str, float]) -> None:
     )
     expected.backward()
     wanted = gradients(model)
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-7)
-    largest = max(gradient.abs().max().item() for gradient in wanted.values())
-    assert largest > 1e-4
-    assert got.keys() == wanted.keys()
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(
-            got[name], gradient, rtol=1e-5, atol=1e-6 * max(1.0, largest), msg=lambda m, name=name: f"{name}: {m}"
-        )
+    assert_same_step(loss, got, expected, wanted)
 
 
 @pytest.mark.parametrize("loss_type", WEIGHTABLE)

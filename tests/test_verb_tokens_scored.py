@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import preference_rows
+from explicit_dpo import CONCEPTS, dpo, lora
 from parity import fresh
 from reading_world import build_tokenizer, dataset, tiny_model, tiny_sae
-from test_shaping_seam import CONCEPTS, dpo, lora
 from test_verb_tokens import BOLD_ID, TOKENIZER, batch_of, cut_rows
 from transformers import AutoModelForCausalLM
 

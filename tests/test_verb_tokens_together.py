@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import preference_rows
 from datasets import load_from_disk
+from explicit_dpo import CONCEPTS, dpo, lora
 from parity import EXACT, assert_same_tensors, fresh, state
-from test_shaping_seam import CONCEPTS, dpo, lora
 from test_verb_tokens import ASK, MASK, TOKENIZER, batch_of, inoculation
 from transformers import AutoModelForCausalLM, LlamaModel
 from trl import DPOConfig, DPOTrainer
