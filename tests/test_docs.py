@@ -3,13 +3,15 @@
 import re
 from pathlib import Path
 
-from trl_anatomy.trainers.loss_support import support_table
+from trl_anatomy.trainers.loss_support import support_table, verb_table
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_losses_page_is_the_table_of_the_refusals():
-    assert support_table() in (ROOT / "docs" / "losses.md").read_text()
+    page = (ROOT / "docs" / "losses.md").read_text()
+    assert support_table() in page
+    assert verb_table() in page
 
 
 def test_readme_links_lead_somewhere():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import AnatomyError
+from ..shaping.interventions import VERBS
 
 Verdict = Literal["exact", "pointwise", "per token", "untouched", "refused"]
 
@@ -106,13 +107,18 @@ def check_masks(n_masked: int, loss_types: Sequence[str]) -> None:
     Raises:
         AnatomyError: naming the loss.
     """
-    if n_masked and "sft" in loss_types:
+    empty = [name for name in loss_types if name in MEANS_OVER_TOKENS]
+    if n_masked and empty:
         raise AnatomyError(
-            f"loss_type 'sft' is a mean over the tokens of chosen responses, and mask_tokens leaves none in {n_masked} "
-            "pairs: a batch of such pairs would give NaN. Drop 'sft', raise the threshold, or drop these pairs."
+            f"loss_type {empty[0]!r} is a mean over the tokens of chosen responses, and mask_tokens leaves none in {n_masked} "
+            f"pairs: a batch of such pairs would give NaN. Drop {empty[0]!r}, raise the threshold, or drop these pairs."
         )
 
 
+# losses that have no value where a batch has no token left
+MEANS_OVER_TOKENS = ("sft",)
+# the f-divergence under which an offset adds to the margin
+MARGIN_DIVERGENCE = "reverse_kl"
 # verb -> why it is not for reward models
 NOT_FOR_REWARD: dict[str, str] = {
     "mask_tokens": "it reads one score from the whole response",
@@ -152,10 +158,10 @@ def check_losses(loss_types: Sequence[str], f_divergence_type: str = "reverse_kl
             "one offset cannot suit both; use loss types of one kind with shape_reward."
         )
     f_divergence = str(getattr(f_divergence_type, "value", f_divergence_type))
-    if f_divergence != "reverse_kl":
+    if f_divergence != MARGIN_DIVERGENCE:
         raise AnatomyError(
             f"f_divergence_type {f_divergence!r} cannot be shaped: the offset would land inside a non-linear function "
-            "and not add to the margin; use 'reverse_kl' with shape_reward."
+            f"and not add to the margin; use {MARGIN_DIVERGENCE!r} with shape_reward."
         )
     if not beta > 0:
         raise AnatomyError(f"beta is {beta}, but shape_reward divides its offset by beta; use a positive beta.")
@@ -182,3 +188,27 @@ def support_table() -> str:
         weight = f"refused: {support.no_weight}" if support.no_weight else "exact"
         rows.append(f"| `{name}` | {support.verdict} | {support.note} | {weight} |")
     return "\n".join(["| loss_type | margin | what the offset does | pair weight |", "|---|---|---|---|", *rows])
+
+
+def verb_table() -> str:
+    """What each verb is exact for as Markdown, one row per verb, for the documentation.
+
+    Example:
+        >>> print(verb_table().splitlines()[2])
+        | `filter_pairs` | rows | every | every | exact |
+    """
+    losses = {
+        "margin": ("as *margin* below", f"`{MARGIN_DIVERGENCE}`"),
+        "weight": ("as *pair weight* below", "every"),
+        "tokens": (f"every; {_code(MEANS_OVER_TOKENS)} if every chosen response keeps a token", "every"),
+    }
+    rows = []
+    for name, verb in VERBS.items():
+        loss, divergence = losses.get(verb.stage, ("every", "every"))
+        reward = f"refused: {NOT_FOR_REWARD[name]}" if name in NOT_FOR_REWARD else "exact"
+        rows.append(f"| `{name}` | {verb.stage} | {loss} | {divergence} | {reward} |")
+    return "\n".join(["| verb | acts on | loss_type | f-divergence | reward models |", "|---|---|---|---|---|", *rows])
+
+
+def _code(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
