@@ -110,8 +110,9 @@ def check_masks(n_masked: int, loss_types: Sequence[str]) -> None:
     empty = [name for name in loss_types if name in MEANS_OVER_TOKENS]
     if n_masked and empty:
         raise AnatomyError(
-            f"loss_type {empty[0]!r} is a mean over the tokens of chosen responses, and mask_tokens leaves none in {n_masked} "
-            f"pairs: a batch of such pairs would give NaN. Drop {empty[0]!r}, raise the threshold, or drop these pairs."
+            f"loss_type {empty[0]!r} is a mean over the tokens of chosen responses, and mask_tokens leaves none in "
+            f"{n_masked} pairs: a batch of such pairs would give NaN. Drop {empty[0]!r}, raise the threshold, or drop "
+            "these pairs."
         )
 
 
