@@ -238,6 +238,12 @@ def test_what_generated_text_cannot_follow(rules: list[dict[str, Any]], message:
         ConceptReward(policy(None, *rules))
 
 
+def test_a_structured_concept_needs_pairs() -> None:
+    concepts = {"a": {"scorer": "text", "pattern": "a", "given": ["b"]}, "b": {"scorer": "text", "pattern": "b"}}
+    with pytest.raises(PolicyError, match=r"concepts.a.given: found given, which is fitted on pairs"):
+        ConceptReward({"concepts": concepts, "rules": [rule("a", strength=1)]})
+
+
 def test_what_is_missing(direction: Path) -> None:
     with pytest.raises(AnatomyError, match="has no rules"):
         ConceptReward({})

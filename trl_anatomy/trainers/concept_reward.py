@@ -190,6 +190,11 @@ def _followed(policy: ConceptPolicy, *, measured: bool) -> list[ShapeReward]:
             problems.append(f"{place}.with: found {rule.verb!r}, allowed: shape_reward; there are no pairs to act on.")
             continue
         rules.append(rule)
+        if policy.concepts[rule.concept].given:
+            problems.append(
+                f"{policy.place(f'concepts.{rule.concept}.given')}: found given, which is fitted on pairs, allowed: a "
+                "concept without it."
+            )
         if rule.constant is not None:
             problems.append(f"{place}.constant: found a margin between two responses, allowed: strength.")
         elif rule.fixed is None and not measured:
