@@ -262,3 +262,27 @@ def test_rows_that_would_not_be_exact_are_refused(architecture: str) -> None:
         SAE(tiny_sae(architecture)).rows([1])
     with pytest.raises(AnatomyError, match="scales every token by its own size"):
         SAE(tiny_sae("standard", normalize_activations="layer_norm")).rows([1])
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "topk"])
+def test_a_latent_taken_out_reads_0_when_encoded_again(architecture: str) -> None:
+    """Where encoder and decoder rows are the same orthonormal vectors; all else in the hidden state stays."""
+    inner = tiny_sae(architecture, d_sae=24)
+    with torch.no_grad():
+        vectors = torch.linalg.qr(torch.randn(32, 24, generator=torch.Generator().manual_seed(3)))[0].T
+        inner.W_dec.copy_(vectors)
+        inner.W_enc.copy_(vectors.T)
+    sae, features = SAE(inner), [2, 3, 11]
+    before = sae.encode(HIDDEN)
+    kth = sae.kth(HIDDEN) if architecture == "topk" else None
+    edited = ablate_features(HIDDEN, *sae.rows(features), kth=kth)
+    after = sae.encode(edited)
+    assert (before[:, features] > 0.1).any(dim=0).all()
+    fired = before[:, features] > 0
+    assert after[:, features][fired].max() <= 1e-5
+    # What is orthogonal to the three decoder rows is as it was.
+    rest = torch.eye(32) - vectors[features].T @ vectors[features]
+    torch.testing.assert_close(edited @ rest, HIDDEN @ rest, rtol=1e-5, atol=1e-5)
+    if architecture != "topk":  # there the places that are left free go to others
+        others = [i for i in range(24) if i not in features]
+        torch.testing.assert_close(after[:, others], before[:, others], rtol=1e-4, atol=1e-5)
