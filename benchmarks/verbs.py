@@ -144,14 +144,16 @@ def measure(model_path: Path, world: World) -> dict[str, float]:
     return {name: rate.share for name, rate in rates(flat, [text for group in texts for text in group]).items()}
 
 
-def kept_file(folder: Path, name: str) -> Path:
+def kept_file(folder: Path, learning_rate: float, name: str) -> Path:
     """Where the figures of a run are kept."""
-    return folder / "runs" / f"{''.join(c if c.isalnum() else '-' for c in name)}.json"
+    return folder / f"runs-{learning_rate:g}" / f"{''.join(c if c.isalnum() else '-' for c in name)}.json"
 
 
-def run(folder: Path, name: str, world: World, seed: int, policy: dict[str, Any] | None) -> dict[str, Any]:
+def run(
+    folder: Path, name: str, world: World, seed: int, learning_rate: float, policy: dict[str, Any] | None
+) -> dict[str, Any]:
     """Train (unless `policy` is the start model's empty dict), measure, and keep the figures."""
-    kept = kept_file(folder, name)
+    kept = kept_file(folder, learning_rate, name)
     if kept.is_file():
         return json.loads(kept.read_text())
     started = time.perf_counter()
@@ -160,7 +162,7 @@ def run(folder: Path, name: str, world: World, seed: int, policy: dict[str, Any]
         told["rates"] = measure(world.model_path, world)
     else:
         try:
-            plan = train(world, folder / "model", seed, learning_rate=LEARNING_RATE, concept_policy=policy)
+            plan = train(world, folder / "model", seed, learning_rate=learning_rate, concept_policy=policy)
         except Exception as error:
             # A rule that cannot run on this world is a finding, with its reason; the next one still runs.
             told["refused"] = f"{type(error).__name__}: {str(error)[:300]}"
@@ -196,12 +198,14 @@ def figures(habit: str, start: dict[str, float], dpo: dict[str, float], run: dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--only", default="", help="run only the rules whose name holds this")
     parser.add_argument("--finished", action="store_true", help="train nothing, record the runs that are finished")
     parser.add_argument("--out", default="benchmark-verbs", help="folder for worlds and runs; finished ones are kept")
     parser.add_argument("--results", default="benchmarks/results/verbs.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    rate = args.learning_rate
     seeds = {}
     for seed in args.seeds:
         folder = Path(args.out) / str(seed)
@@ -210,17 +214,18 @@ def main() -> None:
         if not readings_file.is_file():
             readings_file.write_text(json.dumps(read(world, folder)))
         readings = json.loads(readings_file.read_text())
-        start = run(folder, "start", world, seed, None)["rates"]
-        dpo = run(folder, "plain DPO", world, seed, None)["rates"]
+        start = run(folder, "start", world, seed, rate, None)["rates"]
+        dpo = run(folder, "plain DPO", world, seed, rate, None)["rates"]
         n = N_PROMPTS * N_PER_PROMPT
         found: dict[str, Any] = {}
         for name in rules(TARGETS[0], readings):
             for habit in TARGETS:
-                if args.only not in name or (args.finished and not kept_file(folder, f"{habit}: {name}").is_file()):
+                finished = kept_file(folder, rate, f"{habit}: {name}").is_file()
+                if args.only not in name or (args.finished and not finished):
                     continue
                 rule = rules(habit, readings)[name]
                 policy = {"version": 1, "concepts": concepts(world, habit, readings, folder), "rules": rule}
-                done = run(folder, f"{habit}: {name}", world, seed, policy)
+                done = run(folder, f"{habit}: {name}", world, seed, rate, policy)
                 found.setdefault(name, {})[habit] = figures(habit, start, dpo, done)
         seeds[str(seed)] = {
             "start": start,
@@ -231,7 +236,7 @@ def main() -> None:
         }
     results = {
         "command": f"python benchmarks/verbs.py --seeds {' '.join(map(str, args.seeds))}",
-        "learning rate": LEARNING_RATE,
+        "learning rate": rate,
         "date": datetime.date.today().isoformat(),
         "device": f"CPU ({platform.machine()}), one thread",
         "python": platform.python_version(),
