@@ -45,7 +45,7 @@ def chromium() -> Iterator[Any]:
 def opened(browser: Any, page: Path, address: str = "", **settings: Any) -> Iterator[Any]:
     """A tab with a page of the disk, watched: at the end nothing has run, been refused, failed, or been asked for."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, **settings)
-    context.set_default_timeout(180_000)  # a busy machine is slow, not wrong
+    context.set_default_timeout(60_000)  # a busy machine is slow, not wrong
     tab = context.new_page()
     failed: list[str] = []
     tab.on("dialog", lambda dialog: (failed.append(f"dialog: {dialog.message}"), dialog.dismiss()))

@@ -197,11 +197,15 @@ def test_a_point_opens_by_click(browser, audit, page):
         alone = max(places, key=lambda a: min(np.linalg.norm(places[a] - places[b]) for b in places if b != a))
         drawn = [sorted(t.to_pylist(), key=lambda c: -abs(c["predicted"])) for t in (audit.concepts, audit.responses)]
         order = [concept["concept"] for table in drawn for concept in table]
-        box = tab.locator("#map-concepts .point").nth(order.index(alone)).bounding_box()
-        tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-        tab.wait_for_function(
-            "name => document.querySelector('#map-concepts + .tip').textContent.startsWith(name)", arg=alone
-        )
+        shown = "name => document.querySelector('#map-concepts + .tip').textContent.startsWith(name)"
+        for _ in range(20):  # the map may still be moving into place while it is measured
+            box = tab.locator("#map-concepts .point").nth(order.index(alone)).bounding_box()
+            x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+            tab.mouse.move(x - 40, y - 40)
+            tab.mouse.move(x, y, steps=4)
+            tab.wait_for_timeout(500)
+            if tab.evaluate(shown, alone):
+                break
         tab.mouse.down()
         tab.mouse.up()
         tab.wait_for_function("name => location.hash.includes('sel=' + name)", arg=alone)
