@@ -273,6 +273,7 @@ def found(plan: Plan, topic: np.ndarray, findings: object) -> dict:
 def small(way: str, plan: Plan, harvest: Path, out: Path, contexts: int) -> dict:
     """Graph, scores and tests in one of two ways; what was computed goes to `out`."""
     from trl_anatomy.audit import clusters, stats, views
+    from trl_anatomy.audit.communities import fired_responses
     from trl_anatomy.audit.config import AuditConfig
     from trl_anatomy.reading.harvest import Harvest
 
@@ -289,7 +290,7 @@ def small(way: str, plan: Plan, harvest: Path, out: Path, contexts: int) -> dict
     if way == "ours":
 
         def graph() -> np.ndarray:
-            fired = views.fired_responses(read, 0.01, plan.pairs)
+            fired = fired_responses(read, 0.01, plan.pairs)
             return clusters.cofiring_graph(fired, clusters.live_features(fired, 10)).toarray()
 
         def tests() -> tuple[np.ndarray, ...]:

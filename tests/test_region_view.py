@@ -163,7 +163,7 @@ def analysed_scores(world: World, read: Harvest) -> Activity:
 
 def test_empty_responses_do_not_make_features_fire_together(world: World, read: Harvest) -> None:
     """Communities come from responses alone: the empty side would make any two features look associated."""
-    from trl_anatomy.audit.views import fired_responses
+    from trl_anatomy.audit.communities import fired_responses
 
     fired = fired_responses(read, 0.01, 10**6, spans=("chosen",))
     assert fired.shape == (N_ROWS, D_SAE)

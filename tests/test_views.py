@@ -5,7 +5,7 @@ import pytest
 from audit_world import HABITS, TOPICS, make_world
 from scipy import stats as reference
 
-from trl_anatomy.audit import views
+from trl_anatomy.audit import communities, views
 from trl_anatomy.audit.clusters import cofiring_communities
 from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.errors import AnatomyError
@@ -114,21 +114,21 @@ def test_swapped_labels_give_no_discoveries():
 
 
 def test_communities_of_a_small_sae_are_the_planted_habits(world):
-    fired = views.fired_responses(world, 0.01, max_pairs=10_000)
+    fired = communities.fired_responses(world, 0.01, max_pairs=10_000)
     assert fired.shape == (2 * world.n_pairs, world.d_sae)
-    sizes = views.sizes_for(world.d_sae, AuditConfig())
-    assert (sizes.min_community, sizes.min_concept) == (2, 2)
+    sizes = communities.sizes_for(world.d_sae, AuditConfig())
+    assert (sizes.min_community, sizes.min_concept) == (1, 1)
     assert "setting 10" in sizes.notes[0]
     found = {tuple(c) for c in cofiring_communities(fired, min_size=2, resolution=sizes.resolution)}
     planted = [h["features"] for h in HABITS.values()] + [t["features"] for t in TOPICS]
     assert found == set(planted)
-    assert views.fired_responses(world, 0.01, max_pairs=100).shape[0] == 200
+    assert communities.fired_responses(world, 0.01, max_pairs=100).shape[0] == 200
 
 
 def test_sizes_of_a_large_sae_are_the_settings():
-    sizes = views.sizes_for(30_000, AuditConfig())
+    sizes = communities.sizes_for(30_000, AuditConfig())
     assert (sizes.min_community, sizes.min_concept, sizes.notes) == (4, 10, ())
-    assert views.sizes_for(2048, AuditConfig()).min_concept == 5
+    assert communities.sizes_for(2048, AuditConfig()).min_concept == 5
 
 
 def test_contexts_are_scaled_to_the_data():

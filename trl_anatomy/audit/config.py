@@ -84,8 +84,8 @@ class AuditConfig:
     min_community: int = field(
         default=4,
         metadata={
-            "help": "Smaller communities are dropped. Scaled down to 2 below 4096 live features. 1 also keeps features "
-            "that fire with no other; a small SAE has many."
+            "help": "Smaller communities are dropped. Scaled down below 4096 live features, to 1 at least: that keeps "
+            "features that fire with no other, of which a small SAE has many."
         },
     )
     min_concept: int = field(

@@ -13,17 +13,17 @@ import pyarrow as pa
 from scipy import sparse
 
 from ..errors import AnatomyError
-from .clusters import cofiring_communities, live_features
+from .communities import find_communities
 from .config import AuditConfig
+from .findings import Findings, shared_prompts, timed
 from .labels import member_terms
 from .predict import CO_FIRING, CONCEPTS, LETTERS, NO_PAIRS, telling_rows
 from .prompt_view import TOP_SHARE, find_geometry, prompt_scores, top_pairs
-from .views import Activity, activity, fired_responses, hypothesis_table, sizes_for
+from .views import Activity, activity, hypothesis_table
 
 if TYPE_CHECKING:
     from ..reading.harvest import Harvest
     from ..reading.spans import Pairs
-    from .run import Findings
 
 # Allowed values of a column that an error lists.
 _LISTED = 10
@@ -95,30 +95,19 @@ def analyse_regions(read: "Harvest", config: AuditConfig, rows: "Pairs") -> "Fin
     Raises:
         AnatomyError: no region is given and the rows have no prompts to find one by.
     """
-    from .run import MIN_COUNT, Findings, _shared_prompts, _timed
-
     timings: dict[str, float] = {}
     has_prompts = bool(read.lengths["prompt"].any())
-    groups, notes = _shared_prompts(rows.prompt_groups) if has_prompts else (None, [])
-    with _timed(timings, "regions"):
-        members, regions, found = _regions(read, config, rows, has_prompts)
-    with _timed(timings, "communities"):
-        fired = fired_responses(read, config.tau, config.community_pairs, config.seed, spans=("chosen",))
-        n_live = len(live_features(fired, MIN_COUNT))
-        sizes = sizes_for(n_live, config)
-        communities = cofiring_communities(
-            fired,
-            edge_share=config.edge_share,
-            min_size=sizes.min_community,
-            min_count=MIN_COUNT,
-            resolution=sizes.resolution,
-            seed=config.seed,
-        )
-    with _timed(timings, "view"):
+    groups, notes = shared_prompts(rows.prompt_groups) if has_prompts else (None, [])
+    with timed(timings, "regions"):
+        members, regions, said = _regions(read, config, rows, has_prompts)
+    with timed(timings, "communities"):
+        found = find_communities(read, config)
+        communities, sizes = found.features, found.sizes
+    with timed(timings, "view"):
         scores = activity(read, communities, config.tau)
         fit = np.array([len(c) >= sizes.min_concept for c in communities], dtype=bool)
         hypotheses = region_table(scores, members, config, fit=fit, groups=groups)
-    with _timed(timings, "labels"):
+    with timed(timings, "labels"):
         texts = [rows.texts(i) for i in range(len(rows))]
         # Where a concept fires more than it does on average: many fire a little everywhere.
         shown = sparse.csr_array((scores.u > scores.u.mean(axis=0)).T.astype(np.float64))
@@ -126,9 +115,6 @@ def analyse_regions(read: "Harvest", config: AuditConfig, rows: "Pairs") -> "Fin
         about = member_terms([prompt or response for prompt, response, _ in texts], members)
     for entry, of in zip(regions.values(), about, strict=True):
         entry["terms"] = of
-    notes += [*sizes.notes, *found]
-    if not communities:
-        notes.append("No features fire together often enough to form a concept: this audit can not tell anything.")
     return Findings(
         hypotheses=hypotheses,
         concepts=_concepts(scores, communities, terms),
@@ -142,11 +128,11 @@ def analyse_regions(read: "Harvest", config: AuditConfig, rows: "Pairs") -> "Fin
                 "n_tested_region": hypotheses.num_rows,
                 "n_kept_region": int(np.sum(hypotheses["kept"].to_numpy())),
             },
-            "notes": notes,
+            "notes": [*notes, *found.notes, *said],
             "contexts": regions,
             "counts": {
                 "n_prompts": len(np.unique(rows.prompt_groups)) if has_prompts else 0,
-                "n_live": n_live,
+                "n_live": found.n_live,
                 "n_features_in_concepts": sum(map(len, communities)),
             },
         },

@@ -1,10 +1,7 @@
 """Run an audit: pairs, frozen pass, communities, tests, folder, page."""
 
 import platform
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,15 +11,16 @@ import pyarrow as pa
 from scipy import sparse
 
 from ..errors import AnatomyError
-from .clusters import affordable, cofiring_communities, live_features
+from .communities import find_communities
 from .config import AuditConfig
+from .findings import Findings, shared_prompts, timed
 from .folder import Audit, load_audit, pairs_table, write_audit
 from .labels import distinctive_terms, group_terms, member_terms
 from .maps import map_places
 from .predict import RESPONSE_GEOMETRY, concept_table
 from .prompt_view import PromptView, prompt_view
 from .samples import sample_rows, sample_table
-from .views import FeatureView, feature_view, fired_responses, sizes_for
+from .views import FeatureView, feature_view
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,10 +29,6 @@ if TYPE_CHECKING:
     from ..reading.sae import SAE
     from ..reading.spans import Pairs
 
-# A live feature fires in at least so many responses, and stays silent in as many.
-MIN_COUNT = 10
-# With fewer prompts, errors between prompts can not be estimated.
-MIN_PROMPTS = 20
 # Pairs whose text is read for labels.
 LABEL_PAIRS = 20_000
 # Pairs of a prompt context whose text is read in any case.
@@ -201,7 +195,7 @@ def run_audit(
     timings: dict[str, float] = {}
     ranks = Ranks.current()
     _require(config, model, dataset)
-    with _timed(timings, "load"):
+    with timed(timings, "load"):
         raw = load_dataset(config) if dataset is None else dataset
         tokenizer = _tokenizer(config, model, tokenizer)
         pairs = read_rows(
@@ -212,7 +206,7 @@ def run_audit(
         sae = load_sae(config.sae)
         model = load_model(config) if model is None else model
         layer = check_sae(sae, model, config.layer)
-    with _timed(timings, "harvest"):
+    with timed(timings, "harvest"):
         read = harvest(
             model,
             sae,
@@ -249,7 +243,7 @@ def _conclude(
         findings = analyse_regions(read, config, pairs)
     else:
         findings = analyse(read, config, pairs.texts, pairs.prompt_groups)
-        with _timed(timings, "samples"):
+        with timed(timings, "samples"):
             table = findings.concepts
             of = dict(zip(table["concept"].to_pylist(), map(np.asarray, table["features"].to_pylist()), strict=True))
             samples = sample_table(
@@ -296,23 +290,6 @@ def _conclude(
     write_report(audit, raw)
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What an audit says about a harvest.
-
-    Attributes:
-        hypotheses, concepts, pairs: the tables of the audit folder.
-        info: settings_used, notes, contexts, maps and counts of `audit.json`.
-        timings: seconds of each step.
-    """
-
-    hypotheses: pa.Table
-    concepts: pa.Table
-    pairs: pa.Table
-    info: dict[str, Any]
-    timings: dict[str, float]
-
-
 def analyse(
     read: "Harvest",
     config: AuditConfig,
@@ -326,33 +303,17 @@ def analyse(
         prompt_groups: (n_pairs,) int64, the same number for pairs of one prompt; default every pair its own.
     """
     timings: dict[str, float] = {}
-    groups, note = _shared_prompts(prompt_groups)
-    with _timed(timings, "communities"):
-        every = fired_responses(read, config.tau, config.community_pairs, config.seed)
-        fired = affordable(every, config.seed)
-        if fired.shape[0] < every.shape[0]:
-            note += [
-                f"So many features fire at a time that communities were found from {fired.shape[0]} responses of "
-                f"{every.shape[0]} drawn."
-            ]
-        del every
-        n_live = len(live_features(fired, MIN_COUNT))
-        sizes = sizes_for(n_live, config)
-        communities = cofiring_communities(
-            fired,
-            edge_share=config.edge_share,
-            min_size=sizes.min_community,
-            min_count=MIN_COUNT,
-            resolution=sizes.resolution,
-            seed=config.seed,
-        )
-    with _timed(timings, "view"):
+    groups, note = shared_prompts(prompt_groups)
+    with timed(timings, "communities"):
+        found = find_communities(read, config)
+        communities, sizes = found.features, found.sizes
+    with timed(timings, "view"):
         view = feature_view(read, communities, config, min_concept=sizes.min_concept, groups=groups)
-    with _timed(timings, "prompt_view"):
+    with timed(timings, "prompt_view"):
         prompts = prompt_view(read, config, groups)
-    with _timed(timings, "labels"):
+    with timed(timings, "labels"):
         terms, response_terms, contexts = _describe(texts, view, prompts, config.seed)
-    with _timed(timings, "predict"):
+    with timed(timings, "predict"):
         responses = prompts.geometry.responses
         concepts = [
             concept_table(view.activity, communities, config, terms=terms, groups=groups),
@@ -360,9 +321,6 @@ def analyse(
                 prompts.scores, responses, config, terms=response_terms, kind=RESPONSE_GEOMETRY, groups=groups
             ),
         ]
-    notes = [*sizes.notes, *view.notes, *prompts.notes, *note]
-    if not communities:
-        notes.append("No features fire together often enough to form a concept: this audit can not tell anything.")
     return Findings(
         hypotheses=pa.concat_tables([view.hypotheses, prompts.hypotheses]),
         concepts=pa.concat_tables(concepts),
@@ -374,38 +332,17 @@ def analyse(
                 **view.settings_used,
                 **prompts.settings_used,
             },
-            "notes": notes,
+            "notes": [*found.notes, *view.notes, *prompts.notes, *note],
             "contexts": contexts,
             "maps": map_places(view, prompts),
             "counts": {
                 "n_prompts": read.n_pairs if prompt_groups is None else len(np.unique(prompt_groups)),
-                "n_live": n_live,
+                "n_live": found.n_live,
                 "n_features_in_concepts": sum(map(len, communities)),
             },
         },
         timings=timings,
     )
-
-
-def _shared_prompts(prompt_groups: np.ndarray | None) -> tuple[np.ndarray | None, list[str]]:
-    """Groups of pairs to be taken together: None where no prompt repeats; and what to tell the reader."""
-    n_prompts = 0 if prompt_groups is None else len(np.unique(prompt_groups))
-    if prompt_groups is None or n_prompts == len(prompt_groups):
-        return None, []
-    shared = f"{len(prompt_groups)} pairs share {n_prompts} prompts"
-    if n_prompts < MIN_PROMPTS:
-        return None, [
-            f"{shared}, too few to tell how much depends on the prompt: intervals and tests take every pair by itself "
-            "and hold for these prompts only."
-        ]
-    return prompt_groups, [f"{shared}: intervals and tests take the pairs of a prompt together."]
-
-
-@contextmanager
-def _timed(timings: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    timings[name] = round(time.perf_counter() - start, 3)
 
 
 def _describe(

@@ -16,8 +16,6 @@ from .config import AuditConfig
 if TYPE_CHECKING:
     from ..reading.harvest import Harvest
 
-# The published sizes belong to an SAE of 65k latents; below so many live features they are scaled down.
-LARGE_SAE = 4096
 # Stored entries, and rows of scores, that are worked on at a time: they should stay in the cache.
 ENTRIES, ROWS = 1 << 18, 4096
 
@@ -47,69 +45,6 @@ HYPOTHESES = pa.schema(
         ("rank", pa.int32()),
     ]
 )
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes that an audit really used, and why they differ from its settings."""
-
-    min_community: int
-    min_concept: int
-    resolution: float
-    notes: tuple[str, ...]
-
-
-def sizes_for(n_live: int, config: AuditConfig) -> Sizes:
-    """Smallest community and concept, and resolution, for an SAE with `n_live` live features.
-
-    From 4096 live features on, the settings. Below, both sizes are scaled by n_live / 4096, to 2 features at least:
-    with few features a habit lights only a handful of them, and the published sizes would drop every concept. The
-    resolution is doubled: in a graph of few edges plain modularity joins groups that are only loosely linked, such as
-    a habit and the one topic that it belongs to.
-    """
-    if n_live >= LARGE_SAE:
-        return Sizes(config.min_community, config.min_concept, config.resolution, ())
-    share = n_live / LARGE_SAE
-    community = min(config.min_community, max(2, round(config.min_community * share)))
-    concept = min(config.min_concept, max(2, round(config.min_concept * share)))
-    note = (
-        f"Only {n_live} features are live, so communities of {community} features or more were kept (setting "
-        f"{config.min_community}), hypotheses need concepts of {concept} or more (setting {config.min_concept}) and "
-        f"the resolution was doubled."
-    )
-    return Sizes(community, concept, 2 * config.resolution, (note,))
-
-
-def fired_responses(
-    harvest: "Harvest", tau: float, max_pairs: int, seed: int = 0, spans: Sequence[str] = ("chosen", "rejected")
-) -> sparse.csr_array:
-    """Which feature fired in which response, as communities see it.
-
-    A response counts as one sample and a feature as fired above the same share `tau` of tokens as in the disparity.
-
-    Args:
-        spans: the responses of a pair; SFT data have the first alone.
-    Returns:
-        (responses of the pairs used, d_sae), at most `max_pairs` pairs drawn by `seed`.
-    """
-    drawn = np.ones(harvest.n_pairs, dtype=bool)
-    if harvest.n_pairs > max_pairs:
-        drawn[:] = False
-        drawn[np.random.default_rng(seed).choice(harvest.n_pairs, max_pairs, replace=False)] = True
-    parts, start = [], 0
-    for shard in harvest.shards():
-        here = shard.select(np.flatnonzero(drawn[start : start + len(shard.rows)]))
-        start += len(shard.rows)
-        parts += [_fired(sparse.csr_array(here.frequency(span)), tau) for span in spans]
-    return sparse.csr_array(sparse.vstack(parts, format="csr"))
-
-
-def _fired(frequency: sparse.csr_array, tau: float) -> sparse.csr_array:
-    """1 where the frequency is above tau; nothing stored elsewhere."""
-    above = _above(frequency.data, tau)
-    fired = sparse.csr_array((above, frequency.indices.copy(), frequency.indptr.copy()), shape=frequency.shape)
-    fired.eliminate_zeros()
-    return fired
 
 
 def cluster_sums(
@@ -163,7 +98,7 @@ def _sizes(clusters: Sequence[np.ndarray]) -> np.ndarray:
     return np.maximum(1.0, np.array([len(c) for c in clusters], dtype=np.float64))
 
 
-def _above(frequency: np.ndarray, tau: float) -> np.ndarray:
+def above(frequency: np.ndarray, tau: float) -> np.ndarray:
     """1.0 where a frequency is above tau, else 0.0.
 
     Compared in float32, as frequencies are stored: a share of exactly tau does not count, whatever its rounding.
@@ -179,7 +114,7 @@ def concept_activity(frequency: sparse.csr_array, communities: Sequence[np.ndarr
     Returns:
         (n_responses, K) float64 in [0, 1].
     """
-    (fired,) = cluster_sums(frequency, communities, _above(frequency.data, tau))
+    (fired,) = cluster_sums(frequency, communities, above(frequency.data, tau))
     return fired / _sizes(communities)
 
 
@@ -240,7 +175,7 @@ def activity(harvest: "Harvest", communities: Sequence[np.ndarray], tau: float =
         for side in ("chosen", "rejected"):
             frequency = sparse.csr_array(shard.frequency(side))
             data = frequency.data.astype(np.float64)
-            sides.append(cluster_sums(frequency, communities, _above(frequency.data, tau), data))
+            sides.append(cluster_sums(frequency, communities, above(frequency.data, tau), data))
         (in_chosen, of_chosen), (in_rejected, of_rejected) = sides
         support += ((in_chosen > 0) | (in_rejected > 0)).sum(axis=0)
         u[here] = (in_chosen - in_rejected) / _sizes(communities)

@@ -1,0 +1,52 @@
+"""What an audit says, and what both kinds of data (pairs, SFT rows) need to say it."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+# With fewer prompts, errors between prompts can not be estimated.
+MIN_PROMPTS = 20
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What an audit says about a harvest.
+
+    Attributes:
+        hypotheses, concepts, pairs: the tables of the audit folder.
+        info: settings_used, notes, contexts, maps and counts of `audit.json`.
+        timings: seconds of each step.
+    """
+
+    hypotheses: pa.Table
+    concepts: pa.Table
+    pairs: pa.Table
+    info: dict[str, Any]
+    timings: dict[str, float]
+
+
+def shared_prompts(prompt_groups: np.ndarray | None) -> tuple[np.ndarray | None, list[str]]:
+    """Groups of pairs to be taken together: None where no prompt repeats; and what to tell the reader."""
+    n_prompts = 0 if prompt_groups is None else len(np.unique(prompt_groups))
+    if prompt_groups is None or n_prompts == len(prompt_groups):
+        return None, []
+    shared = f"{len(prompt_groups)} pairs share {n_prompts} prompts"
+    if n_prompts < MIN_PROMPTS:
+        return None, [
+            f"{shared}, too few to tell how much depends on the prompt: intervals and tests take every pair by itself "
+            "and hold for these prompts only."
+        ]
+    return prompt_groups, [f"{shared}: intervals and tests take the pairs of a prompt together."]
+
+
+@contextmanager
+def timed(timings: dict[str, float], name: str) -> Iterator[None]:
+    """Writes the seconds of a step into `timings`."""
+    start = time.perf_counter()
+    yield
+    timings[name] = round(time.perf_counter() - start, 3)
