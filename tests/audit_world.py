@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 from scipy import sparse
+from scipy import stats as reference
 
 from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.folder import Audit, write_audit
@@ -17,6 +18,20 @@ from trl_anatomy.audit.samples import SAMPLES, sample_rows
 from trl_anatomy.reading.harvest import Harvest, write_harvest
 
 SPANS = ("prompt", "chosen", "rejected")
+
+
+def checked_test(inside: np.ndarray, outside: np.ndarray) -> tuple[float, float, float, float]:
+    """z by scipy's Welch test; p and interval from the larger of its error and that of a draw from all values."""
+    welch = reference.ttest_ind(inside, outside, equal_var=False)
+    both, delta = np.concatenate([inside, outside]), inside.mean() - outside.mean()
+    error, df = np.sqrt(inside.var(ddof=1) / len(inside) + outside.var(ddof=1) / len(outside)), welch.df
+    draw = np.sqrt(both.var(ddof=1) * (1 / len(inside) + 1 / len(outside)))
+    if draw > error:
+        error, df = draw, len(both) - 2
+    low, high = reference.t.interval(0.95, df, loc=delta, scale=error)
+    return float(welch.statistic), float(2 * reference.t.sf(abs(delta) / error, df)), float(low), float(high)
+
+
 D_SAE = 128
 
 # Rates are shares of responses that show the habit; a habit with a topic is shown in that topic only.

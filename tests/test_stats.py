@@ -1,6 +1,7 @@
 """Statistics against scipy and closed forms, one cell at a time, in float64."""
 
 import itertools
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -366,3 +367,42 @@ def test_comparison_of_single_rows_is_welch(sample):
     found = stats.welch_of_groups(plain, values, members, pool, np.arange(len(values)) * 7 - 50)
     for name in ("z", "df", "p", "ci_low", "ci_high"):
         np.testing.assert_allclose(getattr(found, name), getattr(plain, name), rtol=1e-8, atol=1e-9)
+
+
+def test_a_draw_has_the_variance_of_all_draws():
+    """The mean square of the difference over every way to draw three rows of seven."""
+    values = np.array([[0.0, 1], [0, 5], [1, 2], [0, 2], [0, 9], [3, 4], [0, 0]])
+    pool, n = np.ones(7, dtype=bool), 3
+    draws = [list(rows) for rows in combinations(range(7), n)]
+    differences = [values[rows].mean(0) - np.delete(values, rows, axis=0).mean(0) for rows in draws]
+    expected = np.sqrt(np.mean(np.square(differences), axis=0))
+    members = stats.one_hot(np.array([-1, -1, -1, 0, 0, -1, 0]), 1)  # the first column is silent in them
+    plain, _ = stats.compare_members(values, members, pool, np.arange(7) % 2)
+    found = stats.no_surer_than_a_draw(plain, values, pool)
+    np.testing.assert_allclose(found.error[0], np.maximum(expected, plain.error[0]), **TOLERANCE)
+    assert found.error[0, 0] == pytest.approx(expected[0], rel=1e-9)
+    assert plain.error[0, 0] < expected[0]
+    np.testing.assert_array_equal(found.z, plain.z)
+    assert found.p[0, 0] == pytest.approx(2 * reference.t.sf(abs(plain.delta[0, 0]) / expected[0], 5), rel=1e-9)
+    half = reference.t.ppf(0.975, 5) * expected[0]
+    assert found.ci_high[0, 0] - found.delta[0, 0] == pytest.approx(half, rel=1e-9)
+
+
+def test_a_draw_of_prompts_adds_up_what_their_pairs_share():
+    """Every row twice, under one prompt, is known as well as every row once: the sum over a prompt is what varies."""
+    rng = np.random.default_rng(0)
+    once = (rng.random((200, 3)) < 0.05).astype(float)
+    inside = np.arange(200) < 40
+    prompts = np.arange(200)
+    single = two_sided(once, inside, prompts)
+    double = two_sided(np.repeat(once, 2, axis=0), np.repeat(inside, 2), np.repeat(prompts, 2))
+    np.testing.assert_allclose(double.error, single.error, **TOLERANCE)
+    np.testing.assert_allclose(double.p, single.p, **TOLERANCE)
+
+
+def two_sided(values: np.ndarray, inside: np.ndarray, prompts: np.ndarray) -> stats.Welch:
+    members = stats.one_hot(np.where(inside, 0, -1), 1)
+    pool = np.ones(len(values), dtype=bool)
+    plain, _ = stats.compare_members(values, members, pool, np.arange(len(values)) % 2)
+    robust = stats.welch_of_groups(plain, values, members, pool, prompts)
+    return stats.no_surer_than_a_draw(robust, values, pool, prompts)

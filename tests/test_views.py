@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from audit_world import HABITS, TOPICS, make_world
+from audit_world import HABITS, TOPICS, checked_test, make_world
 from scipy import stats as reference
 
 from trl_anatomy.audit import communities, views
@@ -63,8 +63,8 @@ def test_hypotheses_equal_scipy(view):
         k, m = int(row["context"][1:]), int(row["concept"][1:]) - 1
         u, active = view.activity.u[:, m], view.contexts > 0
         inside, outside = u[view.contexts == k], u[active & (view.contexts != k)]
-        test = reference.ttest_ind(inside, outside, equal_var=False)
-        np.testing.assert_allclose([row["z"], row["p"]], [test.statistic, test.pvalue], rtol=1e-9, atol=1e-12)
+        found = [row[name] for name in ("z", "p", "ci_low", "ci_high")]
+        np.testing.assert_allclose(found, checked_test(inside, outside), rtol=1e-9, atol=1e-12)
         halves = [
             u[(view.contexts == k) & (parity == h)].mean() - u[active & (view.contexts != k) & (parity == h)].mean()
             for h in (0, 1)

@@ -5,7 +5,7 @@ never a silent zero.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import sparse
@@ -105,12 +105,14 @@ def _sums(
 class Welch:
     """Comparison of every group with the rest, for every column; each array is (n_groups, n_columns).
 
-    delta = mean inside - mean outside; z = delta / standard error; d = Cohen's d with pooled variance;
-    p two-sided from Student's t with Welch-Satterthwaite degrees of freedom `df`; ci_low..ci_high at 95 %.
+    delta = mean inside - mean outside; z = delta / Welch's standard error; d = Cohen's d with pooled variance;
+    p two-sided from Student's t of delta / `error` with `df` degrees of freedom; ci_low..ci_high at 95 %. `error` and
+    `df` are Welch's (with Satterthwaite's degrees of freedom) unless `no_surer_than_a_draw` changed them.
     NaN where a side has fewer than two members or neither side varies.
     """
 
     delta: np.ndarray
+    error: np.ndarray
     z: np.ndarray
     d: np.ndarray
     df: np.ndarray
@@ -151,7 +153,41 @@ def _tested(
     z = delta / error
     p = 2 * distributions.t.sf(np.abs(z), df)
     half = distributions.t.ppf(0.5 + level / 2, df) * error
-    return Welch(delta, z, d, df, p, delta - half, delta + half, n_in, n_out)
+    return Welch(delta, error, z, d, df, p, delta - half, delta + half, n_in, n_out)
+
+
+def no_surer_than_a_draw(found: Welch, values: np.ndarray, pool: np.ndarray, groups: np.ndarray | None = None) -> Welch:
+    """The comparison with errors that are never below those of a context drawn from the pool at random.
+
+    A concept that fires in few pairs may happen to be silent in all pairs of a small context. Welch's error sees no
+    variance there and calls the silence sure; with rare concepts contexts drawn at random are then "found" in most
+    audits. If n_in of the N rows of the pool were drawn at random, the difference of the means would have exactly the
+    variance S²·(1/n_in + 1/n_out), S² the variance over the pool. Where the draw errs on the other side (a few firing
+    pairs fall together), Welch's error is the larger one. For concepts that vary alike inside and outside both agree.
+
+    Args:
+        found: what `compare_members` or `welch_of_groups` says of the same values and pool.
+        values: (n, n_columns).
+        pool: (n,) bool.
+        groups: (n,) group of each row (prompt of a pair), added up before squaring; default every row its own.
+    Returns:
+        As `found`, z unchanged; error, df, p and interval of the larger error.
+    Source: method.md section 4, step 3.
+    """
+    rows = np.flatnonzero(pool)
+    within = _within(None if groups is None else groups[rows], len(rows))
+    n_groups, centre = within.shape[0], _mean_of_pool(values, pool)
+    spread = np.empty(values.shape[1])
+    for start in range(0, values.shape[1], BLOCK):
+        block = slice(start, start + BLOCK)
+        spread[block] = np.square(within @ (values[rows, block].astype(np.float64) - centre[block])).sum(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        variance = spread / len(rows) * n_groups / (n_groups - 1)
+        draw = np.sqrt(variance * (1 / found.n_in[:, None] + 1 / found.n_out[:, None]))
+    wider = draw > found.error
+    df = np.where(wider, np.maximum(n_groups - 2.0, 1.0), found.df)
+    tested = _tested(found.delta, np.where(wider, draw, found.error), found.d, df, found.n_in, found.n_out)
+    return replace(tested, z=found.z)
 
 
 def _welch_error(inside: Moments, outside: Moments) -> np.ndarray:

@@ -331,7 +331,7 @@ def hypothesis_table(
         names: the view, and the letters of its contexts and concepts.
         fit: (n_concepts,) bool, concepts that may be kept; default all.
         groups: (n,) prompt of each pair: z, p, q and intervals are robust to what pairs of one prompt share; default
-            every pair its own, which is Welch's test.
+            every pair its own, and z is Welch's.
     Returns:
         Table of schema HYPOTHESES; cells without a test (a context of one pair, no variance anywhere) are left out.
     """
@@ -342,6 +342,7 @@ def hypothesis_table(
     plain_z = welch.z
     if groups is not None:
         welch = stats.welch_of_groups(welch, scores.u, members, pool, groups)
+    welch = stats.no_surer_than_a_draw(welch, scores.u, pool, groups)
     adjusted = stats.adjusted_difference(scores.u, scores.log_ratio, members, pool)
     k, m = np.nonzero(~np.isnan(welch.p))
     if len(k) == 0:
