@@ -11,11 +11,9 @@ and those of one topic in prompts of that topic.
 """
 
 import argparse
-import dataclasses
 import datetime
 import json
 import platform
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,10 +24,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_anatomy.audit import stats
-from trl_anatomy.audit.config import AuditConfig
-from trl_anatomy.audit.folder import Audit, load_audit, write_audit
+from trl_anatomy.audit.folder import Audit, load_audit
 from trl_anatomy.audit.predict import agreement, predicted_shift, tilted_shift
-from trl_anatomy.audit.run import analyse
 from trl_anatomy.audit.stats import one_hot
 from trl_anatomy.audit.views import concept_activity
 from trl_anatomy.checking.compare import cheap_predictions
@@ -247,20 +243,6 @@ def _along(model: Any, step: list[torch.Tensor], start: Pairs) -> np.ndarray:
     return found
 
 
-def with_lone_features(result: DemoResult, out: Path) -> DemoResult:
-    """The same harvest audited again with features that fire with no other as concepts of their own."""
-    audit = result.audit
-    config = AuditConfig(**{**audit.info["settings"], "min_community": 1})
-    pairs = result.world.dataset
-    texts = [tuple(pairs[int(row)][side] for side in ("prompt", "chosen", "rejected")) for row in audit.harvest.rows]
-    groups = audit.pairs["prompt_group"].to_numpy()
-    findings = analyse(audit.harvest, config, lambda i: texts[i], groups)
-    shutil.copytree(audit.path / "harvest", out / "audit-lone" / "harvest", dirs_exist_ok=True)
-    info = {**audit.info, **findings.info, "settings": config.settings()}
-    again = write_audit(out / "audit-lone", info, findings.hypotheses, findings.concepts, findings.pairs)
-    return dataclasses.replace(result, audit=again)
-
-
 def reported(result: DemoResult) -> list[dict]:
     """What the audit says of each planted habit: the concept that stands for it, and of topic habits the hypotheses.
 
@@ -403,12 +385,11 @@ def main() -> None:
     for seed in range(args.seeds):
         out = Path(args.out) / str(seed)
         result = demo(out, seed)
-        audits = {"audit": result, "audit, lone features kept": with_lone_features(result, out)}
-        rows = {name: reported(audited) for name, audited in audits.items()}
+        rows = reported(result)
         found[str(seed)] = {
             **record(result),
             **predictors(result, out),
-            **{f"{name}: planted habits": checks(of) for name, of in rows.items()},
+            "audit of planted habits": checks(rows),
             "planted habits": rows,
         }
         assert len(found[str(seed)]["rows"]) == len(HABITS) + 1
