@@ -33,14 +33,14 @@ from trl_anatomy.audit import stats
 from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.folder import Audit
 from trl_anatomy.audit.run import run_audit
-from trl_anatomy.audit.views import concept_activity, membership
+from trl_anatomy.audit.views import cluster_sums, concept_activity
 from trl_anatomy.checking.rates import TEXT_RULES
 from trl_anatomy.reading.forward import length_sorted_batches, read_spans
 from trl_anatomy.reading.spans import Pairs, read_pairs
 
 PACKAGES = ("trl", "transformers", "torch", "sae-lens", "numpy", "scipy", "scikit-learn", "scikit-network")
 MODEL, LAYER, MAX_LENGTH = "tinychat1m", 2, 512
-SAE_TOKENS, D_SAE, K = 1_500_000, 1024, 16
+SAE_TOKENS, D_SAE, K = 1_500_000, 2048, 4
 HIDDEN_TOKENS = 400_000  # of all datasets together, that the SAE is trained on
 
 # The default, and what a tiny model and its small SAE need: their latents fire weakly on many tokens, so that whether
@@ -170,13 +170,18 @@ def associations(audit: Audit, mine: Responses, others: list[Responses]) -> dict
     clusters = [np.asarray(ids, dtype=np.int64) for ids in audit.responses["features"].to_pylist()]
     pooled = mine.pooled[settings["pooling"]]
     spread = np.maximum((pooled[:n] - pooled[n:]).toarray().std(axis=0), 1e-6)
-    mean = csr_array(membership(clusters, pooled.shape[1]) / np.maximum(1, [len(c) for c in clusters])[None])
+    size = np.maximum(1, [len(cluster) for cluster in clusters])
+
+    def of_clusters(read: csr_array) -> np.ndarray:
+        (total,) = cluster_sums(read, clusters, read.data / spread[read.indices])
+        return total / size
+
     activity = np.concatenate(
         [
             np.column_stack(
                 [
                     read.centred(concept_activity(read.pooled["freq"], audit.communities, settings["tau"])),
-                    read.centred(read.pooled[settings["pooling"]] @ mean.multiply(1 / spread[:, None]).toarray()),
+                    read.centred(of_clusters(read.pooled[settings["pooling"]])),
                 ]
             ).astype(np.float64)
             for read in others
