@@ -150,12 +150,12 @@ def test_the_offsets_are_z_scores_times_strength(tiny_model_dir: Path, tmp_path:
         [trainer.train_dataset["anatomy_chosen_offset"], trainer.train_dataset["anatomy_rejected_offset"]], 1
     )
     np.testing.assert_allclose(got, expected_offsets(rows), atol=1e-12)
-    assert trainer._shaped_concepts == ("bold", "low")
+    assert trainer._logged_concepts == ("bold", "low")
     gaps = np.array(trainer.train_dataset["anatomy_concept_gaps"])
     bold = [float("bold" in row["chosen"]) - float("bold" in row["rejected"]) for row in rows]
     np.testing.assert_array_equal(gaps[:, 0], bold)
-    assert "trl-anatomy" in trainer._tag_names
-    assert "trl-anatomy" not in DPOTrainer._tag_names
+    assert "trl_anatomy" in trainer._tag_names
+    assert "trl_anatomy" not in DPOTrainer._tag_names
 
 
 @pytest.mark.parametrize("mode", ["full", "lora", "precomputed"])
@@ -317,7 +317,7 @@ def test_resume_in_mid_epoch(tiny_model_dir: Path, tmp_path: Path) -> None:
     resumed = dpo(tiny_model_dir, tmp_path, preference_rows(12), **common)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same_tensors(state(through.model), state(resumed.model))
-    assert "trl-anatomy" in (tmp_path / "README.md").read_text()
+    assert "trl_anatomy" in (tmp_path / "README.md").read_text()
 
 
 ZERO: dict[str, dict[str, Any]] = {
