@@ -172,8 +172,8 @@ def card_section(
     if "concepts" in seen:
         parts += [
             "Per concept, in the first → the last batches that were logged: mean score gap (chosen − rejected),"
-            " correlation over pairs of the reward margin with the gap, and its square, the share of the margin that the"
-            " concept explains.",
+            " correlation over pairs of the reward margin with the gap, and its square, the share of the margin that"
+            " it explains.",
             observed_cells("concepts", seen["concepts"]).markdown(),
         ]
     rewards = observed_cells("rewards", seen["rewards"])
