@@ -34,6 +34,7 @@ from explicit_dpo import (
 )
 from parity import EXACT, assert_same_tensors, columns, fresh, history, state
 from peft import LoraConfig
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaModel, default_data_collator
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
@@ -270,11 +271,11 @@ def test_correlation_metrics(tiny_model_dir: Path, tmp_path: Path) -> None:
 
 
 UNSHAPED: dict[str, list[dict[str, Any]]] = {
-    "reweight_pairs": [{"explain_away": "bold", "with": "reweight_pairs"}],
+    "reweight_pairs": [{"explain_away": "bold", "with": "reweight_pairs", "strength": 0.5}],
     "mask_tokens": [{"explain_away": "bold", "with": "mask_tokens"}],
     "beside a rule on rows": [
         {"explain_away": "low", "with": "filter_pairs", "fraction": 0.2},
-        {"explain_away": "bold", "with": "reweight_pairs"},
+        {"explain_away": "bold", "with": "reweight_pairs", "strength": 0.5},
     ],
 }
 
