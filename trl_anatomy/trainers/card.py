@@ -109,7 +109,7 @@ def hypothesis_cells(audit: "Audit") -> Cells:
         ]
         for row in found
     ]
-    columns = ("context", "concept", "label", "shift inside", "95 % interval", "at equal length", "q")
+    columns = ("context", "concept", "label", "inside − elsewhere", "95 % interval", "at equal length", "q")
     return Cells(columns, rows)
 
 
