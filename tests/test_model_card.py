@@ -160,18 +160,23 @@ def test_section_tells_of_the_audit_and_holds_no_markup(audit: Audit, tiny_model
 
 def card(folder: Path, policy_text: str, plan: Any) -> Path:
     readme = folder / "README.md"
-    readme.write_text("stock\n\n" + card_section(None, plan, policy_text, [{"loss": 1.0}]) + "\nadded by hand\n")
+    text = "stock\n\n" + card_section(None, plan, policy_text, [{"loss": 1.0}]) + "\nadded by hand: "
+    readme.write_bytes(text.encode() + b"\xff\r\n")  # not UTF-8
     return readme
 
 
 def test_comparison_takes_the_place_of_an_earlier_one(tiny_model_dir: Path, tmp_path: Path) -> None:
     plan = dpo(tiny_model_dir, tmp_path / "out", preference_rows(12)).plan
     readme = card(tmp_path, f"# x\n{COMPARED}\n{COMPARED_END}\nversion: 1", plan)
-    empty, result = readme.read_text(), comparison()
+
+    def read() -> str:
+        return readme.read_bytes().decode("latin-1")
+
+    empty, result = read(), comparison()
     assert put_comparison(readme, result, "policy")
-    once = readme.read_text()
+    once = read()
     assert put_comparison(readme, result, "policy")
-    assert readme.read_text() == once
+    assert read() == once
     assert "| T1 | `bold` | +0.250 | +0.200 to +0.300 | +0.100 | +0.000 to +0.200 |" in once
     assert "| `bold` | 30.0% | 35.0% |" in once
     assert "emoji" not in once
@@ -182,7 +187,7 @@ def test_comparison_takes_the_place_of_an_earlier_one(tiny_model_dir: Path, tmp_
     result["agreement"]["policy"] |= {"r2": 0.5, "r2_low": 0.25, "r2_high": 0.75}
     assert put_comparison(readme, result, "policy")
     assert put_comparison(readme, comparison(), "policy")
-    assert readme.read_text() == once
+    assert read() == once
 
 
 def test_comparison_leaves_other_cards_alone(tmp_path: Path) -> None:

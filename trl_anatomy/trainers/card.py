@@ -190,21 +190,21 @@ def put_comparison(card: Path, result: Mapping[str, Any], name: str) -> bool:
     """Put what `compare` observed into the card of one trained model, in place of what an earlier run put there.
 
     Args:
-        card: README.md of the model; one that is missing or has no section is left alone.
+        card: README.md of the model; one that is missing, cannot be written or has no section is left alone.
         result: what `compare.json` holds.
         name: of the model in `result["after"]`.
 
     Returns:
         Whether the card was written.
     """
-    if not card.is_file():
+    if not card.is_file() or not os.access(card.parent, os.W_OK):
         return False
-    text = card.read_text(encoding="utf-8")
+    text = card.read_bytes().decode(errors="surrogateescape")  # whatever is written around the section stays
     start, end = text.rfind(f"\n{COMPARED}\n"), text.rfind(f"\n{COMPARED_END}\n")
     if not 0 <= start < end:
         return False
     before, after = text[: start + len(COMPARED) + 2], text[end + 1 :]
-    write_atomically(card, f"{before}\n{_compared(result, name)}\n\n{after}".encode())
+    write_atomically(card, f"{before}\n{_compared(result, name)}\n\n{after}".encode(errors="surrogateescape"))
     return True
 
 

@@ -55,6 +55,7 @@ class AnatomyDPOTrainer(ShapedSeams, DPOTrainer):
     Attributes:
         plan: the PolicyPlan that acts, or None.
         audit: the Audit, or None.
+        policy_text: the policy as YAML, as it stands in the model card (`trl_anatomy.trainers.card`).
 
     Raises:
         AnatomyError: for what cannot be shaped exactly, before any long work.

@@ -49,6 +49,7 @@ class AnatomyRewardTrainer(ShapedSeams, RewardTrainer):
     Attributes:
         plan: the PolicyPlan that acts, or None.
         audit: the Audit, or None.
+        policy_text: the policy as YAML, as it stands in the model card (`trl_anatomy.trainers.card`).
 
     Raises:
         AnatomyError: for what cannot be shaped exactly, before any long work.
