@@ -1,18 +1,22 @@
 """What the audit callback reports, read back from where it went."""
 
+import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+import yaml
 from audit_world import make_audit, make_world
 from conftest import preference_rows
 from parity import EXACT, assert_same_tensors, fresh, history, state
 from transformers import TrainerControl
 from trl import DPOConfig, DPOTrainer
-from wandb_records import read_run
+from wandb_records import read_run, records
 
 from trl_anatomy import AnatomyDPOTrainer, AnatomyError, AuditCallback, AuditConfig, load_audit
 from trl_anatomy.audit.folder import Audit
@@ -54,6 +58,9 @@ def train(cls: Any, model_dir: Path, out: Path, resume: bool | str | None = None
 
 @pytest.fixture
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    import wandb
+
+    wandb.teardown()  # an earlier test's run has settled where this process writes
     for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -69,7 +76,7 @@ def test_an_audit_alone_leaves_the_training_untouched(audit: Audit, tiny_model_d
     assert rest == history(stock)
     assert first["audit/hypotheses"] == audit.hypotheses.num_rows
     assert first["audit/concepts"] == audit.concepts.num_rows
-    assert ours._tag_names == stock._tag_names
+    assert ours._tag_names == [*stock._tag_names, "trl_anatomy"]
 
 
 def test_wandb_run_read_back(audit: Audit, tiny_model_dir: Path, offline: Path) -> None:
@@ -86,7 +93,8 @@ def test_wandb_run_read_back(audit: Audit, tiny_model_dir: Path, offline: Path) 
     rows, artifacts = read_run(offline)
     tables = {key: value for row in rows for key, value in row.items() if key.endswith(".path") and "table" in value}
     assert {key.removesuffix(".path") for key in tables} == {
-        f"audit/{name}/step_{step}" for name in ("hypotheses", "concepts") for step in (0, 1)
+        *(f"audit/{name}/step_{step}" for name in ("hypotheses", "concepts") for step in (0, 1)),
+        "observed/rewards/step_2",
     }
     (run_folder,) = offline.glob("wandb/offline-run-*")
     stored = json.loads((run_folder / "files" / tables["audit/hypotheses/step_0.path"]).read_text())
@@ -116,6 +124,122 @@ def test_a_policy_reports_what_its_rules_touch(tiny_model_dir: Path, tmp_path: P
     assert all(np.isfinite(value) for value in touched.values())
     assert not any(key.startswith("audit/") for key in first)
     assert all("concepts/bold/gap" in entry for entry in history(trainer) if "loss" in entry)
+
+
+def test_wandb_holds_the_policy_and_what_was_observed(tiny_model_dir: Path, offline: Path) -> None:
+    import wandb
+
+    config = {"report_to": "wandb", "per_device_train_batch_size": 4}
+    policy = offline / "policy.yaml"
+    policy.write_text("# kept as written\n" + json.dumps(POLICY))
+    try:
+        trainer = train(AnatomyDPOTrainer, tiny_model_dir, offline / "out", concept_policy=policy, config=config)
+    finally:
+        wandb.finish()
+    rows, artifacts = read_run(offline)
+    assert not any(artifact.type == "audit" for artifact in artifacts)
+    (run_folder,) = offline.glob("wandb/offline-run-*")
+    tables = {key: value for row in rows for key, value in row.items() if key.endswith(".path") and "table" in value}
+
+    def stored(key: str) -> list[dict[str, Any]]:
+        found = json.loads((run_folder / "files" / tables[f"{key}.path"]).read_text())
+        return [dict(zip(found["columns"], row, strict=True)) for row in found["data"]]
+
+    (rule,) = stored("policy/rules/step_0")
+    assert rule == {"rule": 1, **trainer.plan.rules[0]}
+    (concept,) = stored("observed/concepts/step_2")
+    logged = [entry for entry in history(trainer) if "loss" in entry]
+    assert concept.pop("concept") == "bold"
+    assert len(logged) == 2
+    for name in ("gap", "reward_correlation", "margin_explained"):
+        # at the first step policy and reference are one model, and no correlation is defined
+        values = [entry[f"concepts/bold/{name}"] for entry in logged if f"concepts/bold/{name}" in entry]
+        assert [concept[f"{name}_{end}"] for end in ("first", "last")] == pytest.approx([values[0], values[-1]])
+    rewards = {row["metric"]: row["value_last"] for row in stored("observed/rewards/step_2")}
+    for key in ("rewards/margins", "rewards_shaped/margins", "loss"):
+        assert rewards[key] == pytest.approx(logged[-1][key])
+    (file,) = run_folder.glob("*.wandb")
+    configured = {
+        item.key: json.loads(item.value_json)
+        for record in records(file)
+        if record.WhichOneof("record_type") == "config"
+        for item in record.config.update
+    }
+    assert configured["concept_policy"] == policy.read_text()
+
+
+def hostile(audit: Audit) -> Audit:
+    """The audit, whose labels are all hostile."""
+    column = audit.concepts.column_names.index("label")
+    label = "`` | <img src=x onerror=alert(1)> [a](javascript:alert(1)) https://evil.example\n# heading"
+    labels = pa.array([label] * audit.concepts.num_rows)
+    copied = copy.copy(audit)
+    copied.concepts = audit.concepts.set_column(column, "label", labels)
+    return copied
+
+
+def test_tensorboard_holds_tables_and_policy(audit: Audit, tiny_model_dir: Path, tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard import plugin_util
+
+    config = {"report_to": ["tensorboard"], "save_strategy": "steps", "save_steps": 1}
+    shown = hostile(audit)
+    first = train(AnatomyDPOTrainer, tiny_model_dir, tmp_path / "audit", audit=shown, config=config)
+    resumed = str(tmp_path / "audit" / "checkpoint-1")
+    train(AnatomyDPOTrainer, tiny_model_dir, tmp_path / "audit", resumed, audit=shown, config=config)
+    train(AnatomyDPOTrainer, tiny_model_dir, tmp_path / "policy", concept_policy=POLICY, config=config)
+
+    def texts(folder: Path) -> dict[str, dict[int, str]]:
+        found: dict[str, dict[int, str]] = {}
+        for file in sorted(folder.glob("runs/*")):
+            events = accumulator.EventAccumulator(str(file)).Reload()
+            for tag in events.Tags()["tensors"]:
+                key = tag.removesuffix("/text_summary")
+                for event in events.Tensors(tag):
+                    found.setdefault(key, {})[event.step] = event.tensor_proto.string_val[0].decode()
+        return found
+
+    found = texts(tmp_path / "audit")
+    assert found["audit/concepts"].keys() == {0, 1}
+    assert len(found["audit/concepts"][0].splitlines()) == 2 + min(10, audit.concepts.num_rows)
+    page = plugin_util.markdown_to_safe_html(found["audit/concepts"][0])
+    assert page.count("<tr>") == 1 + min(10, audit.concepts.num_rows)
+    assert not any(tag in page for tag in ("<img", "<a", "<h1"))
+    margins = [entry["rewards/margins"] for entry in history(first) if "loss" in entry]
+    assert f"| `rewards/margins` | {margins[0]:.4g} → {margins[-1]:.4g} |" in found["observed/rewards"][2]
+    policy = texts(tmp_path / "policy")
+    fenced = policy["policy/yaml"][0].splitlines()
+    assert (fenced[0], fenced[-1]) == ("```yaml", "```")
+    assert yaml.safe_load("\n".join(fenced[1:-1])) == POLICY
+    assert "shape_reward" in policy["policy/plan"][0]
+    assert "| `bold` |" in policy["observed/concepts"][2]
+
+
+def test_trackio_holds_tables_and_policy(
+    audit: Audit, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    for name, module in list(sys.modules.items()):  # read from the environment when it was imported
+        if name.startswith("trackio") and hasattr(module, "TRACKIO_DIR"):
+            monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
+    config = {"report_to": ["trackio"], "project": "anatomy", "trackio_static_space_id": False}
+    for name, extra in (("audit", {"audit": audit}), ("policy", {"concept_policy": POLICY})):
+        options = {**config, "run_name": name}
+        trainer = train(AnatomyDPOTrainer, tiny_model_dir, tmp_path / name, config=options, **extra)
+    found = {name: SQLiteStorage.get_logs("anatomy", name) for name in ("audit", "policy")}
+    logged = {name: {key: value for row in rows for key, value in row.items()} for name, rows in found.items()}
+    concepts = logged["audit"]["audit/concepts"]["_value"]
+    assert {row["concept"] for row in concepts} <= set(audit.concept_names)
+    assert logged["audit"]["train/audit/hypotheses"] == audit.hypotheses.num_rows
+    assert len(logged["audit"]["audit/hypotheses"]["_value"]) > 0
+    assert logged["policy"]["policy/yaml"]["_value"].startswith("```yaml\n")
+    (row,) = logged["policy"]["observed/concepts"]["_value"]
+    last = [entry for entry in history(trainer) if "loss" in entry][-1]
+    assert row["concept"] == "`bold`"
+    assert row["gap"].endswith(f"→ {last['concepts/bold/gap']:.4g}")
+    assert (tmp_path / "trackio" / "anatomy.db").is_file()
 
 
 def test_without_a_trainer_or_tracker_it_is_silent(audit: Audit, tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from explicit_dpo import (
 )
 from parity import EXACT, assert_same_tensors, columns, fresh, history, state
 from peft import LoraConfig
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaModel, default_data_collator
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
@@ -150,12 +151,12 @@ def test_the_offsets_are_z_scores_times_strength(tiny_model_dir: Path, tmp_path:
         [trainer.train_dataset["anatomy_chosen_offset"], trainer.train_dataset["anatomy_rejected_offset"]], 1
     )
     np.testing.assert_allclose(got, expected_offsets(rows), atol=1e-12)
-    assert trainer._shaped_concepts == ("bold", "low")
+    assert trainer._logged_concepts == ("bold", "low")
     gaps = np.array(trainer.train_dataset["anatomy_concept_gaps"])
     bold = [float("bold" in row["chosen"]) - float("bold" in row["rejected"]) for row in rows]
     np.testing.assert_array_equal(gaps[:, 0], bold)
-    assert "trl-anatomy" in trainer._tag_names
-    assert "trl-anatomy" not in DPOTrainer._tag_names
+    assert "trl_anatomy" in trainer._tag_names
+    assert "trl_anatomy" not in DPOTrainer._tag_names
 
 
 @pytest.mark.parametrize("mode", ["full", "lora", "precomputed"])
@@ -269,6 +270,70 @@ def test_correlation_metrics(tiny_model_dir: Path, tmp_path: Path) -> None:
         assert trainer._metrics["train"][f"concepts/{name}/margin_explained"] == [pytest.approx(expected**2, abs=1e-4)]
 
 
+UNSHAPED: dict[str, list[dict[str, Any]]] = {
+    "reweight_pairs": [{"explain_away": "bold", "with": "reweight_pairs", "strength": 0.5}],
+    "mask_tokens": [{"explain_away": "bold", "with": "mask_tokens"}],
+    "beside a rule on rows": [
+        {"explain_away": "low", "with": "filter_pairs", "fraction": 0.2},
+        {"explain_away": "bold", "with": "reweight_pairs", "strength": 0.5},
+    ],
+}
+
+
+def check_live_metrics(trainer: Any, margins: Tensor, gaps: Tensor) -> None:
+    """What was logged of one batch, against margins (batch,) and gaps (batch, concepts) found in another way."""
+    logged = trainer._metrics["train"]
+    assert not any(key.startswith("rewards_shaped/") for key in logged)
+    assert trainer._logged_concepts
+    for name, gap in zip(trainer._logged_concepts, gaps.unbind(dim=1), strict=True):
+        assert gap.std() > 0
+        expected = np.corrcoef(margins, gap)[0, 1]
+        assert logged[f"concepts/{name}/gap"] == [pytest.approx(gap.mean().item(), abs=1e-6)]
+        assert logged[f"concepts/{name}/reward_correlation"] == [pytest.approx(expected, abs=1e-4)]
+        assert logged[f"concepts/{name}/margin_explained"] == [pytest.approx(expected**2, abs=1e-4)]
+
+
+@pytest.mark.parametrize("name", list(UNSHAPED))
+def test_rules_without_a_margin_log_their_concepts(name: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    policy = {"version": 1, "concepts": CONCEPTS, "rules": UNSHAPED[name]}
+    options: dict[str, Any] = {"other_reference": True, "per_device_train_batch_size": 12}
+    trainer = dpo(tiny_model_dir, tmp_path, preference_rows(12), policy=policy, **options)
+    assert trainer._logged_concepts == tuple(dict.fromkeys(rule["explain_away"] for rule in UNSHAPED[name]))
+    model = trainer.model.train()
+    batch = trainer._prepare_inputs(dict(next(iter(trainer.get_train_dataloader()))))
+    trainer.compute_loss(model, batch)
+    with torch.no_grad():
+        rewards = BETA * (log_probability(model, batch) - log_probability(trainer.ref_model, batch))
+    check_live_metrics(trainer, rewards[0] - rewards[1], batch["anatomy_concept_gaps"])
+    assert trainer._metrics["train"]["rewards/margins"] == [
+        pytest.approx((rewards[0] - rewards[1]).mean().item(), abs=1e-4)
+    ]
+
+
+def test_reward_rules_without_a_margin_log_their_concepts(tiny_model_dir: Path, tmp_path: Path) -> None:
+    policy = {"version": 1, "concepts": CONCEPTS, "rules": UNSHAPED["beside a rule on rows"]}
+    args = RewardConfig(
+        output_dir=str(tmp_path), **{**EXACT, "gradient_checkpointing": False, "per_device_train_batch_size": 12}
+    )
+    trainer = AnatomyRewardTrainer(
+        model=str(tiny_model_dir), args=args, train_dataset=fresh(preference_rows(12)), concept_policy=policy
+    )
+    model = trainer.model.train()
+    batch = trainer._prepare_inputs(dict(next(iter(trainer.get_train_dataloader()))))
+    trainer.compute_loss(model, batch)
+    with torch.no_grad():
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        rewards = model(**inputs, use_cache=False).logits.view(2, -1)
+    check_live_metrics(trainer, rewards[0] - rewards[1], batch["anatomy_concept_gaps"])
+
+
+def test_rules_on_rows_alone_carry_nothing(tiny_model_dir: Path, tmp_path: Path) -> None:
+    policy = {"version": 1, "concepts": CONCEPTS, "rules": UNSHAPED["beside a rule on rows"][:1]}
+    trainer = dpo(tiny_model_dir, tmp_path, preference_rows(12), policy=policy)
+    assert not trainer._acts
+    assert not any("anatomy" in name for name in trainer.train_dataset.column_names)
+
+
 @pytest.mark.parametrize("precompute", [False, True])
 def test_evaluation_is_unshaped(precompute: bool, tiny_model_dir: Path, tmp_path: Path) -> None:
     """Same weights, same evaluation as stock, on eval sets, on a fresh dataset and after a shaped step."""
@@ -317,7 +382,7 @@ def test_resume_in_mid_epoch(tiny_model_dir: Path, tmp_path: Path) -> None:
     resumed = dpo(tiny_model_dir, tmp_path, preference_rows(12), **common)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same_tensors(state(through.model), state(resumed.model))
-    assert "trl-anatomy" in (tmp_path / "README.md").read_text()
+    assert "trl_anatomy" in (tmp_path / "README.md").read_text()
 
 
 ZERO: dict[str, dict[str, Any]] = {

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import AnatomyError
+from ..trainers.card import put_comparison
 from .rates import TEXT_RULES, rate_interval, recovery, rule_hits
 from .report import PAGE, write_comparison
 
@@ -77,6 +78,7 @@ def compare(
 
     The responses are read by the start model, as the audit's pairs were: for each prompt the trained model's response
     takes the place of chosen and the start model's that of rejected, so observed and predicted shifts have one unit.
+    The model card of a trained model that has a section on its audit or policy gets what was observed.
 
     Args:
         audit: audit of the training set.
@@ -196,6 +198,9 @@ def compare(
     temporary.write_text(json.dumps(result, indent=2))
     os.replace(temporary, out / "compare.json")
     write_comparison(result, out / PAGE)
+    for name, model in after.items():
+        if isinstance(model, str | Path):
+            put_comparison(Path(model) / "README.md", result, name)
     return result
 
 

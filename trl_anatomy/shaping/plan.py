@@ -57,7 +57,8 @@ class PolicyPlan:
             without an audit.
         counts: `rows` (raw), `pairs` (scored), `pairs_kept`; with rules on tokens `chosen_masked`: kept pairs whose
             chosen response has no token left in the loss.
-        gaps: concept of a margin rule -> (n_raw_rows,) its score gaps, 0 where a row was not scored; for the log.
+        gaps: concept of a rule -> (n_raw_rows,) its score gaps, 0 where a row was not scored; for the log. Concepts
+            that no rule needs scores of (rules on hidden states without a fraction) are absent.
         weight: (n_raw_rows,) float64 weight of each pair's loss, 1 where no rule weighs; None without such a rule.
         kept_tokens: raw row -> int8 flags of its chosen and rejected response, 1 for a token (before truncation) that
             stays in the loss; rows of which all tokens stay are absent. None without a rule on tokens.
@@ -152,7 +153,8 @@ def plan_policy(
         offsets[:, pairs.rows] += part.offsets
     keep = np.ones(len(pairs.raw), dtype=bool)
     keep[pairs.rows] = kept
-    gaps = {str(policy.rules[i].concept): np.zeros(len(pairs.raw)) for i in shaped}
+    scored = [rule.concept for rule in policy.rules if rule.concept in scores.names]
+    gaps = {str(name): np.zeros(len(pairs.raw)) for name in scored}
     for name, gap in gaps.items():
         gap[pairs.rows] = scores.gap(name)
     counts = {"rows": len(pairs.raw), "pairs": len(pairs), "pairs_kept": int(kept.sum())}

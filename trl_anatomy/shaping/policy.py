@@ -3,12 +3,15 @@
 Reading a policy looks at nothing but the policy; what needs model, SAE, audit or dataset is checked in `resolve`.
 """
 
+import json
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from keyword import iskeyword
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from ..errors import AnatomyError
 from .fields import FEATURES, LAYER, NAMES, PATTERN, TEXT, Field, found, name_like, one_of
@@ -86,6 +89,7 @@ class ConceptPolicy:
         rules: interventions in the order of the policy.
         source: the policy's file, or "policy" for one given in Python.
         places: key path -> "policy.yaml:12", for errors that are found later.
+        text: the policy as YAML, for the record: the file as it stood, or a dict written out; "" for the empty policy.
 
     Example:
         >>> policy = ConceptPolicy.load({
@@ -100,6 +104,7 @@ class ConceptPolicy:
     rules: tuple[Intervention, ...] = ()
     source: str = "policy"
     places: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    text: str = field(default="", repr=False, compare=False)
 
     @classmethod
     def load(cls, source: "str | Path | Mapping[str, Any] | ConceptPolicy | None") -> "ConceptPolicy":
@@ -135,7 +140,7 @@ class ConceptPolicy:
             cls(source=problems.source) if root is None or root.value is None else _Reader(problems, folder).read(root)
         )
         problems.raise_if_any()
-        return policy
+        return replace(policy, text=_yaml_text(source))
 
     def __bool__(self) -> bool:
         return bool(self.rules)
@@ -396,3 +401,9 @@ class _Reader:
                     )
                     break
             first[rule.concept].append((i, rule))
+
+
+def _yaml_text(source: str | Path | Mapping[str, Any]) -> str:
+    if isinstance(source, Mapping):  # by way of JSON, which knows no paths, tuples or numpy's numbers
+        return yaml.safe_dump(json.loads(json.dumps(dict(source), default=str)), sort_keys=False, allow_unicode=True)
+    return Path(os.path.expanduser(source)).read_text(encoding="utf-8", errors="replace")

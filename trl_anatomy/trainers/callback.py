@@ -1,9 +1,12 @@
 """Reports an audit, and what a policy touches, to whatever `report_to` names. It changes nothing."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .card import OBSERVED, Cells, concept_cells, fence, hypothesis_cells, observed, observed_cells
 
 if TYPE_CHECKING:
     from ..audit.folder import Audit
@@ -13,29 +16,41 @@ MAX_ROWS = 10_000  # what W&B shows of a table
 
 
 class AuditCallback(TrainerCallback):
-    """Logs an audit when training begins; the trainers of this package add it by themselves.
+    """Logs an audit and a plan when training begins, and what was observed when it ends.
 
-    To every tracker: the numbers of `audit.json` counts as `audit/*` and what each rule touches as `policy/*`, through
-    `trainer.log`. To W&B, where `report_to` names it and a run exists: `audit/hypotheses/step_N` and
-    `audit/concepts/step_N` tables (N = the global step, so that a resumed run does not hide the first tables), the page
-    as `audit/report/step_N`, and the folder as an artifact of type "audit", without `harvest/`, which can be tens of
-    gigabytes.
+    The trainers of this package add it by themselves. To every tracker: the numbers of `audit.json` counts as `audit/*`
+    and what each rule touches as `policy/*`, through `trainer.log`. Beyond numbers, where `report_to` names them:
+
+    - W&B, where a run exists: the tables `audit/hypotheses/step_N`, `audit/concepts/step_N`, `policy/rules/step_N`,
+      `observed/concepts/step_N` and `observed/rewards/step_N` (N = the global step, so that no later table, say of a
+      resumed run, hides an earlier one), the page as `audit/report/step_N`, the policy in the run's configuration as
+      `concept_policy`, and the audit folder as an artifact of type "audit", without `harvest/`, which can be tens of
+      gigabytes.
+    - TensorBoard (through the writer of the trainer's own callback) and trackio: the first rows of the same tables,
+      `audit/hypotheses`, `audit/concepts`, `observed/concepts`, `observed/rewards`, and `policy/yaml`, `policy/plan`.
+      Text of the data stands in code spans and fences there, since both read Markdown.
 
     Args:
         audit: an Audit, the path of an audit folder, or None to report the plan only.
         plan: the PolicyPlan that acts, or None.
-        trainer: where scalars are logged; None logs none.
+        trainer: where scalars are logged, and whose TensorBoard writer is used; None logs neither.
+        policy_text: the policy as YAML.
     """
 
     def __init__(
-        self, audit: "Audit | str | Path | None", plan: "PolicyPlan | None" = None, trainer: Any = None
+        self,
+        audit: "Audit | str | Path | None",
+        plan: "PolicyPlan | None" = None,
+        trainer: Any = None,
+        *,
+        policy_text: str = "",
     ) -> None:
         if isinstance(audit, str | Path):
             from ..audit.folder import load_audit
 
             audit = load_audit(audit)
         self.audit: Audit | None = audit
-        self.plan, self.trainer = plan, trainer
+        self.plan, self.trainer, self.policy_text = plan, trainer, policy_text
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -43,8 +58,42 @@ class AuditCallback(TrainerCallback):
         scalars = self.scalars()
         if self.trainer is not None and scalars:
             self.trainer.log(scalars)
-        if self.audit is not None and state.is_world_process_zero and "wandb" in args.report_to:
-            self._log_to_wandb(state.global_step)
+        if not state.is_world_process_zero:
+            return
+        if "wandb" in args.report_to:
+            self._begin_in_wandb(state.global_step)
+        tables: dict[str, Cells] = {}
+        texts: dict[str, str] = {}
+        if self.audit is not None:
+            concepts = concept_cells(self.audit.concepts.to_pylist(), self.plan)
+            tables = {"audit/hypotheses": hypothesis_cells(self.audit), "audit/concepts": concepts}
+        if self.plan is not None:
+            from ..shaping.plan import plan_report
+
+            texts = {"policy/yaml": fence(self.policy_text, "yaml"), "policy/plan": fence(plan_report(self.plan))}
+        self._log_markdown(args, tables, texts, state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # The summary that ends a training: in on_train_end the trackers' own callbacks, which come first, have closed.
+        if "train_runtime" not in (logs or {}) or not state.is_world_process_zero:
+            return
+        seen = observed(state.log_history)
+        if "wandb" in args.report_to:
+            import wandb
+
+            if wandb.run is not None:
+                step = state.global_step
+                tables = {f"observed/{key}/step_{step}": _table(OBSERVED[key], rows) for key, rows in seen.items()}
+                wandb.run.log({**tables, "train/global_step": step})
+        cells = {f"observed/{key}": observed_cells(key, rows) for key, rows in seen.items()}
+        self._log_markdown(args, cells, {}, state.global_step)
 
     def scalars(self) -> dict[str, float]:
         """`audit/<count>` and `policy/<n>_<verb>_<concept>/<number>`, n counting rules from 1."""
@@ -56,26 +105,50 @@ class AuditCallback(TrainerCallback):
             found |= {f"policy/{place}/{key}": value for key, value in _numbers(rule).items()}
         return found
 
-    def _log_to_wandb(self, step: int) -> None:
+    def _begin_in_wandb(self, step: int) -> None:
         import wandb
 
         run, audit = wandb.run, self.audit
-        if run is None or audit is None:
+        if run is None:
             return
-        payload: dict[str, Any] = {
-            f"audit/hypotheses/step_{step}": _table(audit.hypotheses, first="rank"),
-            f"audit/concepts/step_{step}": _table(audit.concepts),
-            "train/global_step": step,
-        }
-        page = Path(audit.path) / "report.html"
-        if page.is_file():
-            payload[f"audit/report/step_{step}"] = wandb.Html(str(page), inject=False)
+        payload: dict[str, Any] = {"train/global_step": step}
+        if self.plan is not None:
+            run.config.update({"concept_policy": self.policy_text}, allow_val_change=True)
+            rules = [{"rule": n, **rule} for n, rule in enumerate(self.plan.rules, start=1)]
+            if rules:
+                payload[f"policy/rules/step_{step}"] = _table(list(rules[0]), [list(rule.values()) for rule in rules])
+        if audit is not None:
+            payload[f"audit/hypotheses/step_{step}"] = _arrow_table(audit.hypotheses, first="rank")
+            payload[f"audit/concepts/step_{step}"] = _arrow_table(audit.concepts)
+            page = Path(audit.path) / "report.html"
+            if page.is_file():
+                payload[f"audit/report/step_{step}"] = wandb.Html(str(page), inject=False)
         run.log(payload)
-        artifact = wandb.Artifact(f"audit-{run.id}", type="audit", metadata=audit.info)
-        for file in sorted(Path(audit.path).iterdir()):
-            if file.is_file():
-                artifact.add_file(str(file))
-        run.log_artifact(artifact)
+        if audit is not None:
+            artifact = wandb.Artifact(f"audit-{run.id}", type="audit", metadata=audit.info)
+            for file in sorted(Path(audit.path).iterdir()):
+                if file.is_file():
+                    artifact.add_file(str(file))
+            run.log_artifact(artifact)
+
+    def _log_markdown(
+        self, args: TrainingArguments, tables: Mapping[str, Cells], texts: Mapping[str, str], step: int
+    ) -> None:
+        """Tables and texts to the trackers that read Markdown, where they run."""
+        if "tensorboard" in args.report_to and self.trainer is not None:
+            for writer in (getattr(c, "tb_writer", None) for c in self.trainer.callback_handler.callbacks):
+                if writer is not None:
+                    for key, text in {**{key: table.markdown() for key, table in tables.items()}, **texts}.items():
+                        writer.add_text(key, text, step)
+                    writer.flush()
+        if "trackio" in args.report_to:
+            import trackio
+
+            if trackio.context_vars.current_run.get() is not None:
+                shown: dict[str, Any] = {
+                    key: trackio.Table(columns=list(table.columns), data=table.rows) for key, table in tables.items()
+                }
+                trackio.log(shown | {key: trackio.Markdown(text) for key, text in texts.items()})
 
 
 def _numbers(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -89,11 +162,15 @@ def _numbers(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return found
 
 
-def _table(table: Any, first: str | None = None) -> Any:
+def _arrow_table(table: Any, first: str | None = None) -> Any:
     """A pyarrow table as a W&B table of at most MAX_ROWS rows, sorted by the column `first` where there is one."""
-    import wandb
-
     if first in table.column_names:
         table = table.sort_by(first)
     rows = table.slice(0, MAX_ROWS).to_pylist()
-    return wandb.Table(columns=list(table.column_names), data=[list(row.values()) for row in rows])
+    return _table(table.column_names, [list(row.values()) for row in rows])
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
+    import wandb
+
+    return wandb.Table(columns=list(columns), data=[list(row) for row in rows])

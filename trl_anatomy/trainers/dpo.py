@@ -55,6 +55,7 @@ class AnatomyDPOTrainer(ShapedSeams, DPOTrainer):
     Attributes:
         plan: the PolicyPlan that acts, or None.
         audit: the Audit, or None.
+        policy_text: the policy as YAML, as it stands in the model card (`trl_anatomy.trainers.card`).
 
     Raises:
         AnatomyError: for what cannot be shaped exactly, before any long work.
@@ -79,10 +80,11 @@ class AnatomyDPOTrainer(ShapedSeams, DPOTrainer):
             check_rules=check_dpo_rules,
         )
         self.plan, self.audit = prepared.plan, prepared.audit
-        self._acts, self._shaped_concepts = prepared.acts, prepared.shaped_concepts
+        self._acts, self._logged_concepts = prepared.acts, prepared.logged_concepts
         if self.plan is not None:
             loss_types = getattr(bound.arguments.get("args"), "loss_type", ())
             check_masks(self.plan.counts.get("chosen_masked", 0), loss_types)
+        if self.plan is not None or self.audit is not None:
             self._tag_names = [*type(self)._tag_names, TAG]
         super().__init__(*bound.args[1:], **bound.kwargs)
         if self.plan is not None and self.plan.hidden:
@@ -116,8 +118,8 @@ class AnatomyDPOTrainer(ShapedSeams, DPOTrainer):
         loss, outputs = self._given_reference(policy, batch)
         if WEIGHT in inputs:
             loss = self._reweigh(loss, inputs[WEIGHT], lambda pairs: self._replayed_loss(policy, batch, pairs))
-        if CHOSEN_OFFSET in inputs:
-            self._log_both_rewards(policy, batch, reference, inputs)
+        if CONCEPT_GAPS in inputs:
+            self._log_rewards(policy, batch, reference, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def _shifted(
@@ -147,20 +149,23 @@ class AnatomyDPOTrainer(ShapedSeams, DPOTrainer):
         return self._given_reference(_Replay(policy.outputs, rows), part)[0]
 
     @torch.no_grad()
-    def _log_both_rewards(
+    def _log_rewards(
         self,
         policy: "_Remembered",
         batch: dict[str, Any],
         reference: tuple[Tensor, Tensor],
         inputs: dict[str, Any],
     ) -> None:
-        """Move the rewards that TRL logged, which are shaped, under their own name and log the unshaped ones."""
-        metrics = self._metrics["train"]
-        for name in _REWARDS:
-            metrics[f"rewards_shaped/{name}"].append(metrics[f"rewards/{name}"].pop())
+        """Log the concepts; what TRL logged of shaped rewards gets its own name, and the unshaped take its place."""
         # TRL's own reduction (masks, ld_alpha, virtual tokens) over the log-probabilities of the forward just run
         chosen, rejected = super().compute_ref_log_probs(_Replay(policy.outputs), batch)
         rewards = self.beta * torch.stack([chosen - reference[0], rejected - reference[1]])  # (2, batch)
+        if CHOSEN_OFFSET not in inputs:
+            self._log_concepts(rewards.T, inputs[CONCEPT_GAPS])
+            return
+        metrics = self._metrics["train"]
+        for name in _REWARDS:
+            metrics[f"rewards_shaped/{name}"].append(metrics[f"rewards/{name}"].pop())
         gathered = self.accelerator.gather(rewards.T).float()
         margins = gathered[:, 0] - gathered[:, 1]
         metrics["rewards/chosen"].append(gathered[:, 0].mean().item())
@@ -168,7 +173,7 @@ class AnatomyDPOTrainer(ShapedSeams, DPOTrainer):
         metrics["rewards/accuracies"].append((margins > 0).float().mean().item())
         metrics["rewards/margins"].append(margins.mean().item())
         offsets = torch.stack([inputs[CHOSEN_OFFSET], inputs[REJECTED_OFFSET]], dim=1)  # (batch, 2)
-        self._log_shaping(rewards.T, offsets, inputs[CONCEPT_GAPS])
+        self._log_concepts(rewards.T, inputs[CONCEPT_GAPS], offsets)
 
 
 class _Remembered:

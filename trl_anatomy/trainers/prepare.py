@@ -96,10 +96,9 @@ def apply_plan(dataset: Dataset, plan: "PolicyPlan") -> Dataset:
 def plan_columns(plan: "PolicyPlan") -> dict[str, list[Any]]:
     """Column -> a value per raw row; empty where no rule acts inside the training step."""
     columns: dict[str, list[Any]] = {}
-    if plan.gaps:
+    if any(rule["stage"] == "margin" for rule in plan.rules):
         columns[CHOSEN_OFFSET] = plan.chosen_offset.tolist()
         columns[REJECTED_OFFSET] = plan.rejected_offset.tolist()
-        columns[CONCEPT_GAPS] = np.stack(list(plan.gaps.values()), axis=1).tolist()
     if plan.weight is not None:
         columns[WEIGHT] = plan.weight.tolist()
     if plan.kept_tokens:
@@ -114,6 +113,8 @@ def plan_columns(plan: "PolicyPlan") -> dict[str, list[Any]]:
         columns[STEERING] = plan.steering.tolist()
     if plan.turns is not None:
         columns[TURN] = plan.turns.tolist()
+    if columns and plan.gaps:  # nothing is carried for the log alone: the rows of filter_pairs reach TRL as they are
+        columns[CONCEPT_GAPS] = np.stack(list(plan.gaps.values()), axis=1).tolist()
     return columns
 
 
@@ -202,19 +203,21 @@ class Prepared:
 
     Attributes:
         acts: whether a rule acts inside the training step, through columns of the dataset.
-        shaped_concepts: concepts of the rules on the margin.
+        logged_concepts: concepts of the rules, in the order of their column of gaps.
+        policy_text: the policy as YAML.
     """
 
     plan: "PolicyPlan | None" = None
     audit: "Audit | None" = None
     acts: bool = False
-    shaped_concepts: tuple[str, ...] = ()
+    logged_concepts: tuple[str, ...] = ()
+    policy_text: str = ""
     callback: AuditCallback | None = None
 
     def attach(self, trainer: Any) -> None:
-        """Give the callback the trainer through which its scalars reach every tracker."""
+        """Give the callback the trainer through which its scalars reach every tracker, and the trainer the policy."""
         if self.callback is not None:
-            self.callback.trainer = trainer
+            self.callback.trainer, trainer.policy_text = trainer, self.policy_text
 
 
 def prepare(
@@ -280,9 +283,10 @@ def prepare(
                 f"{found.path}: this audit was made with other data: it has {found.info['data']['n_rows']} rows, "
                 f"train_dataset has {len(dataset)}. Audit the dataset that is trained on."
             )
-    callback = AuditCallback(found, plan)
+    callback = AuditCallback(found, plan, policy_text=policy.text)
     arguments["callbacks"] = [*(arguments.get("callbacks") or []), callback]
-    return Prepared(plan, found, acts, tuple(plan.gaps) if plan is not None else (), callback)
+    concepts = tuple(plan.gaps) if plan is not None else ()
+    return Prepared(plan, found, acts, concepts, policy.text, callback)
 
 
 def _checked(dataset: Any) -> Dataset:

@@ -49,6 +49,7 @@ class AnatomyRewardTrainer(ShapedSeams, RewardTrainer):
     Attributes:
         plan: the PolicyPlan that acts, or None.
         audit: the Audit, or None.
+        policy_text: the policy as YAML, as it stands in the model card (`trl_anatomy.trainers.card`).
 
     Raises:
         AnatomyError: for what cannot be shaped exactly, before any long work.
@@ -71,8 +72,8 @@ class AnatomyRewardTrainer(ShapedSeams, RewardTrainer):
             check_rules=check_reward_rules,
         )
         self.plan, self.audit = prepared.plan, prepared.audit
-        self._acts, self._shaped_concepts = prepared.acts, prepared.shaped_concepts
-        if self.plan is not None:
+        self._acts, self._logged_concepts = prepared.acts, prepared.logged_concepts
+        if self.plan is not None or self.audit is not None:
             self._tag_names = [*type(self)._tag_names, TAG]
         super().__init__(*bound.args[1:], **bound.kwargs)
         if self.plan is not None and self.plan.hidden:
@@ -93,8 +94,8 @@ class AnatomyRewardTrainer(ShapedSeams, RewardTrainer):
         batch |= policy_inputs(inputs)
         if self._hidden is not None:
             self._hidden.see(inputs)
-        shapes = CHOSEN_OFFSET in inputs
-        if shapes:
+        offsets = None
+        if CHOSEN_OFFSET in inputs:
             offsets = torch.stack([inputs[CHOSEN_OFFSET], inputs[REJECTED_OFFSET]], dim=1)  # (batch, 2)
             batch["margin"] = batch.get("margin", 0.0) - (offsets[:, 0] - offsets[:, 1])
         weight = inputs.get(WEIGHT)
@@ -104,12 +105,12 @@ class AnatomyRewardTrainer(ShapedSeams, RewardTrainer):
         if weight is not None:
             margin = batch.get("margin")
             loss = self._reweigh(loss, weight, lambda pairs: self._replayed_loss(rewards[pairs], margin, pairs))
-        if shapes:
-            with torch.no_grad():
-                shaped = self.accelerator.gather(rewards[:, 0] - rewards[:, 1] - batch["margin"])
-                self._metrics["train"]["rewards_shaped/margin"].append(shaped.mean().item())
-                self._metrics["train"]["rewards_shaped/accuracy"].append((shaped > 0).float().mean().item())
-                self._log_shaping(rewards, offsets, inputs[CONCEPT_GAPS])
+        if offsets is not None:
+            shaped = self.accelerator.gather(rewards[:, 0] - rewards[:, 1] - batch["margin"])
+            self._metrics["train"]["rewards_shaped/margin"].append(shaped.mean().item())
+            self._metrics["train"]["rewards_shaped/accuracy"].append((shaped > 0).float().mean().item())
+        if CONCEPT_GAPS in inputs:
+            self._log_concepts(rewards, inputs[CONCEPT_GAPS], offsets)
         return (loss, outputs) if return_outputs else loss
 
     def _replayed_loss(self, rewards: Tensor, margin: Tensor | None, pairs: Tensor) -> Tensor:

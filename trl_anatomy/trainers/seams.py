@@ -9,18 +9,23 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .card import append_section, card_section
+
 if TYPE_CHECKING:
+    from ..audit.folder import Audit
+    from ..shaping.plan import PolicyPlan
     from .hidden import HiddenEdits
 
 # Dataset columns, a value per pair. Only those that a rule needs are there.
 CHOSEN_OFFSET = "anatomy_chosen_offset"  # float: o(chosen)
 REJECTED_OFFSET = "anatomy_rejected_offset"
-CONCEPT_GAPS = "anatomy_concept_gaps"  # (n_concepts,) score gaps of the shaped concepts, for the log
+CONCEPT_GAPS = "anatomy_concept_gaps"  # (n_concepts,) score gaps of the rules' concepts, for the log
 WEIGHT = "anatomy_weight"  # float: weight of the pair's loss
 CHOSEN_KEPT = "anatomy_chosen_kept"  # 0/1 per response token (before truncation): stays in the loss; [] for all
 REJECTED_KEPT = "anatomy_rejected_kept"
@@ -51,7 +56,7 @@ _NUMBERS = (CHOSEN_OFFSET, REJECTED_OFFSET, CONCEPT_GAPS, WEIGHT, STEERING)
 WHOLE_MASK = "anatomy_completion_mask"  # TRL's completion mask, where the batch carries a thinner one
 POLICY = "anatomy_policy_"  # input_ids, attention_mask, completion_mask of what the policy sees instead
 START = "anatomy_start"  # (2 * batch,) position at which the last user turn begins
-TAG = "trl-anatomy"
+TAG = "trl_anatomy"
 
 
 @dataclass
@@ -161,16 +166,27 @@ def weigh_gradient(values: Tensor, weight: Tensor) -> Tensor:
 class ShapedSeams:
     """Mixin in front of a TRL trainer: seams that let columns through, inert unless a rule acts inside the step.
 
-    `_acts` says whether the dataset carries columns of ours; `_shaped_concepts` holds the names of the concepts whose
-    offsets are among them, in the order of `anatomy_concept_gaps`.
+    `_acts` says whether the dataset carries columns of ours; `_logged_concepts` holds the names of the concepts whose
+    gaps are among them, in the order of `anatomy_concept_gaps`.
     """
 
     _tag_names: list[str]  # TRL's
     _signature_columns: list[str]  # the Trainer's
     _acts: bool = False
-    _shaped_concepts: tuple[str, ...] = ()
+    _logged_concepts: tuple[str, ...] = ()
     _collator: Any = None
     _hidden: "HiddenEdits | None" = None
+    plan: "PolicyPlan | None" = None
+    audit: "Audit | None" = None
+    policy_text: str = ""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's card, with a section on the audit, the policy and what was observed where there is one of the first."""
+        super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+        trainer: Any = self
+        if (self.plan is not None or self.audit is not None) and trainer.is_world_process_zero():
+            section = card_section(self.audit, self.plan, self.policy_text, trainer.state.log_history)
+            append_section(Path(trainer.args.output_dir) / "README.md", section)
 
     @property
     def data_collator(self) -> Any:
@@ -221,22 +237,24 @@ class ShapedSeams:
                     surplus += (w - 1) * loss_of(pairs) * len(pairs) / len(weight)
         return loss + surplus.detach()
 
-    def _log_shaping(self, rewards: Tensor, offsets: Tensor, gaps: Tensor) -> None:
+    def _log_concepts(self, rewards: Tensor, gaps: Tensor, offsets: Tensor | None = None) -> None:
         """Add the live concept metrics of one training batch to TRL's `_metrics`.
 
         Args:
             rewards: (batch, 2) unshaped rewards of chosen and rejected, detached.
-            offsets: (batch, 2) what was added to them.
             gaps: (batch, n_concepts) raw score gaps, chosen minus rejected.
+            offsets: (batch, 2) what was added to the rewards; None where no rule shapes them.
         """
-        gathered = self.accelerator.gather(torch.cat([rewards, offsets, gaps], dim=1).float())  # type: ignore[attr-defined]
-        reward, offset = gathered[:, :2], gathered[:, 2:4]
-        margin, pull = reward[:, 0] - reward[:, 1], offset[:, 0] - offset[:, 1]
+        parts = [rewards, gaps] if offsets is None else [rewards, gaps, offsets]
+        gathered = self.accelerator.gather(torch.cat(parts, dim=1).float())  # type: ignore[attr-defined]
+        margin = gathered[:, 0] - gathered[:, 1]
         metrics = self._metrics["train"]  # type: ignore[attr-defined]
-        size = pull.abs().mean()
-        metrics["rewards_shaped/offset_margin"].append(pull.mean().item())
-        metrics["rewards_shaped/offset_share"].append((size / (size + margin.abs().mean()).clamp(min=1e-12)).item())
-        for name, gap in zip(self._shaped_concepts, gathered[:, 4:].unbind(dim=1), strict=True):
+        if offsets is not None:
+            pull = gathered[:, -2] - gathered[:, -1]
+            size = pull.abs().mean()
+            metrics["rewards_shaped/offset_margin"].append(pull.mean().item())
+            metrics["rewards_shaped/offset_share"].append((size / (size + margin.abs().mean()).clamp(min=1e-12)).item())
+        for name, gap in zip(self._logged_concepts, gathered[:, 2 : 2 + gaps.shape[1]].unbind(dim=1), strict=True):
             metrics[f"concepts/{name}/gap"].append(gap.mean().item())
             correlation = _correlation(margin, gap)
             if correlation is not None:
