@@ -40,12 +40,13 @@ from trl_anatomy.reading.spans import Pairs, read_pairs
 
 PACKAGES = ("trl", "transformers", "torch", "sae-lens", "numpy", "scipy", "scikit-learn", "scikit-network")
 MODEL, LAYER, MAX_LENGTH = "tinychat1m", 2, 512
+# The published shape at this width, 128: expansion 16, and one latent in 32 dimensions at a token.
 SAE_TOKENS, D_SAE, K = 1_500_000, 2048, 4
 HIDDEN_TOKENS = 400_000  # of all datasets together, that the SAE is trained on
 
-# The default, and what a tiny model and its small SAE need: their latents fire weakly on many tokens, so that whether
-# one fires says less than how strongly (pooling); a habit of two tokens in 500 is below the default share of tokens
-# (tau); and many latents fire with no other (min_community). Chosen after the default had been seen on these data.
+# The default, and what a tiny model and its small SAE need: whether a latent fires says less than how strongly
+# (pooling), a habit of two tokens in 500 is below the default share of tokens (tau), and many latents fire with no
+# other (min_community). Chosen after the default had been seen on these data.
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "small SAE": {"pooling": "max", "tau": 0.001, "min_community": 1},
