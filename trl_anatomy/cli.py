@@ -334,8 +334,11 @@ def _fit(argv: list[str]) -> int:
     )
     parser.add_argument("--dataset_split", default="train", help="split of the dataset (default train)")
     parser.add_argument("--negatives", help="examples of another concept: its rows with label 1 become negatives")
-    parser.add_argument("--scorer", default="probe", help="direction, probe, attention_probe or features")
-    parser.add_argument("--layers", help="layers to try, such as 8,12,16; default: up to eight, spread evenly")
+    parser.add_argument("--scorer", default="probe", help="direction, probe, attention_probe, features or reft")
+    parser.add_argument(
+        "--layers",
+        help="layers to try, such as 8,12,16 (default: up to eight, spread evenly); of reft: to edit (default: all)",
+    )
     parser.add_argument("--sae", help="SAE to select features in: folder, or RELEASE:ID")
     parser.add_argument("--tokens", default="response", help="response, or prompt_end: the last token before it")
     parser.add_argument("--reduce", help="tokens to one score: max, mean, sum, last (default: the scorer's)")
@@ -347,7 +350,9 @@ def _fit(argv: list[str]) -> int:
     parser.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16 or float16")
     parser.add_argument("--device", default="auto", help="auto (cuda where there is one), cpu, cuda, ...")
     parser.add_argument("--batch_tokens", type=int, default=8192, help="tokens in one batch of the frozen pass")
-    parser.add_argument("--dose", help="steer by the direction: strengths to try, such as --dose=-8,-4,0,4,8")
+    parser.add_argument(
+        "--dose", help="steer by the direction, or by the edit of reft: strengths to try, such as --dose=-8,-4,0,4,8"
+    )
     parser.add_argument("--dose_prompts", help="file with a 'prompt' column, for --dose")
     parser.add_argument("--dose_pattern", help="regular expression that tells which steered responses show the concept")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="length of a steered response (default 64)")
@@ -372,6 +377,7 @@ def _fitted(args: argparse.Namespace) -> tuple[str, str]:
     from .reading.fit import KINDS, fit_concept, fit_report, read_examples, split_examples
     from .reading.sae import load_sae
     from .reading.scorers.direction import DirectionScorer
+    from .reading.scorers.reft import ReftScorer
 
     if args.scorer not in KINDS:
         raise AnatomyError(
@@ -381,6 +387,8 @@ def _fitted(args: argparse.Namespace) -> tuple[str, str]:
     settings = {name: value for name in ("reduce", "per") if (value := getattr(args, name)) is not None}
     if args.per is not None and args.scorer == "features":
         raise AnatomyError("--per goes with directions and probes.")
+    if args.scorer == "reft" and (settings or args.tokens != "response"):
+        raise AnatomyError("--reduce, --per and --tokens do not go with --scorer reft, which gives no score.")
     if (args.scorer == "features") != (args.sae is not None):
         raise AnatomyError("--sae goes with --scorer features, which needs it.")
     dose = _dose_settings(args)
@@ -412,7 +420,7 @@ def _fitted(args: argparse.Namespace) -> tuple[str, str]:
         **settings,
     )
     scorer = fitted.scorer
-    if dose is not None and isinstance(scorer, DirectionScorer):
+    if dose is not None and isinstance(scorer, DirectionScorer | ReftScorer):
         strengths, rule = dose
         prompts = load_dataset(dataclasses.replace(config, dataset=args.dose_prompts, dataset_split="train"))
         if "prompt" not in prompts.column_names:
@@ -436,8 +444,10 @@ def _dose_settings(args: argparse.Namespace) -> tuple[list[float], re.Pattern[st
     given = [value is not None for value in (args.dose, args.dose_prompts, args.dose_pattern)]
     if not any(given):
         return None
-    if not all(given) or args.scorer != "direction":
-        raise AnatomyError("--dose, --dose_prompts and --dose_pattern go together, and with --scorer direction.")
+    if not all(given) or args.scorer not in ("direction", "reft"):
+        raise AnatomyError(
+            "--dose, --dose_prompts and --dose_pattern go together, and with --scorer direction or reft."
+        )
     try:
         return [float(word) for word in args.dose.split(",")], re.compile(args.dose_pattern)
     except ValueError:
