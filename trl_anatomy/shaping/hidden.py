@@ -105,7 +105,7 @@ def _resolve(rule: Steer | AblateFeatures | ProjectOut, scorer: "Scorer") -> Hid
         sae, layer = scorer.sae, scorer.layer  # type: ignore[union-attr]
         sae.rows(scorer.features[:1])  # type: ignore[union-attr]  # refuses SAEs for which this is not exact
         return Ablation(layer, sae, tuple(scorer.features), rule.strength, rule.keep)  # type: ignore[union-attr]
-    if scorer.kind == "reft":
+    if scorer.kind == "reft":  # type: ignore[union-attr]
         return LowRankSteering(scorer)  # type: ignore[arg-type]
     layer = scorer.layer  # type: ignore[union-attr]
     if isinstance(rule, Steer):

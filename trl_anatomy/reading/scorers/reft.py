@@ -70,8 +70,14 @@ class ReftScorer(HiddenScorer):
 
     def _check_parts(self) -> None:
         layers, ends = self.card.get("edited_layers"), self.card.get("ends")
-        whole = isinstance(layers, list) and bool(layers) and all(isinstance(layer, int) for layer in layers)
-        if not whole or layers != sorted(set(layers)) or layers[-1] != self.layer or layers[0] < 0:
+        if (
+            not isinstance(layers, list)
+            or not layers
+            or not all(isinstance(layer, int) for layer in layers)
+            or layers != sorted(set(layers))
+            or layers[-1] != self.layer
+            or layers[0] < 0
+        ):
             raise AnatomyError(
                 f"The {self.label} edits the layers {layers}; they are a rising list that ends at {self.layer}."
             )
@@ -220,7 +226,7 @@ class ReftScorer(HiddenScorer):
                     optimiser.zero_grad()
                     schedule.step()
                     bar.update()
-        return cls(*learned.values(), chosen, ends)
+        return cls(learned["w1"], learned["b"], learned["w2"], chosen, ends)
 
     def nats(
         self,
@@ -340,7 +346,8 @@ def surprise(
         ids[row, : len(sequence)] = torch.as_tensor(sequence)
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     mask = (torch.arange(width) < lengths[:, None]).long()
-    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
+    ids = ids.to(device)
+    inputs = {"input_ids": ids, "attention_mask": mask.to(device), "use_cache": False}
     starts, stops = torch.tensor(spans).T
     if edit is None:
         hidden = decoder(model)(**inputs).last_hidden_state
@@ -355,7 +362,7 @@ def surprise(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits, inputs["input_ids"][:, 1:][asked].to(logits.device), reduction="none")
+    return F.cross_entropy(logits, ids[:, 1:][asked].to(logits.device), reduction="none")
 
 
 @contextmanager
