@@ -24,7 +24,7 @@ from hidden_world import (
     rule,
     vector,
 )
-from reading_world import build_tokenizer, tiny_model
+from reading_world import FAMILIES, build_tokenizer, tiny_model
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -236,6 +236,34 @@ def test_every_generated_token_is_edited_and_no_prompt(prompts: list[str]) -> No
         assert text == tokenizer.decode(ids[n_prompt:], skip_special_tokens=True)
     assert found != plain
     assert rollouts(model, tokenizer, prompts, max_new_tokens=6, temperature=0) == plain
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_architecture(family: str) -> None:
+    """Surprise against the model's own logits, and greedy text against the row computed anew without a cache."""
+    model, scorer = tiny_model(family).double(), made([1, 3], scale=0.5)
+    edit = (scorer.layers, scorer.tensors, 2, 0.0)
+    ids, span = TEXTS[0], SPANS[0]
+    acts = at_ends([span], len(ids), 2)
+    with torch.no_grad():
+        with edited(model, scorer.layers, scorer.tensors, lambda h: acts):
+            logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        told = surprise(model, [ids, TEXTS[1]], [span, SPANS[1]], pad_token_id=0, edit=edit)[: span[1] - span[0]]
+    expected = torch.stack([-logits[place - 1, ids[place]] for place in range(*span)])
+    torch.testing.assert_close(told, expected, rtol=1e-6, atol=1e-6)
+
+    tokenizer, prompt = build_tokenizer(), "Tell me a story"
+    with scorer.generating(model, 1.0):
+        [[text], _] = rollouts(model, tokenizer, [prompt, "Why?"], max_new_tokens=12, temperature=0)
+    row = list(tokenizer(prompt).input_ids)
+    n_prompt = len(row)
+    for _ in range(12):
+        generated = (torch.arange(len(row)) >= n_prompt)[None]
+        with torch.no_grad(), edited(model, scorer.layers, scorer.tensors, lambda h, where=generated: where):
+            row.append(int(model(torch.tensor([row]), use_cache=False).logits[0, -1].argmax()))
+        if row[-1] == tokenizer.eos_token_id:
+            break
+    assert text == tokenizer.decode(row[n_prompt:], skip_special_tokens=True)
 
 
 # --- what it does to text ---
