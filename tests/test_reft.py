@@ -362,6 +362,12 @@ def test_the_command(tmp_path: Path, capsys: Any) -> None:
     )
     assert f"loud: {{scorer: reft, path: {out}}}" in shown
     assert [row["strength"] for row in card["dose_response"]] == [0.0, 1.0]
+    assert main(["fit", *given, "--out", str(out), "--layers", "0", "--ends", "3"]) == 0
+    assert json.loads((out / "card.json").read_text())["ends"] == ReftScorer.load(out).ends == 3
+    capsys.readouterr()
+    for more in (["--ends", "0"], ["--ends", "3", "--scorer", "probe"]):
+        assert main(["fit", *given, "--out", str(out), *more]) == 2
+        assert "--ends is a number above 0, and goes with --scorer reft" in capsys.readouterr().err
     for more in (["--reduce", "max"], ["--per", "token"], ["--tokens", "prompt_end"]):
         assert main(["fit", *given, "--out", str(out), *more]) == 2
         assert "do not go with --scorer reft" in capsys.readouterr().err

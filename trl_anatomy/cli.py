@@ -359,6 +359,7 @@ def _fit(argv: list[str]) -> int:
         "--per",
         help="what is fitted on: response (default of a persona), token (of other directions), or pair (probes)",
     )
+    parser.add_argument("--ends", type=int, help="of reft: tokens edited at either end of a response (default 11)")
     parser.add_argument("--held_out", type=float, default=0.2, help="share judged; as much again chooses the layer")
     parser.add_argument("--max_length", type=int, default=1024, help="tokens read of prompt and response")
     parser.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16 or float16")
@@ -403,7 +404,11 @@ def _fitted(args: argparse.Namespace) -> tuple[str, str]:
     settings = {name: value for name in ("reduce", "per") if (value := getattr(args, name)) is not None}
     if args.per is not None and args.scorer == "features":
         raise AnatomyError("--per goes with directions and probes.")
-    if args.scorer == "reft" and (settings or args.tokens != "response"):
+    if args.ends is not None:
+        if args.scorer != "reft" or args.ends < 1:
+            raise AnatomyError("--ends is a number above 0, and goes with --scorer reft.")
+        settings["ends"] = args.ends
+    if args.scorer == "reft" and (args.reduce or args.per or args.tokens != "response"):
         raise AnatomyError("--reduce, --per and --tokens do not go with --scorer reft, which gives no score.")
     if (args.scorer == "features") != (args.sae is not None):
         raise AnatomyError("--sae goes with --scorer features, which needs it.")
