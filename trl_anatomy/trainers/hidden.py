@@ -219,8 +219,9 @@ class _Layer:
     def _low_rank(self, h: Tensor, strengths: Tensor, responses: tuple[Tensor, Tensor] | None) -> Tensor | None:
         """What the edits of the ends of responses add to h; None where there are none at this layer."""
         edits = {i: edit for i, edit in self.edits.items() if isinstance(edit, LowRankSteering)}
-        if not edits or responses is None:
+        if not edits:
             return None
+        assert responses is not None  # `plan_columns` carries prompt lengths wherever such an edit is
         starts, stops = (offsets.to(h.device) for offsets in responses)
         total = torch.zeros((), device=h.device)
         for i, edit in edits.items():
