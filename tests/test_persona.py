@@ -4,7 +4,9 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.util import find_spec
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,9 @@ from reading_world import build_tokenizer, tiny_model
 
 from trl_anatomy.checking import persona
 from trl_anatomy.checking.persona import EndpointJudge, persona_rows
+from trl_anatomy.checking.persona_file import Persona
+from trl_anatomy.checking.vllm_rollouts import VllmRollouts
+from trl_anatomy.cli import main
 from trl_anatomy.errors import AnatomyError
 from trl_anatomy.reading.fit import fit_concept, read_examples, read_hidden, split_examples
 
@@ -164,3 +169,137 @@ def test_sampling_leaves_the_generator_alone() -> None:
     state = torch.get_rng_state()
     rows(lambda pairs: [50.0] * len(pairs))
     assert torch.equal(state, torch.get_rng_state())
+
+
+# --- other engines, and what is kept ---
+
+
+def test_another_engine_answers_the_same_conversations() -> None:
+    asked: list[Any] = []
+
+    def generate(conversations: Any, **settings: Any) -> list[list[str]]:
+        asked.append((conversations, settings))
+        n = settings["n_per_prompt"]
+        return [[f"{messages[0]['content']} {j}" for j in range(n)] for messages in conversations]
+
+    found = rows(lambda pairs: [50.0] * len(pairs), n_per_question=2, seed=7, temperature=0.5, generate=generate)
+    [(conversations, settings)] = asked
+    assert settings == {"n_per_prompt": 2, "max_new_tokens": 8, "temperature": 0.5, "seed": 7}
+    assert [[message["role"] for message in messages] for messages in conversations] == [["system", "user"]] * 21
+    assert [row["prompt"] for row in found] == [messages for messages in conversations for _ in range(2)]
+    assert all(row["response"] == f"{row['prompt'][0]['content']} {i % 2}" for i, row in enumerate(found))
+    with pytest.raises(AnatomyError, match="was given 21 conversations and answered 0"):
+        rows(lambda pairs: [], generate=lambda conversations, **settings: [])
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_vllm_that_is_not_there_is_told_at_once() -> None:
+    with pytest.raises(AnatomyError, match="vLLM is not installed: install it"):
+        VllmRollouts("some/model")
+
+
+def test_what_was_sampled_and_rated_is_kept(endpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, url = endpoint
+    judge = EndpointJudge(url, "m", "t")
+    sampled: list[int] = []
+    plain = persona.rollouts
+    monkeypatch.setattr(persona, "rollouts", lambda *a, **k: (sampled.append(1), plain(*a, **k))[1])
+    kind.failures = [401]
+    with pytest.raises(AnatomyError, match="refused: 401"):
+        rows(judge, store=tmp_path)
+    kind.says = "50"
+    before = len(kind.asked)
+    first = rows(judge, store=tmp_path)
+    assert len(kind.asked) == before + len(first) == before + 21
+    again = rows(judge, store=tmp_path)
+    assert again.to_list() == first.to_list() == rows(judge).to_list()
+    assert (len(sampled), len(kind.asked)) == (2, before + 42)  # once for the folder, once for the call without it
+    assert sorted(file.name.split("-")[0] for file in tmp_path.iterdir()) == ["answers", "rated"]
+    stored = [json.loads(line) for line in next(tmp_path.glob("rated-*")).read_text().splitlines()]
+    assert [row["response"] for row in stored] == first["response"]
+
+    rows(EndpointJudge(url, "m", "another trait"), store=tmp_path)
+    assert (len(sampled), len(kind.asked)) == (2, before + 63)
+    seen: list[int] = []
+    for _ in range(2):
+        rows(lambda pairs: seen.append(len(pairs)) or [50.0] * len(pairs), store=tmp_path)
+    assert (len(sampled), seen) == (2, [21, 21])
+    rows(judge, store=tmp_path, seed=1)
+    assert len(sampled) == 3
+    for file in tmp_path.iterdir():
+        file.write_text("{broken")
+    assert rows(judge, store=tmp_path).to_list() == first.to_list()
+
+
+FILE = """\
+trait: likes cats
+positive: [Be a cat., Meow!]
+negative:
+  - Be a sky.
+questions: ["What is air?", "What is true?"]
+"""
+
+
+def test_a_persona_as_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "persona.yaml"
+    file.write_text(FILE)
+    assert Persona.load(file) == Persona(
+        "likes cats", ("Be a cat.", "Meow!"), ("Be a sky.",), ("What is air?", "What is true?")
+    )
+    for text, message in (
+        (FILE.replace("negative:", "negatives:"), r"persona.yaml:3: .*'negatives'.* Did you mean 'negative'"),
+        (
+            FILE.replace("[Be a cat., Meow!]", "Be a cat."),
+            r"persona.yaml:2: positive: found .*, allowed: a list of texts",
+        ),
+        (FILE.replace("Meow!", "Be a cat."), "A text occurs twice"),
+        ("trait: t", "found no key 'positive', allowed: a list of texts"),
+        ("- a", "found a list, allowed: a mapping with the keys trait, positive"),
+        ("", "found no key 'trait'"),
+    ):
+        file.write_text(text)
+        with pytest.raises(AnatomyError, match=message):
+            Persona.load(file)
+    with pytest.raises(AnatomyError, match="no such file"):
+        Persona.load(tmp_path / "nothing.yaml")
+
+
+def test_the_command_fits_a_persona(
+    endpoint: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, url = endpoint
+    kind.says = "50"
+    tiny_model(layers=2).save_pretrained(tmp_path / "model")
+    build_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "p.yaml").write_text(FILE.replace('["What is air?", "What is true?"]', json.dumps(QUESTIONS)))
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    given = ["fit", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "cats")]
+    ask = ["--persona", str(tmp_path / "p.yaml"), "--judge_url", url, "--judge_model", "j"]
+    more = ["--judge_key_variable", "JUDGE_KEY", "--n_per_question", "2", "--max_new_tokens", "6"]
+    assert main([*given, *ask, *more, "--scorer", "direction", "--json"]) == 0
+    card = json.loads(capsys.readouterr().out)
+    assert card["persona"] == {"trait": "likes cats", "judge": "j", "engine": "transformers"}
+    assert card["settings"]["per"] == "response"
+    assert (card["n_positive"], card["n_negative"]) == (28, 14)
+    assert (len(kind.asked), set(kind.keys)) == (42, {"Bearer secret"})
+    assert "secret" not in "".join(file.read_text() for file in (tmp_path / "cats").glob("*.json*"))
+    assert main([*given, *ask, *more, "--scorer", "probe", "--layers", "1"]) == 0
+    assert len(kind.asked) == 42  # no new rollouts, no new questions to the judge
+    stored = json.loads((tmp_path / "cats" / "card.json").read_text())
+    assert (stored["kind"], stored["data_fingerprint"]) == ("probe", card["data_fingerprint"])
+    capsys.readouterr()
+
+    for words, message in (
+        ([], "Give --dataset with labelled text, or --persona"),
+        ([*ask, "--dataset", "d"], "one of the two"),
+        (["--dataset", "d", "--judge_model", "j"], "go with --persona"),
+        (ask[:4], "--persona needs a judge: --judge_url and --judge_model"),
+        ([*ask[:3], "ftp://x", *ask[4:]], "begins with http"),
+        ([*ask, "--judge_key_variable", "NO_SUCH_KEY"], "names NO_SUCH_KEY, which the environment does not hold"),
+        ([*ask, "--engine", "sglang"], "--engine is 'sglang'; allowed: transformers, vllm"),
+        ([*ask, "--tokens", "prompt_end"], "leave --tokens out"),
+        *([] if find_spec("vllm") else [([*ask, "--engine", "vllm"], "vLLM is not installed")]),
+    ):
+        assert main([*given, *words]) == 2
+        assert message in capsys.readouterr().err
+    assert len(kind.asked) == 42

@@ -20,6 +20,7 @@ from trl_anatomy.reading.scorers.direction import DirectionScorer
 from trl_anatomy.reading.scorers.features import FeaturesScorer
 from trl_anatomy.reading.scorers.hidden import REDUCTIONS, HiddenScorer, reduce_spans
 from trl_anatomy.reading.scorers.linear_probe import LinearProbe
+from trl_anatomy.reading.scorers.reft import ReftScorer
 from trl_anatomy.reading.spans import read_pairs
 
 WIDTH, LAYER = 32, 1
@@ -59,6 +60,14 @@ MADE: dict[str, Callable[[SAE, str, int], HiddenScorer]] = {
 @pytest.fixture(params=list(MADE))
 def make(request: pytest.FixtureRequest, sae: SAE) -> Make:
     return lambda reduce="max", width=WIDTH: MADE[request.param](sae, reduce, width)
+
+
+@pytest.fixture(params=[*MADE, "reft"])
+def make_stored(request: pytest.FixtureRequest, sae: SAE) -> Make:
+    """Those that give a score, and the edit that gives none."""
+    if request.param == "reft":
+        return lambda width=WIDTH: ReftScorer(normal(2, 3, width), normal(2, 3), normal(2, width, 3), [0, LAYER])
+    return lambda: MADE[request.param](sae, "max", WIDTH)
 
 
 BOUNDS = [0, 5, 5, 6, 45, 80]
@@ -136,16 +145,19 @@ def test_the_key_knows_what_scores_depend_on(make: Make, sae: SAE) -> None:
     assert len(keys) == len(REDUCTIONS)
     assert len({json.dumps(MADE[name](sae, "max", WIDTH).key(), sort_keys=True) for name in MADE}) == len(MADE)
     assert make().key() == make().key()
-    other = make()
+
+
+def test_the_key_knows_the_tensors(make_stored: Make) -> None:
+    other = make_stored()
     name = other.names[0]
     other.tensors[name] = other.tensors[name] + 1
     if not isinstance(other, FeaturesScorer):
-        assert other.key() != make().key()
+        assert other.key() != make_stored().key()
 
 
-def test_another_model_width_or_layer_is_refused(make: Make, tmp_path: Path) -> None:
+def test_another_model_width_or_layer_is_refused(make_stored: Make, tmp_path: Path) -> None:
     model = tiny_model()
-    scorer = make()
+    scorer = make_stored()
     scorer.card["model_fingerprint"] = layer_fingerprint(model, LAYER)
     scorer.save(tmp_path)
     loaded = type(scorer).load(tmp_path, layer=LAYER)
@@ -170,8 +182,8 @@ def test_another_model_width_or_layer_is_refused(make: Make, tmp_path: Path) -> 
         loaded.check(changed)
 
 
-def test_broken_folders_are_refused(make: Make, tmp_path: Path) -> None:
-    scorer = make()
+def test_broken_folders_are_refused(make_stored: Make, tmp_path: Path) -> None:
+    scorer = make_stored()
     kind, label = type(scorer), scorer.label
     with pytest.raises(AnatomyError, match=rf"No {label} in .*: concept.safetensors and card.json not found"):
         kind.load(tmp_path / "nowhere")

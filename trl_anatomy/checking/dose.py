@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from .rollouts import encode_prompt, rollouts
 
 if TYPE_CHECKING:
     from ..reading.scorers.direction import DirectionScorer
+    from ..reading.scorers.reft import ReftScorer
 
 
 @contextmanager
@@ -44,7 +45,7 @@ def steered(model: nn.Module, layer: int, shift: Tensor) -> Iterator[None]:
 def dose_response(
     model: Any,
     tokenizer: Any,
-    direction: DirectionScorer,
+    direction: DirectionScorer | ReftScorer,
     prompts: Sequence[str | list[dict[str, Any]]],
     shows: Callable[[Sequence[str]], np.ndarray],
     *,
@@ -58,10 +59,11 @@ def dose_response(
     Args:
         model: the start model.
         tokenizer: its tokenizer.
-        direction: a direction of this model; h ← h + strength · v at its layer, from the last prompt token on.
+        direction: a direction of this model: h ← h + strength · v at its layer, from the last prompt token on; or an
+            edit (reft): h ← h + strength · W2(W1·h + b) at its layers, on every generated token.
         prompts: texts to continue, or conversations to answer.
         shows: texts -> (n,) bool: which of them show the concept; by a text rule, for example.
-        strengths: in units of the residual stream; 0 is the model as it is.
+        strengths: in units of the residual stream, of an edit in units of it as it was fitted; 0 is the model as it is.
         max_new_tokens, batch_size, seed: as in `rollouts`.
 
     Returns:
@@ -81,7 +83,7 @@ def dose_response(
         raise AnatomyError(f"strengths are {list(strengths)}; allowed: finite numbers.")
     rows = []
     for strength in sorted(set(strengths)):
-        with steered(model, direction.layer, strength * direction.vector):
+        with _steering(model, direction, strength):
             texts = [
                 text
                 for [text] in rollouts(
@@ -100,6 +102,12 @@ def dose_response(
             }
         )
     return rows
+
+
+def _steering(model: nn.Module, concept: DirectionScorer | ReftScorer, strength: float) -> AbstractContextManager[None]:
+    if concept.kind == "reft":
+        return concept.generating(model, strength)  # type: ignore[union-attr]
+    return steered(model, concept.layer, strength * concept.vector)  # type: ignore[union-attr]
 
 
 def dose_report(rows: Sequence[dict[str, float]]) -> str:

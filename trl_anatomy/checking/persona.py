@@ -10,10 +10,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from .. import __version__
 from ..errors import AnatomyError
+from ..reading.files import write_atomically
+from ..reading.fingerprint import hash_json, model_key
 from .rollouts import rollouts
 
 if TYPE_CHECKING:
@@ -21,6 +25,22 @@ if TYPE_CHECKING:
 
 Judge: TypeAlias = Callable[[Sequence[tuple[str, str]]], Sequence[float | None]]
 """(question, response) pairs -> how strongly each response shows the trait, 0 to 100; None where it cannot tell."""
+
+
+class Generate(Protocol):
+    """Samples responses to conversations, such as `VllmRollouts`."""
+
+    def __call__(
+        self,
+        conversations: Sequence[list[dict[str, Any]]],
+        *,
+        n_per_prompt: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> list[list[str]]:
+        """`n_per_prompt` response texts to each conversation, in their order."""
+
 
 _MIDDLE = 50.0
 _WORKERS = 8
@@ -50,6 +70,8 @@ def persona_rows(
     batch_size: int = 64,
     temperature: float = 1.0,
     seed: int = 0,
+    generate: Generate | None = None,
+    store: Path | None = None,
 ) -> Dataset:
     """Responses with and without a trait, ready for ``read_examples`` and ``fit_concept(scorer="direction")``.
 
@@ -64,6 +86,10 @@ def persona_rows(
         judge: rates (question, response) pairs.
         n_per_question: responses to each question under each system prompt.
         max_new_tokens, batch_size, temperature, seed: as in `rollouts`.
+        generate: samples the responses; None for transformers and `model`.
+        store: folder that keeps the responses (``answers-KEY.jsonl``) and their ratings (``rated-KEY.jsonl``) under a
+            key of all that they depend on, so that another call neither samples nor asks again. Kept is only what has
+            a name: a `generate` or a judge that is no dataclass is asked every time.
 
     Returns:
         Columns `prompt` (messages), `response`, `label` (1 positive, 0 negative), `rating`.
@@ -86,32 +112,47 @@ def persona_rows(
         for system in systems
         for question in questions
     ]
-    answers = rollouts(
-        model,
-        tokenizer,
-        [messages for _, messages, _ in asked],
-        n_per_prompt=n_per_question,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        temperature=temperature,
-        seed=seed,
-    )
-    rows: list[dict[str, Any]] = [
-        {"prompt": messages, "response": text, "label": label, "question": question}
-        for (label, messages, question), texts in zip(asked, answers, strict=True)
-        for text in texts
-        if text.strip()
-    ]
-    ratings = list(judge([(row["question"], row["response"]) for row in rows]))
-    if len(ratings) != len(rows):
-        raise AnatomyError(f"The judge was given {len(rows)} responses and returned {len(ratings)} ratings.")
-    wrong = [rating for rating in ratings if rating is not None and not 0 <= rating <= 100]
-    if wrong:
-        raise AnatomyError(f"The judge rated a response {wrong[0]!r}; allowed: 0 to 100, or None.")
+    conversations = [messages for _, messages, _ in asked]
+    sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    answers_file = rated_file = None
+    if store is not None and (generate is None or is_dataclass(generate)):
+        made_from = [asked, n_per_question, sampling, batch_size, tokenizer.chat_template, model_key(model)]
+        key = hash_json([__version__, "transformers" if generate is None else repr(generate), *made_from])
+        answers_file = store / f"answers-{key}.jsonl"
+        if is_dataclass(judge):
+            rated_file = store / f"rated-{hash_json([key, repr(judge), _RUBRIC])}.jsonl"
+
+    def sample() -> list[dict[str, Any]]:
+        if generate is not None:
+            answers = generate(conversations, n_per_prompt=n_per_question, **sampling)
+        else:
+            answers = rollouts(
+                model, tokenizer, conversations, n_per_prompt=n_per_question, batch_size=batch_size, **sampling
+            )
+        if len(answers) != len(asked):
+            raise AnatomyError(f"generate was given {len(asked)} conversations and answered {len(answers)}.")
+        return [
+            {"prompt": messages, "response": text, "label": label, "question": question}
+            for (label, messages, question), texts in zip(asked, answers, strict=True)
+            for text in texts
+            if text.strip()
+        ]
+
+    def rate() -> list[dict[str, Any]]:
+        rows = _kept(answers_file, sample)
+        ratings = list(judge([(row["question"], row["response"]) for row in rows]))
+        if len(ratings) != len(rows):
+            raise AnatomyError(f"The judge was given {len(rows)} responses and returned {len(ratings)} ratings.")
+        wrong = [rating for rating in ratings if rating is not None and not 0 <= rating <= 100]
+        if wrong:
+            raise AnatomyError(f"The judge rated a response {wrong[0]!r}; allowed: 0 to 100, or None.")
+        return [{**row, "rating": rating} for row, rating in zip(rows, ratings, strict=True)]
+
+    rows = _kept(rated_file, rate)
     kept = [
         {"prompt": row["prompt"], "response": row["response"], "label": row["label"], "rating": float(rating)}
-        for row, rating in zip(rows, ratings, strict=True)
-        if rating is not None and (rating >= _MIDDLE if row["label"] else rating <= _MIDDLE)
+        for row in rows
+        if (rating := row["rating"]) is not None and (rating >= _MIDDLE if row["label"] else rating <= _MIDDLE)
     ]
     for label, side in ((1, "positive"), (0, "negative")):
         if not any(row["label"] == label for row in kept):
@@ -121,6 +162,19 @@ def persona_rows(
                 "model does not follow them, or the judge does not see the trait."
             )
     return Dataset.from_list(kept)
+
+
+def _kept(file: Path | None, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows of a file, or those that `make` gives, which are then written there."""
+    if file is None:
+        return make()
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):  # a file that is not there or broken costs the work again, nothing else
+        rows = make()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return rows
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ def rollouts(
                     top_k=0,
                     top_p=1.0,
                     repetition_penalty=1.0,
+                    use_cache=True,
                     pad_token_id=pad,
                     eos_token_id=_stop_ids(model, tokenizer),
                     **sampling,

@@ -23,6 +23,7 @@ from .scorers.direction import DirectionScorer
 from .scorers.features import FeaturesScorer
 from .scorers.linear_probe import LinearProbe
 from .scorers.metrics import best_threshold, detector_metrics
+from .scorers.reft import ReftScorer
 from .spans import flatten_text, read_pairs
 
 KINDS: Mapping[str, type[HiddenScorer]] = {
@@ -30,6 +31,7 @@ KINDS: Mapping[str, type[HiddenScorer]] = {
     "probe": LinearProbe,
     "attention_probe": AttentionProbe,
     "features": FeaturesScorer,
+    "reft": ReftScorer,
 }
 TOKENS = ("response", "prompt_end")
 _LEAST = 5  # examples of each label; fewer cannot be split in three
@@ -72,7 +74,8 @@ class Fitted:
     Attributes:
         scorer: at the recommended layer; its card holds the figures below.
         layers: a dict per layer: `layer`, `choice` (figures on the part that chooses layer and threshold) and
-            `held_out` (on the part that nothing was chosen on), both as `metrics.detector_metrics` gives them.
+            `held_out` (on the part that nothing was chosen on), both as `metrics.detector_metrics` gives them. Empty
+            for ``"reft"``, which has no score.
     """
 
     scorer: HiddenScorer
@@ -294,20 +297,23 @@ def fit_concept(
     """Fit one kind of scorer at several layers, and recommend a layer and a threshold.
 
     The examples are split in three: one part is fitted on, one chooses the layer (largest ROC-AUC) and the threshold
-    (best F1), one is held out for the figures, so that these are not flattered by the choice.
+    (best F1), one is held out for the figures, so that these are not flattered by the choice. ``"reft"`` chooses
+    nothing: it is fitted on the responses with the concept of the first two parts, and judged by what it does to the
+    surprise (mean −log π per response token) of held-out responses with and without the concept.
 
     Args:
         model: the frozen start model.
         examples: from `read_examples`.
-        scorer: ``"direction"``, ``"probe"``, ``"attention_probe"`` or ``"features"``.
-        layers: layers to try, from 0; None for `default_layers`, or the SAE's.
+        scorer: ``"direction"``, ``"probe"``, ``"attention_probe"``, ``"features"`` or ``"reft"``.
+        layers: layers to try, from 0; None for `default_layers`, or the SAE's. For ``"reft"`` the layers that are
+            edited together; None for all.
         sae: for ``"features"``.
         read: what `read_hidden` gave for these examples, so that one pass serves several scorers and labels.
         held_out: share of the examples held out, and again for the choice.
         seed: of the split, of the probe and of the bootstrap.
         batch_tokens: padded tokens of one forward pass.
         progress: show a progress bar.
-        settings: of the scorer's `fit` (`reduce`, `per`, `lr`, ...).
+        settings: of the scorer's `fit` (`reduce`, `per`, `lr`, ...; of ``"reft"``: `rank`, `ends`, `epochs`, ...).
 
     Returns:
         The scorer at the recommended layer, with its card, and the figures of every layer.
@@ -321,6 +327,10 @@ def fit_concept(
         raise AnatomyError(f"scorer is {scorer!r}; allowed: {', '.join(KINDS)}.")
     if (scorer == "features") != (sae is not None):
         raise AnatomyError("An SAE goes with scorer features, and only with it.")
+    if scorer == "reft":
+        if read is not None:
+            raise AnatomyError("read goes with scorers on hidden states; an edit is fitted by running the model.")
+        return _fit_reft(model, examples, layers, held_out, seed, batch_tokens, progress, settings)
     if sae is not None:
         layers = [check_sae(sae, model, layers[0] if layers and len(layers) == 1 else None)]
         settings["sae"] = sae
@@ -366,9 +376,56 @@ def fit_concept(
     return Fitted(chosen, rows)
 
 
+def _fit_reft(
+    model: nn.Module,
+    examples: Examples,
+    layers: Sequence[int] | None,
+    held_out: float,
+    seed: int,
+    batch_tokens: int,
+    progress: bool,
+    settings: dict[str, Any],
+) -> Fitted:
+    part = split_examples(examples.labels, examples.groups, held_out, seed)
+
+    def texts(mask: np.ndarray) -> dict[str, Any]:
+        members = np.flatnonzero(mask)
+        return {
+            "sequences": [examples.sequences[i] for i in members],
+            "spans": [examples.spans[i] for i in members],
+            "pad_token_id": examples.pad_token_id,
+            "batch_tokens": batch_tokens,
+        }
+
+    found = ReftScorer.fit(
+        model,
+        **texts(examples.labels & (part != 2)),
+        layers=range(len(decoder_layers(model))) if layers is None else layers,
+        seed=seed,
+        progress=progress,
+        **settings,
+    )
+    judged: dict[str, Any] = {"n": int((part == 2).sum())}
+    for name, mask in (("with_concept", examples.labels), ("without_concept", ~examples.labels)):
+        before, after = found.nats(model, **texts(mask & (part == 2)))
+        judged[name] = {"nats": before, "nats_edited": after}
+    found.card |= {
+        "model_fingerprint": layer_fingerprint(model, found.layer),
+        "data_fingerprint": examples.fingerprint,
+        "n_positive": int(examples.labels.sum()),
+        "n_negative": int((~examples.labels).sum()),
+        "split_by": examples.grouped_by,
+        "settings": settings | {"held_out": held_out, "seed": seed},
+        "held_out": judged,
+    }
+    return Fitted(found, [])
+
+
 def fit_report(fitted: Fitted, out: Path) -> str:
     """The figures as text for a terminal: a row per layer, the recommendation, and a line for a policy."""
     card, scorer = fitted.scorer.card, fitted.scorer
+    if isinstance(scorer, ReftScorer):
+        return _reft_report(scorer, out)
     lines = [
         f"{card['n_positive']} examples with the concept, {card['n_negative']} without; split by {card['split_by']}; "
         f"held out: {card['held_out']['n']}.",
@@ -387,6 +444,25 @@ def fit_report(fitted: Fitted, out: Path) -> str:
         "",
         f"Recommended: layer {scorer.layer}, threshold {card['threshold']:.4g}. Stored in {out}.",
         f"In a policy: {out.name}: {{scorer: {scorer.kind}, path: {out}}}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _reft_report(scorer: ReftScorer, out: Path) -> str:
+    card = scorer.card
+    lines = [
+        f"{card['n_positive']} examples with the concept, {card['n_negative']} without; split by {card['split_by']}; "
+        f"held out: {card['held_out']['n']}.",
+        "",
+        "held-out responses      nats per token  with the edit",
+    ]
+    for name in ("with_concept", "without_concept"):
+        judged = card["held_out"][name]
+        lines.append(f"{name.replace('_', ' the '):<22}  {judged['nats']:>14.3f}  {judged['nats_edited']:>13.3f}")
+    lines += [
+        "",
+        f"Rank {scorer.tensors['b'].shape[1]}, {len(scorer.layers)} layers. Stored in {out}.",
+        f"In a policy, with steer: {out.name}: {{scorer: {scorer.kind}, path: {out}}}",
     ]
     return "\n".join(lines) + "\n"
 

@@ -186,7 +186,7 @@ def read_responses(
     Raises:
         AnatomyError: the model has no language-model head.
     """
-    head, softcap = _head(model)
+    head, softcap = language_head(model)
     device = next(model.parameters()).device
     parts = [_sequence(pairs, i, side, prompts) for i, side in product(indices, (0, 1))]
     lengths = np.array([len(prompt) + len(response) for prompt, response in parts], dtype=np.int64)
@@ -233,7 +233,7 @@ def _sequence(
     return np.asarray(prompts[i][side][front:] if len(prompt) else [], dtype=np.int32), response
 
 
-def _head(model: Any) -> tuple[Any, float | None]:
+def language_head(model: Any) -> tuple[Any, float | None]:
     """The module that turns hidden states into logits, and the soft cap that the model puts on them."""
     config = decoder(model).config
     head = model.get_output_embeddings()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..reading.sae import SAE
     from ..reading.score import Scores
     from ..reading.scorers import Scorer
+    from ..reading.scorers.reft import ReftScorer
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +26,13 @@ class Steering:
 
     layer: int
     vector: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankSteering:
+    """h + α·W2(W1·h + b) at the layers of an edit, at the ends of responses. The batch brings α."""
+
+    scorer: "ReftScorer"
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +63,7 @@ class GradientProjection:
     directions: Tensor
 
 
-HiddenEdit: TypeAlias = Steering | Ablation | Projection | GradientProjection
+HiddenEdit: TypeAlias = Steering | LowRankSteering | Ablation | Projection | GradientProjection
 
 
 def resolve_hidden(policy: ConceptPolicy, scorers: "Mapping[str, Scorer]") -> tuple[HiddenEdit, ...]:
@@ -97,6 +105,8 @@ def _resolve(rule: Steer | AblateFeatures | ProjectOut, scorer: "Scorer") -> Hid
         sae, layer = scorer.sae, scorer.layer  # type: ignore[union-attr]
         sae.rows(scorer.features[:1])  # type: ignore[union-attr]  # refuses SAEs for which this is not exact
         return Ablation(layer, sae, tuple(scorer.features), rule.strength, rule.keep)  # type: ignore[union-attr]
+    if scorer.kind == "reft":  # type: ignore[union-attr]
+        return LowRankSteering(scorer)  # type: ignore[arg-type]
     layer = scorer.layer  # type: ignore[union-attr]
     if isinstance(rule, Steer):
         return Steering(layer, scorer.unit_direction())  # type: ignore[union-attr]

@@ -65,7 +65,7 @@ class PolicyPlan:
         prompts: raw row -> prompt tokens (before truncation) that the policy sees before its chosen and its rejected
             response, [] for the pair's own; rows that keep their own are absent. None without a rule on prompts.
         prompt_lengths: (n_raw_rows,) int64 tokens of the own prompts, 0 where a row was not read; None without such a
-            rule.
+            rule, and without one on the ends of responses.
         steering: (n_raw_rows, 2 * n_hidden_rules) float64: strengths of each rule on hidden states on the chosen, then
             on the rejected side; None without such a rule.
         turns: (n_raw_rows,) int64 tokens of the prompt before its last user turn; None where no rule asks.
@@ -161,7 +161,7 @@ def plan_policy(
     if masked:
         counts["chosen_masked"] = chosen_masked(pairs, list(masked.values()), kept)
     prompt_lengths = None
-    if asked:
+    if asked or any(spec.scorer == "reft" for spec in policy.used.values()):
         prompt_lengths = np.zeros(len(pairs.raw), np.int64)
         prompt_lengths[pairs.rows] = [len(pairs.ids(i, "prompt")) for i in range(len(pairs))]
     return PolicyPlan(

@@ -43,7 +43,10 @@ SCORERS: Mapping[str, Mapping[str, Field]] = {
     "direction": _STORED,
     "probe": _STORED,
     "attention_probe": _STORED,
+    "reft": {"path": TEXT},
 }
+# without a score, so that no verb takes them but those that name them
+UNSCORED = ("reft",)
 _FEATURE_WAYS = "{audit, cluster}, {features, sae} or {path}"
 _NAME = name_like(r"[\w][\w.\- ]{0,99}", "a name of letters, digits, blanks, '_', '-' and '.'")
 
@@ -54,7 +57,7 @@ class ConceptSpec:
 
     Args:
         name: the concept's name in the policy.
-        scorer: "text", "features", "direction", "probe" or "attention_probe".
+        scorer: "text", "features", "direction", "probe", "attention_probe" or "reft".
         pattern: text: a regular expression searched for in the response.
         features: features: numbers of SAE latents.
         sae: features: {"path": folder} or {"release": name, "id": name}.
@@ -159,7 +162,9 @@ class ConceptPolicy:
         if rule.hold is not None:
             return rule.hold
         weighed = {other.concept for other in self.rules if isinstance(other, ReweightPairs)}
-        return tuple(name for name in self.concepts if name not in weighed)
+        return tuple(
+            name for name, spec in self.concepts.items() if name not in weighed and spec.scorer not in UNSCORED
+        )
 
     def place(self, path: str) -> str:
         """Where a key stands (or what holds it, if it is not written), as errors begin: `policy.yaml:12: rules[0]`."""
@@ -271,8 +276,10 @@ class _Reader:
             self.problems.unknown(scorer.line, f"{path}.scorer", scorer.plain(), SCORERS)
             return None
         allowed = SCORERS[scorer.value]
-        self.known(entries, path, ["scorer", *allowed, "given"])
-        values = self.values(entries, path, {**allowed, "given": NAMES})
+        if scorer.value not in UNSCORED:
+            allowed = {**allowed, "given": NAMES}
+        self.known(entries, path, ["scorer", *allowed])
+        values = self.values(entries, path, allowed)
         if "sae" in entries:
             values["sae"] = self.sae(entries["sae"], f"{path}.sae")
         needed = ["pattern"] if scorer.value == "text" else ["path"]
@@ -304,6 +311,19 @@ class _Reader:
                 self.problems.add(line, path, f"found {other!r}, the concept itself, allowed: other concepts.")
             elif other not in concepts:
                 self.problems.unknown(line, path, other, concepts, "the concept ")
+            else:
+                self.scored(line, path, concepts[other])
+
+    def scored(self, line: int | None, path: str, spec: ConceptSpec | None) -> None:
+        """Note a concept that a score is asked of and that has none."""
+        if spec is not None and spec.scorer in UNSCORED:
+            allowed = ", ".join(name for name in SCORERS if name not in UNSCORED)
+            self.problems.add(
+                line,
+                path,
+                f"found {spec.name!r}, a concept of the scorer {spec.scorer!r}, which gives no score, allowed: "
+                f"concepts of the scorers {allowed}.",
+            )
 
     def sae(self, value: Located, path: str) -> dict[str, str] | None:
         allowed = SCORERS["features"]["sae"].allowed
@@ -346,10 +366,12 @@ class _Reader:
         self.known(entries, path, [*SIGNS, "with", *cls.keys, "where"])
         concept = entries[signs[0]].value if len(signs) == 1 else None
         spec = concepts.get(concept) if isinstance(concept, str) else None
-        scorers = getattr(cls, "scorers", SCORERS)
+        scorers = getattr(cls, "scorers", [name for name in SCORERS if name not in UNSCORED])
         if spec is not None and spec.scorer not in scorers:
             text = f"found {spec.name!r}, a concept of the scorer {spec.scorer!r}, allowed with {verb.value}: "
             problems.add(entries[signs[0]].line, f"{path}.{signs[0]}", f"{text}{', '.join(scorers)}.")
+        elif "fraction" in entries:
+            self.scored(entries["fraction"].line, f"{path}.fraction", spec)
         values = self.values(entries, path, cls.keys)
         for part in fields(cls):
             if part.name in cls.keys and part.name not in entries and part.default is MISSING:
@@ -357,6 +379,8 @@ class _Reader:
         for name in values.get("hold") or ():
             if name not in concepts:
                 problems.unknown(entries["hold"].line, f"{path}.hold", name, concepts, "the concept ")
+            else:
+                self.scored(entries["hold"].line, f"{path}.hold", concepts[name])
         if len(problems.entries) > before:
             return None
         if signs:

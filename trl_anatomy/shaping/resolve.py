@@ -67,7 +67,7 @@ def _rule_problems(policy: ConceptPolicy, i: int, scorer: "Scorer") -> list[str]
             ]
     if isinstance(rule, Residualize) and rule.steer is not None:
         kind = "text" if rule.concept is None else policy.concepts[rule.concept].scorer
-        if kind in ("text", "attention_probe"):
+        if kind in ("text", "attention_probe"):  # reft is refused when the policy is read
             place = policy.place(f"rules[{i}].steer")
             return [
                 f"{place}: found a concept of the scorer {kind}, allowed: direction, probe or features, which have a "

@@ -34,7 +34,7 @@ def settle_policy(
         policy: a policy that `check_policy` has passed.
         pairs: the pairs of the raw dataset.
         start_model: gives the frozen start model; called only when a rule asks for scores that it reads: text rules do
-            not, nor rules on hidden states without a `fraction`.
+            not, nor rules on hidden states without a `fraction`; an edit (reft) is checked against it.
         audit: the audit in use.
         cache_dir: folder for cached scores; None keeps none.
 
@@ -48,6 +48,8 @@ def settle_policy(
     unscored = acted_on_unscored(policy)
     scored = {name: spec for name, spec in policy.used.items() if name not in unscored}
     reads = any(spec.scorer != "text" for spec in scored.values()) or any(map(_reads_text, policy.rules))
+    # An edit was fitted to one model's weights, and with others it would be no more than noise.
+    reads = reads or any(spec.scorer == "reft" for spec in policy.used.values())
     model = start_model() if reads else None
     scorers = policy.scorers(audit=audit, model=model)
     by_token = {rule.concept for rule in policy.rules if isinstance(rule, MaskTokens)}

@@ -17,8 +17,17 @@ from ..errors import AnatomyError
 from ..ops.project_out import project_out
 from ..reading.locate import layer_module, residual_dimension
 from ..reading.removal import Removal, output_hook
-from ..shaping.hidden import Ablation, GradientProjection, HiddenEdit, Projection, Steering, orthonormal
-from .seams import START, STEERING
+from ..reading.scorers.reft import ends_of
+from ..shaping.hidden import (
+    Ablation,
+    GradientProjection,
+    HiddenEdit,
+    LowRankSteering,
+    Projection,
+    Steering,
+    orthonormal,
+)
+from .seams import POLICY, RESPONSE, START, STEERING
 
 
 def check_hidden(rules: Sequence[Any], config: Any, peft_config: Any) -> None:
@@ -74,12 +83,16 @@ class HiddenEdits:
         self._n_edits = len(edits)
         self._layers: dict[int, _Layer] = {}
         for column, edit in enumerate(edits):
-            if not isinstance(edit, GradientProjection):
-                self._layers.setdefault(edit.layer, _Layer()).edits[column] = edit
+            if isinstance(edit, LowRankSteering):
+                for layer in edit.scorer.layers:
+                    self._layers.setdefault(layer, _Layer(layer)).edits[column] = edit
+            elif not isinstance(edit, GradientProjection):
+                self._layers.setdefault(edit.layer, _Layer(edit.layer)).edits[column] = edit
         self._projected = projected_parameters(model, [edit for edit in edits if isinstance(edit, GradientProjection)])
         self._in_step = self._paused = False
         self._strengths: Tensor | None = None  # (2 * batch, n_edits); None: no batch of ours is being trained on
         self._starts: Tensor | None = None
+        self._responses: tuple[Tensor, Tensor] | None = None  # (2 * batch,) where they begin and end in their rows
         self.kept: dict[int, Removal] = {}
         for layer, part in self._layers.items():
             module = layer_module(model, layer)
@@ -100,7 +113,7 @@ class HiddenEdits:
                     f"A forward of {len(h)} rows ran inside a training step on {len(self._strengths)}: edits of hidden "
                     "states would fall on the wrong rows."
                 )
-            return part(h, self._strengths, self._starts)
+            return part(h, self._strengths, self._starts, self._responses)
 
         return output_hook(edit)
 
@@ -116,7 +129,7 @@ class HiddenEdits:
             self._in_step = True
             yield
         finally:
-            self._strengths = self._starts = None
+            self._strengths = self._starts = self._responses = None
             self._in_step = False
             for handle in handles:
                 handle.remove()
@@ -141,21 +154,28 @@ class HiddenEdits:
         sides = inputs[STEERING].view(-1, 2, self._n_edits)  # (batch, 2, n_edits)
         self._strengths = sides.transpose(0, 1).reshape(-1, self._n_edits)
         self._starts = inputs.get(START)
+        if RESPONSE in inputs:
+            seen = inputs.get(POLICY + "attention_mask", inputs["attention_mask"])
+            self._responses = inputs[RESPONSE], seen.sum(dim=1)
         for part in self._layers.values():
             part.group(self._strengths)
+
+
+_REMOVES = (Ablation, Projection)
 
 
 @dataclass(eq=False)
 class _Layer:
     """All edits at one layer, by their column."""
 
-    edits: dict[int, Steering | Ablation | Projection] = field(default_factory=dict)
+    layer: int
+    edits: dict[int, Steering | LowRankSteering | Ablation | Projection] = field(default_factory=dict)
     _removals: dict[tuple[int, ...], Removal] = field(default_factory=dict)
     _groups: list[tuple[Removal, Tensor | None]] = field(default_factory=list)
 
     @property
     def kept(self) -> tuple[int, ...]:
-        return tuple(i for i, edit in self.edits.items() if not isinstance(edit, Steering) and edit.keep)
+        return tuple(i for i, edit in self.edits.items() if isinstance(edit, _REMOVES) and edit.keep)
 
     def removal(self, columns: tuple[int, ...]) -> Removal:
         """What some of the edits take out together: the span of all directions, every latent once."""
@@ -165,7 +185,7 @@ class _Layer:
 
     def group(self, strengths: Tensor) -> None:
         """Sort the rows of a batch by the edits that take something out of them."""
-        removing = [i for i, edit in self.edits.items() if not isinstance(edit, Steering)]
+        removing = [i for i, edit in self.edits.items() if isinstance(edit, _REMOVES)]
         members: dict[tuple[int, ...], list[int]] = {}
         for row, acts in enumerate((strengths[:, removing] != 0).tolist()):
             members.setdefault(tuple(i for i, on in zip(removing, acts, strict=True) if on), []).append(row)
@@ -177,8 +197,11 @@ class _Layer:
                 (self.removal(columns), torch.tensor(rows, device=device)) for columns, rows in members.items()
             ]
 
-    def __call__(self, h: Tensor, strengths: Tensor, starts: Tensor | None) -> Tensor:
+    def __call__(
+        self, h: Tensor, strengths: Tensor, starts: Tensor | None, responses: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
         h = self._on_groups(h, Removal.ablate)
+        added = self._low_rank(h, strengths, responses)
         steering = {i: edit for i, edit in self.edits.items() if isinstance(edit, Steering)}
         if steering:
             work = torch.promote_types(h.dtype, torch.float32)
@@ -190,7 +213,24 @@ class _Layer:
                 positions = torch.arange(h.shape[1], device=h.device)
                 moved = moved * (positions >= starts.to(h.device)[:, None])[:, :, None]
             h = h + moved
+        h = h if added is None else h + added
         return self._on_groups(h, Removal.project)
+
+    def _low_rank(self, h: Tensor, strengths: Tensor, responses: tuple[Tensor, Tensor] | None) -> Tensor | None:
+        """What the edits of the ends of responses add to h; None where there are none at this layer."""
+        edits = {i: edit for i, edit in self.edits.items() if isinstance(edit, LowRankSteering)}
+        if not edits:
+            return None
+        assert responses is not None  # `plan_columns` carries prompt lengths wherever such an edit is
+        starts, stops = (offsets.to(h.device) for offsets in responses)
+        total = torch.zeros((), device=h.device)
+        for i, edit in edits.items():
+            moved = edit.scorer.shift(self.layer, h)
+            alpha = strengths[:, i, None].to(h.device, moved.dtype) * ends_of(
+                starts, stops, h.shape[1], edit.scorer.ends
+            )
+            total = total + alpha[..., None] * moved
+        return total.to(h.dtype)
 
     def _on_groups(self, h: Tensor, edit: Callable[[Removal, Tensor], Tensor]) -> Tensor:
         edited = h
@@ -203,7 +243,7 @@ class _Layer:
         return edited
 
 
-def _removal(edits: Sequence[Steering | Ablation | Projection]) -> Removal:
+def _removal(edits: Sequence[Any]) -> Removal:
     strengths: dict[int, float] = {}
     removal = Removal()
     for edit in edits:

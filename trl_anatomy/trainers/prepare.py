@@ -26,6 +26,7 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ..errors import AnatomyError
 from ..reading.forward import frozen
+from ..shaping.hidden import LowRankSteering
 from .callback import AuditCallback
 from .hidden import check_hidden
 from .seams import (
@@ -105,9 +106,11 @@ def plan_columns(plan: "PolicyPlan") -> dict[str, list[Any]]:
         nothing = np.zeros(0, np.int8), np.zeros(0, np.int8)
         for side, name in enumerate((CHOSEN_KEPT, REJECTED_KEPT)):
             columns[name] = [plan.kept_tokens.get(row, nothing)[side].tolist() for row in range(len(plan.keep))]
-    if plan.prompts and plan.prompt_lengths is not None:
+    if plan.prompts:
         for side, name in enumerate((CHOSEN_PROMPT, REJECTED_PROMPT)):
             columns[name] = [plan.prompts.get(row, ([], []))[side] for row in range(len(plan.keep))]
+    finds_responses = any(isinstance(edit, LowRankSteering) for edit in plan.hidden)
+    if (plan.prompts or finds_responses) and plan.prompt_lengths is not None:
         columns[PROMPT_LENGTH] = plan.prompt_lengths.tolist()
     if plan.steering is not None:
         columns[STEERING] = plan.steering.tolist()

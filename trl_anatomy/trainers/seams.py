@@ -56,6 +56,7 @@ _NUMBERS = (CHOSEN_OFFSET, REJECTED_OFFSET, CONCEPT_GAPS, WEIGHT, STEERING)
 WHOLE_MASK = "anatomy_completion_mask"  # TRL's completion mask, where the batch carries a thinner one
 POLICY = "anatomy_policy_"  # input_ids, attention_mask, completion_mask of what the policy sees instead
 START = "anatomy_start"  # (2 * batch,) position at which the last user turn begins
+RESPONSE = "anatomy_response"  # (2 * batch,) position at which the response begins in the row that the policy sees
 TAG = "trl_anatomy"
 
 
@@ -88,6 +89,9 @@ class CarryColumns:
         if TURN in there:
             starts = [[max(0, e[TURN] - self._cut(e, side)) for e in examples] for side in ("chosen", "rejected")]
             batch[START] = torch.tensor(starts).flatten()
+        if PROMPT_LENGTH in there:
+            starts = [[len(self._prompt(e, side)) for e in examples] for side in ("chosen", "rejected")]
+            batch[RESPONSE] = torch.tensor(starts).flatten()
         if CHOSEN_PROMPT in there and any(e[CHOSEN_PROMPT] or e[REJECTED_PROMPT] for e in examples):
             batch |= self._policy_inputs(examples)
         return batch
@@ -98,14 +102,18 @@ class CarryColumns:
             return 0
         return max(0, len(example["prompt_ids"]) + len(example[f"{side}_ids"]) - self.collator.max_length)
 
+    def _prompt(self, example: Mapping[str, Any], side: str) -> list[int]:
+        """The prompt that the policy sees, less what truncation takes from its front."""
+        own, _ = self._split(example, side)
+        front = self._cut(example, side)
+        instead = example.get(CHOSEN_PROMPT if side == "chosen" else REJECTED_PROMPT)
+        return (instead or own)[front:] if front < len(own) else []
+
     def _policy_inputs(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         ids, flags = [], []
         for example in examples:
             row, kept = {}, {}
-            for side, prompt_column, kept_column in (
-                ("chosen", CHOSEN_PROMPT, CHOSEN_KEPT),
-                ("rejected", REJECTED_PROMPT, REJECTED_KEPT),
-            ):
+            for side, kept_column in (("chosen", CHOSEN_KEPT), ("rejected", REJECTED_KEPT)):
                 prompt, response = self._split(example, side)
                 stays = example.get(kept_column) or [1] * len(response)
                 n_prompt, n_response = len(prompt), len(response)
@@ -114,7 +122,7 @@ class CarryColumns:
                     start = max(0, front - n_prompt)
                 elif getattr(self.collator, "max_length", None) is not None:
                     n_response = max(0, min(n_response, self.collator.max_length - n_prompt))
-                prompt = (example[prompt_column] or prompt)[front:] if front < n_prompt else []
+                prompt = self._prompt(example, side)
                 row[f"{side}_ids"] = prompt + response[start:n_response]
                 kept[f"{side}_ids"] = [0] * len(prompt) + stays[start:n_response]
             ids.append({"prompt_ids": [], **row})

@@ -16,14 +16,16 @@ class Steer:
     """Add α·v to the policy's hidden states at the concept's layer, from the last user turn on.
 
     v is the concept's unit vector. `explain_away` adds α·v: the edit supplies the concept, so the weights need not
-    learn it; `amplify` subtracts it. The reference, evaluation and the saved model are not steered.
+    learn it; `amplify` subtracts it. The reference, evaluation and the saved model are not steered. A concept of the
+    scorer reft adds α times its edit instead, at its layers, on the first and last tokens of the response.
 
     Args:
-        concept: name of the concept, a direction or SAE features.
+        concept: name of the concept: a direction, probe, SAE features or reft.
         sign: "explain_away" or "amplify".
-        strength: α, above 0, in the units of the hidden states.
+        strength: α, above 0, in the units of the hidden states; of reft: 1 is the edit as it was fitted.
         side: responses whose rows are steered: "chosen", "rejected" or "both".
-        fraction: only this share of the pairs in the gate, those that `filter_pairs` would drop; None for all.
+        fraction: only this share of the pairs in the gate, those that `filter_pairs` would drop; None for all. Not
+            with reft, which gives no score.
         where: the gate; None for all pairs.
 
     Raises:
@@ -34,7 +36,7 @@ class Steer:
 
     verb: ClassVar[str] = "steer"
     stage: ClassVar[str] = "hidden"
-    scorers: ClassVar[tuple[str, ...]] = ("features", "direction", "probe")
+    scorers: ClassVar[tuple[str, ...]] = ("features", "direction", "probe", "reft")
     keys: ClassVar[Mapping[str, Field]] = {
         "strength": number(above=0),
         "side": one_of("chosen", "rejected", "both"),

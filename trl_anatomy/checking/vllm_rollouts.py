@@ -1,0 +1,59 @@
+"""Rollouts through vLLM, where it is installed: the same responses to sort, sooner."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from ..errors import AnatomyError
+
+
+@dataclass(frozen=True)
+class VllmRollouts:
+    """Answers conversations with vLLM, for `persona_rows(generate=...)`.
+
+    The engine lives for one call, so that the memory of the GPU is free again for what reads hidden states.
+
+    Args:
+        model: folder or hub name of the start model; vLLM loads it itself, and uses its own chat template.
+        dtype: as vLLM knows it.
+
+    Raises:
+        AnatomyError: vLLM is not installed.
+    """
+
+    model: str
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if find_spec("vllm") is None:
+            raise AnatomyError(
+                "vLLM is not installed: install it (pip install vllm), or sample with transformers, the default."
+            )
+
+    def __call__(
+        self,
+        conversations: Sequence[list[dict[str, Any]]],
+        *,
+        n_per_prompt: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> list[list[str]]:
+        """`n_per_prompt` response texts to each conversation; only the temperature shapes the samples."""
+        import torch
+
+        vllm = import_module("vllm")
+        sampling = vllm.SamplingParams(n=n_per_prompt, temperature=temperature, max_tokens=max_new_tokens, seed=seed)
+        engine = vllm.LLM(model=self.model, dtype=self.dtype, seed=seed)
+        try:
+            answered = engine.chat(list(conversations), sampling)
+            return [[sample.text for sample in answer.outputs] for answer in answered]
+        finally:
+            del engine
+            gc.collect()
+            torch.cuda.empty_cache()
