@@ -12,9 +12,9 @@ import pytest
 import torch
 from reading_world import build_tokenizer, tiny_model
 
-from trl_anatomy.checking import persona
 from trl_anatomy.checking.persona import EndpointJudge, persona_rows
 from trl_anatomy.errors import AnatomyError
+from trl_anatomy.reading import chat
 from trl_anatomy.reading.fit import fit_concept, read_examples, read_hidden, split_examples
 
 POSITIVE, NEGATIVE = ["Be a cat.", "Meow!"], ["Be a sky."]
@@ -111,7 +111,7 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[type[Endpoint], 
     server = HTTPServer(("127.0.0.1", 0), kind)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    monkeypatch.setattr(persona.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(chat.time, "sleep", lambda seconds: None)
     yield kind, f"http://127.0.0.1:{server.server_port}/v1"
     server.shutdown()
     server.server_close()
@@ -138,7 +138,7 @@ def test_an_endpoint_that_is_busy_is_asked_again(endpoint: Any) -> None:
     kind.failures = [503, 429, 500]
     assert EndpointJudge(url, "m", "t")(PAIRS[:1]) == [3.0]
     assert len(kind.asked) == 4
-    kind.failures = [503] * 4
+    kind.failures = [503] * chat.TRIES
     with pytest.raises(AnatomyError, match="refused: 503"):
         EndpointJudge(url, "m", "t")(PAIRS[:1])
 

@@ -64,7 +64,7 @@ class AuditCallback(TrainerCallback):
             return
         payload: dict[str, Any] = {
             f"audit/hypotheses/step_{step}": _table(audit.hypotheses, first="rank"),
-            f"audit/concepts/step_{step}": _table(audit.concepts),
+            f"audit/concepts/step_{step}": _table(audit.labelled(audit.concepts)),
             "train/global_step": step,
         }
         page = Path(audit.path) / "report.html"
