@@ -95,8 +95,8 @@ class _AuditFlags:
     label_model: str | None = dataclasses.field(
         default=None,
         metadata={
-            "help": "Model that names concepts and contexts: at --label_url, or a chat model on this machine (folder or "
-            "hub name). None: their distinctive terms."
+            "help": "Model that names concepts and contexts: at --label_url, or a chat model here (folder or hub name). "
+            "None: their distinctive terms."
         },
     )
     label_url: str | None = dataclasses.field(

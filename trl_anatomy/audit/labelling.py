@@ -1,4 +1,4 @@
-"""Names for the concepts and contexts of a finished audit, by a language model or by their terms, and how well they hold.
+"""Names for concepts and contexts of a finished audit, by a language model or by their terms, and how well they hold.
 
 It reads a folder that is there already, so nothing statistical can depend on it (method.md section 6). Held-out texts
 never stand in the question that asks for a name.
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from scipy.stats import hypergeom
+from scipy.stats import hypergeom, mannwhitneyu
 
 from ..errors import AnatomyError
 from ..reading.chat import ChatEndpoint, LocalChat, TooLongError
@@ -141,17 +141,12 @@ def label_audit(
     """
     digest = tables_digest(audit.path)
     old = read_labels(audit.path, stale=True)
-    labeller = None if chat is None else chat.model
+    labeller = None if chat is None else f"{chat.model} ({chat.kind})"
     tasks = _Tasks(audit)
     kept, missing = {}, []
     for task in tasks.all():
         label = old.get(task.name)
-        same = label is not None and label.key == task.key
-        if (
-            same
-            and label is not None
-            and (chat is None or (label.labeller == labeller and label.source != _other(chat)))
-        ):
+        if label is not None and label.key == task.key and (chat is None or label.labeller == labeller):
             kept[task.name] = label
         else:
             missing.append(task)
@@ -167,11 +162,6 @@ def label_audit(
             write_labels(audit.path, digest, found)
     audit.labels = found
     return found
-
-
-def _other(chat: Chat) -> str:
-    """The other way to reach a model of the same name."""
-    return "local" if chat.kind == "endpoint" else "endpoint"
 
 
 def read_firings(source: Source) -> Firings:
@@ -217,8 +207,8 @@ class _Tasks:
         concepts = {row["concept"]: (row, k) for table in tables for k, row in enumerate(table)}
         evident = [row for row in tables[0] if row["verdict"] in (RISES, FALLS)]
         order = [row["concept"] for row in sorted(evident, key=lambda row: -abs(row["predicted"]))]
-        kept = [row for row in self.audit.hypotheses.select(["context", "concept", "kept", "rank"]).to_pylist()]
-        for row in sorted((row for row in kept if row["kept"]), key=lambda row: row["rank"]):
+        tested = self.audit.hypotheses.select(["context", "concept", "kept", "rank"]).to_pylist()
+        for row in sorted((row for row in tested if row["kept"]), key=lambda row: row["rank"]):
             order += [row["context"], row["concept"]]
         for name in dict.fromkeys([*order, *concepts, *self.described]):
             if name in concepts:
@@ -497,7 +487,7 @@ def _read(reader: _Reader, batch: list[Task], firings: Firings, bar: Any) -> Fir
 def _named(task: Task, shown: tuple[Text, ...], reader: _Reader, chat: Chat) -> Label:
     """Ask for a name, and have it checked on held-out texts; the score of the terms beside it."""
     marked = any(reader.fires(text, task.name) for text in shown)
-    label = replace(_by_terms(task, reader.texts), labeller=chat.model, marked=marked)
+    label = replace(_by_terms(task, reader.texts), labeller=f"{chat.model} ({chat.kind})", marked=marked)
     if not shown:
         return replace(label, note="Too few texts to name it by.")
     named = _answer(chat, lambda halved: _question(task, shown, reader, halved, marked), parse_label, LABEL_TOKENS)
@@ -653,16 +643,30 @@ def balanced_accuracy(said: np.ndarray, truth: np.ndarray) -> tuple[float, float
     return (hits + n - (yes - hits)) / (2 * n), round(min(1.0, p), 12)
 
 
+def more_often(own: np.ndarray, others: np.ndarray) -> tuple[float, float]:
+    """How often a number of the one kind exceeds one of the other, ties counted half (the area under the ROC curve).
+
+    Returns:
+        The share, and the one-sided p of the Mann-Whitney test (normal approximation with ties).
+
+    >>> more_often(np.array([3, 3, 1]), np.array([0, 1, 1]))[0].round(3)
+    np.float64(0.889)
+    """
+    if np.ptp([*own, *others]) == 0:
+        return 0.5, 1.0
+    found = mannwhitneyu(own, others, alternative="greater", method="asymptotic")
+    return found.statistic / (len(own) * len(others)), float(found.pvalue)
+
+
 def _by_terms(task: Task, texts: Texts) -> Label:
-    """The terms as a label, with the score of the rule that a text with more of them than the median is one of it."""
+    """The terms as a label, with their score."""
     n = len(task.held_out)
     label = Label(None, "", task.terms, "terms", None, None, None, 2 * n, None, None, False, None, task.key)
     if not task.terms or n < FEWEST:
         return label
     held = [_words(text, texts) for text in task.held_out + task.others]
-    counts = [sum(term in words for term in task.terms) for words in held]
-    said = np.array(counts) > np.median(counts)
-    score, p = balanced_accuracy(said, np.arange(2 * n) < n)
+    counts = np.array([sum(term in words for term in task.terms) for words in held])
+    score, p = more_often(counts[:n], counts[n:])
     return replace(label, terms_score=score, terms_p=p)
 
 

@@ -27,12 +27,14 @@ class Label:
     Attributes:
         title, description, keywords: given by a language model, or None, "" and the distinctive terms.
         source: "terms", "endpoint" or "local".
-        labeller: the model that was asked, also where its answer could not be used; None if none was.
+        labeller: the model that was asked and how, also where its answer could not be used; None if none was.
         score: balanced accuracy with which the labeller, shown title and description, tells held-out texts of the
             concept or context from others; 0.5 by chance. None where it was not asked or could not be read.
         p: chance of a score as high by drawing at random (Fisher's exact test, one-sided).
         n_held_out: held-out texts, half of them others.
-        terms_score, terms_p: the same for the rule "holds more of the distinctive terms than the median text".
+        terms_score, terms_p: how often a held-out text holds more of the distinctive terms than one of the others (ties
+            count half; 0.5 by chance), with the p of the Mann-Whitney test. The terms were found in all texts, the
+            held-out ones among them, which flatters them a little.
         marked: whether the labeller saw on which tokens the concept fires, in any text.
         note: why there is no title, or no score.
         key: hash of what was shown and held out, and of how the labeller is asked.
@@ -58,7 +60,8 @@ class Label:
 
         >>> blank = Label(None, "", (), "terms", None, None, None, 0, None, None, False, None, "")
         >>> from dataclasses import replace
-        >>> blank.name, replace(blank, title="Bold", score=0.95, p=1e-3).name, replace(blank, title="?", score=0.5, p=0.6).name
+        >>> good, bad = (replace(blank, title="Bold", score=score, p=p) for score, p in ((0.95, 1e-3), (0.55, 0.5)))
+        >>> blank.name, good.name, bad.name
         (None, 'Bold (0.95)', None)
         """
         if self.title is None or self.score is None or self.p is None or self.p > CHANCE:
@@ -86,8 +89,8 @@ class Label:
         if terms and self.terms_score is not None and self.terms_p is not None:
             unsure = ", no better than chance" if self.terms_p > CHANCE else ""
             said.append(
-                f"Distinctive words: {' · '.join(terms)}; these alone sort {self.n_held_out} held-out texts with "
-                f"{self.terms_score:.2f}{unsure}."
+                f"Distinctive words: {' · '.join(terms)}; a held-out text has more of them than another "
+                f"{self.terms_score:.2f} of the time (0.50 by chance){unsure}."
             )
         if self.note is not None:
             said.append(_sentence(self.note))
