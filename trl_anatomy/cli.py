@@ -95,8 +95,8 @@ class _AuditFlags:
     label_model: str | None = dataclasses.field(
         default=None,
         metadata={
-            "help": "Model that names concepts and contexts: at --label_url, or a chat model here (folder or hub name). "
-            "None: their distinctive terms."
+            "help": "Model that names concepts and contexts: one at --label_url, or a chat model here (folder or hub "
+            "name). None: their distinctive terms."
         },
     )
     label_url: str | None = dataclasses.field(
@@ -169,8 +169,8 @@ def _name_concepts(audit: Audit, flags: Any) -> None:
     if flags.label_url is not None:
         chat = ChatEndpoint(flags.label_url, flags.label_model, flags.label_key_variable)
     else:
-        tokenizer = load_tokenizer(flags.label_model)
-        chat = LocalChat(load_model(AuditConfig(model=flags.label_model)), tokenizer, flags.label_model)
+        name = flags.label_model
+        chat = LocalChat(load_model(AuditConfig(model=name)), load_tokenizer(name), Path(name).name)
     label_audit(audit, pairs.texts, chat, firings=read_firings(source))
     write_report(audit, pairs.raw)
 

@@ -221,13 +221,13 @@ class _Tasks:
         name = row["concept"]
         u = (self.audit.response_scores if name[0] == "R" else self.audit.activity).u[:, k]
         size = np.abs(u)
-        pool = self._distinct(self._largest(size), HELD_OUT + RESPONSES)
-        pool = _rng(name).permutation(pool)
+        # Both responses of a pair are shown or held out, so a prompt that comes twice tells nothing.
+        pool = _rng(name).permutation(self._distinct(self._largest(size), HELD_OUT + RESPONSES, fill=True))
         n_held = min(HELD_OUT, 2 * len(pool) // 5)
         sides = [("chosen", "rejected") if u[i] > 0 else ("rejected", "chosen") for i in pool]
         having = [Text(int(i), side) for i, (side, _) in zip(pool, sides, strict=True)]
         if self.sft:  # no other response to the same prompt: rows that show least of it
-            least = self._distinct(self._largest(size.max(initial=0) - size, positive=False), 3 * len(pool))
+            least = self._distinct(self._largest(size.max(initial=0) - size, positive=False), 3 * len(pool), fill=True)
             lacking = [Text(int(i), "chosen") for i in least if i not in set(pool.tolist())][: len(pool)]
             n_held = min(n_held, len(lacking) // 2)
         else:
@@ -249,7 +249,7 @@ class _Tasks:
         others = self._distinct(drawn, n_held)
         n_held = min(n_held, len(others))
         held = ([Text(int(i), "prompt") for i in part[:n_held]] for part in (distinct, others))
-        shown = ([Text(int(i), "prompt") for i in distinct[n_held:]], [])
+        shown: tuple[list[Text], list[Text]] = ([Text(int(i), "prompt") for i in distinct[n_held:]], [])
         return self._task(name, self.described[name].get("terms", []), shown, tuple(held), None)
 
     def _task(
@@ -275,10 +275,12 @@ class _Tasks:
         fit = np.flatnonzero((size >= least) & ((size > 0) | (not positive)))
         return fit[np.lexsort((self.luck[fit], -size[fit]))]
 
-    def _distinct(self, pairs: np.ndarray, n: int) -> np.ndarray:
-        """The first `n` pairs, one of each prompt."""
+    def _distinct(self, pairs: np.ndarray, n: int, fill: bool = False) -> np.ndarray:
+        """The first `n` pairs, one of each prompt; with `fill` the next ones too where there are fewer prompts."""
         _, first = np.unique(self.groups[pairs], return_index=True)
-        return pairs[np.sort(first)[:n]]
+        first = np.sort(first)
+        rest = np.setdiff1d(np.arange(len(pairs)), first) if fill else first[:0]
+        return pairs[np.r_[first, rest][:n]]
 
     @cached_property
     def _members(self) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ import urllib.request
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
+from functools import cache
 from typing import Any
 
 from ..errors import AnatomyError
@@ -31,6 +32,11 @@ class _Stay(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *_args: Any, **_named: Any) -> None:
         return None
+
+
+@cache
+def _opener() -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(_Stay)
 
 
 @dataclass(frozen=True)
@@ -87,11 +93,10 @@ class ChatEndpoint:
         request = urllib.request.Request(
             f"{self.url.rstrip('/')}/chat/completions", data=json.dumps(asked).encode(), headers=headers
         )
-        opener = urllib.request.build_opener(_Stay)
         for attempt in range(TRIES):
             wait = 0.5 * 3.0**attempt
             try:
-                with opener.open(request, timeout=self.timeout) as answer:
+                with _opener().open(request, timeout=self.timeout) as answer:
                     said = json.loads(answer.read(_LONGEST_ANSWER))["choices"][0]["message"]["content"]
                 if said is not None and not isinstance(said, str):
                     raise TypeError
