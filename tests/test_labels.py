@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import threading
@@ -16,8 +17,11 @@ import pytest
 from audit_files import config_for, write_inputs
 from audit_world import HABITS, make_audit, make_world, raw_dataset
 from scipy.stats import rankdata
+from test_region_view import save, sft_rows, sft_world
 
-from trl_anatomy.audit.folder import Audit, load_audit
+from trl_anatomy.audit import labelling
+from trl_anatomy.audit.config import AuditConfig
+from trl_anatomy.audit.folder import Audit, load_audit, write_audit
 from trl_anatomy.audit.labelling import (
     HALVINGS,
     _Tasks,
@@ -27,6 +31,7 @@ from trl_anatomy.audit.labelling import (
     parse_label,
     stretch,
 )
+from trl_anatomy.audit.region_view import analyse_regions
 from trl_anatomy.audit.report import render
 from trl_anatomy.audit.run import run_audit
 from trl_anatomy.audit.titles import LABEL_FILE, read_labels
@@ -108,6 +113,10 @@ class Endpoint(BaseHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 64  # with the usual five, one of eight who come together waits a second
+
+
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     found: list[float] = []
@@ -118,7 +127,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.fixture
 def endpoint(waits: list[float]) -> Iterator[tuple[Any, ChatEndpoint]]:
     kind: Any = type("Here", (Endpoint,), {"reply": staticmethod(knowing), "asked": [], "keys": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
+    server = Server(("127.0.0.1", 0), kind)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield kind, ChatEndpoint(f"http://127.0.0.1:{server.server_port}/v1", "namer-1", timeout=10)
     server.shutdown()
@@ -531,14 +540,23 @@ def test_report_asks_an_endpoint(root: Path, endpoint: Any, capsys: pytest.Captu
     labels = load_audit(folder).labels
     assert any(label.marked for label in labels.values())  # read again with model and SAE
     page = (folder / "report.html").read_text()
-    named = [name for name, label in labels.items() if label.name and name in load_audit(folder).concept_names]
-    assert named
+    assert any(label.name for label in labels.values())
     assert "Bold words (" in page
     n = len(kind.asked)
     assert main(asked) == 0
     assert main(["report", "--audit", str(folder)]) == 0
     assert len(kind.asked) == n
     assert "Bold words (" in (folder / "report.html").read_text()
+    # The same with the audit, which is made again from its harvest: what was named stays, and JSON is all that it says.
+    config = config_for(root, "out")
+    words = [f"--{name}={getattr(config, name)}" for name in ("model", "dataset", "sae", "out", "device", "bootstrap")]
+    assert main(["audit", *words, f"--shard_pairs={config.shard_pairs}", *asked[3:], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.split("report.html\n")[-1])["counts"]
+    assert len(kind.asked) == n
+    assert load_audit(folder).labels == labels
+    assert {name: data for name, data in bytes_of(folder).items() if name.endswith(".parquet")} == {
+        name: data for name, data in before.items() if name.endswith(".parquet")
+    }
 
 
 def test_what_cannot_work_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -556,7 +574,7 @@ def test_what_cannot_work_is_refused_before_any_work(tmp_path: Path, capsys: pyt
 # A model on this machine ----------------------------------------------------------------------------------------------
 
 
-def test_a_local_model_that_cannot_answer_leaves_the_terms(audit: Audit) -> None:
+def test_a_local_model_that_cannot_answer_leaves_the_terms(audit: Audit, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model with random weights: it runs from end to end, and nothing it says is a name."""
     import torch
     from reading_world import build_tokenizer, tiny_model
@@ -572,6 +590,52 @@ def test_a_local_model_that_cannot_answer_leaves_the_terms(audit: Audit) -> None
     model.config.max_position_embeddings = 20
     with pytest.raises(TooLongError, match="does not fit into 20"):
         chat.ask("What is air? " * 20, max_tokens=4)
+    model.config.max_position_embeddings = 10_000
+    monkeypatch.setattr(labelling, "LABEL_TOKENS", 3)
+    found = label_audit(audit, texts, chat, progress=False)
+    assert {(label.source, label.labeller) for label in found.values()} == {("terms", "tiny (local)")}
+    assert sum("not of the form" in (label.note or "") for label in found.values()) > 5
     tokenizer.chat_template = None
     with pytest.raises(AnatomyError, match="no chat_template"):
         LocalChat(model, tokenizer, "tiny")
+
+
+def test_a_chat_model_from_a_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is too small to answer as asked: it runs, and the page keeps the terms."""
+    shared = Path(os.environ.get("TRL_ANATOMY_SHARED", Path(__file__).parents[2] / "shared")) / "models" / "tinychat1m"
+    if not shared.is_dir():
+        pytest.skip("the model is not part of the repository: set TRL_ANATOMY_SHARED to the folder that holds it")
+    monkeypatch.setattr(labelling, "LABEL_TOKENS", 12)
+    folder = root / "out" / "audit"
+    (folder / LABEL_FILE).unlink()
+    assert main(["report", "--audit", str(folder), "--label_model", str(shared)]) == 0
+    found = load_audit(folder).labels
+    assert {(label.source, label.labeller) for label in found.values()} == {("terms", "tinychat1m (local)")}
+    assert any("not of the form" in (label.note or "") for label in found.values())
+
+
+# Data without pairs ---------------------------------------------------------------------------------------------------
+
+
+def test_sft_data_are_named_too(made: Path, tmp_path: Path, endpoint: Any) -> None:
+    """Of a region the prompts, of a concept responses of the rows that show most and least of it."""
+    _, chat = endpoint
+    world = sft_world(600)
+    rows = sft_rows(world)
+    settings = AuditConfig(model="m", dataset="d", sae="s", out=str(tmp_path), data_kind="sft", region="topic=1")
+    findings = analyse_regions(save(world, tmp_path / "harvest"), settings, rows)
+    info = {**load_audit(made).info, "settings": settings.settings(), **findings.info}
+    info["data"] = {**info["data"], "n_rows": len(rows)}
+    audit = write_audit(tmp_path, info, findings.hypotheses, findings.concepts, findings.pairs)
+    u = audit.activity.u
+    for task in _Tasks(audit).all():
+        assert not set(task.shown + task.without) & set(task.held_out + task.others)
+        if not task.is_context:
+            k = audit.concept_names.index(task.name)
+            assert {text.place for text in (*task.held_out, *task.others)} == {"chosen"}
+            assert min(u[t.pair, k] for t in task.held_out) > max(u[t.pair, k] for t in task.others)
+    found = label_audit(audit, rows.texts, chat, progress=False)
+    for name, habit in habit_concepts(audit).items():
+        assert found[name].name == f"{habit} (1.00)"
+    assert found["A1"].terms_score == 1.0  # "soup"
+    assert "recipe (1.00)" in render(audit, rows.raw)
