@@ -92,7 +92,7 @@ def finish(config: AuditConfig) -> dict[str, str]:
 
 
 # Files are flushed, then moved into place, in this order: five times a shard and the manifest (calls 1 to 10), four
-# tables (11 to 14), audit.json (15), the labels (16) and the page (17). `fsync` dies with a whole file beside its place,
+# tables (11 to 14), audit.json (15), the labels (16), the page (17). `fsync` dies with a whole file beside its place,
 # `replace` too.
 @pytest.mark.parametrize(("name", "calls"), [("fsync", (1, 5, 9)), ("fsync", (15, 5)), ("replace", (2, 10, 4))])
 def test_killed_again_and_again_while_it_writes(
