@@ -89,7 +89,7 @@ class Label:
         if terms and self.terms_score is not None and self.terms_p is not None:
             unsure = ", no better than chance" if self.terms_p > CHANCE else ""
             said.append(
-                f"Distinctive words: {' · '.join(terms)}; a held-out text has more of them than another "
+                f"Distinctive words: {' · '.join(terms)}; held-out texts have more of them than others "
                 f"{self.terms_score:.2f} of the time (0.50 by chance){unsure}."
             )
         if self.note is not None:

@@ -180,7 +180,7 @@ class LocalChat:
 
         messages = [{"role": "user", "content": text}]
         ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-        most = getattr(self._lm.config, "max_position_embeddings", None)
+        most = getattr(self._lm.config.get_text_config(), "max_position_embeddings", None)
         if most is not None and len(ids) + max_tokens > most:
             raise TooLongError(f"model {self.model}: a question of {len(ids)} tokens does not fit into {most}.")
         pad = self._tokenizer.pad_token_id
