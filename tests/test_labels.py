@@ -356,6 +356,13 @@ def test_it_goes_on_where_it_stopped(audit: Audit, endpoint: Any, monkeypatch: p
     assert set(kind.keys) == {"Bearer sk-secret"}
     for path in audit.path.rglob("*"):
         assert not path.is_file() or b"sk-secret" not in path.read_bytes()
+    left[0], kind.reply = 5, staticmethod(dying)
+    with pytest.raises(AnatomyError, match="refused: 401"):
+        label_audit(audit, texts, ChatEndpoint(chat.url, "namer-2"), progress=False)
+    mixed = load_audit(audit.path).labels
+    assert set(mixed) == set(found)
+    assert {label.labeller for label in mixed.values()} >= {"namer-1 (endpoint)"}
+    kind.reply = staticmethod(knowing)
     other = label_audit(audit, texts, ChatEndpoint(chat.url, "namer-2"), progress=False)
     assert {label.labeller for label in other.values()} == {"namer-2 (endpoint)"}
 

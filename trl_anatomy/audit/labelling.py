@@ -128,7 +128,7 @@ def label_audit(
     """Name every concept and context of an audit, in the order in which the page needs them, and write `labels.json`.
 
     A label is kept where texts, question and model are the same as before, so that a second call asks only for what is
-    missing; the file is written after each. Without `chat` names that are there stay, and the others get the score of
+    missing; the file is written after each answer. Without `chat` names that are there stay, and the others get the score of
     their distinctive terms.
 
     Args:
@@ -143,23 +143,23 @@ def label_audit(
     old = read_labels(audit.path, stale=True)
     labeller = None if chat is None else f"{chat.model} ({chat.kind})"
     tasks = _Tasks(audit)
-    kept, missing = {}, []
-    for task in tasks.all():
-        label = old.get(task.name)
-        if label is not None and label.key == task.key and (chat is None or label.labeller == labeller):
-            kept[task.name] = label
-        else:
-            missing.append(task)
-    found = dict(kept)
+    every = list(tasks.all())
+    # Another model's names stay until they are replaced.
+    found = {task.name: old[task.name] for task in every if task.name in old and old[task.name].key == task.key}
+    missing = [
+        task for task in every if task.name not in found or (chat is not None and found[task.name].labeller != labeller)
+    ]
+
+    def save() -> None:
+        write_labels(audit.path, digest, {task.name: found[task.name] for task in every if task.name in found})
+
     if chat is None:
-        for task in missing:
-            found[task.name] = _by_terms(task, texts)
-        write_labels(audit.path, digest, found)
+        found |= {task.name: _by_terms(task, texts) for task in missing}
+        save()
     else:
-        write_labels(audit.path, digest, found)
         for task, label in _asked(audit, tasks, missing, texts, chat, firings, progress):
             found[task.name] = label
-            write_labels(audit.path, digest, found)
+            save()
     audit.labels = found
     return found
 
