@@ -128,8 +128,8 @@ def label_audit(
     """Name every concept and context of an audit, in the order in which the page needs them, and write `labels.json`.
 
     A label is kept where texts, question and model are the same as before, so that a second call asks only for what is
-    missing; the file is written after each answer. Without `chat` names that are there stay, and the others get the score of
-    their distinctive terms.
+    missing; the file is written after each answer. Without `chat` names that are there stay, and the others get the
+    score of their distinctive terms.
 
     Args:
         texts: of every pair, in the order of `audit.pairs`.
@@ -155,8 +155,8 @@ def label_audit(
 
     if chat is None:
         found |= {task.name: _by_terms(task, texts) for task in missing}
-        save()
-    else:
+    save()  # of these tables now, also where nothing is missing
+    if chat is not None:
         for task, label in _asked(audit, tasks, missing, texts, chat, firings, progress):
             found[task.name] = label
             save()
