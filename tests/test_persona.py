@@ -20,6 +20,7 @@ from trl_anatomy.checking.persona_file import Persona
 from trl_anatomy.checking.vllm_rollouts import VllmRollouts
 from trl_anatomy.cli import main
 from trl_anatomy.errors import AnatomyError
+from trl_anatomy.reading import chat
 from trl_anatomy.reading.fit import fit_concept, read_examples, read_hidden, split_examples
 
 POSITIVE, NEGATIVE = ["Be a cat.", "Meow!"], ["Be a sky."]
@@ -116,7 +117,7 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[type[Endpoint], 
     server = HTTPServer(("127.0.0.1", 0), kind)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    monkeypatch.setattr(persona.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(chat.time, "sleep", lambda seconds: None)
     yield kind, f"http://127.0.0.1:{server.server_port}/v1"
     server.shutdown()
     server.server_close()
@@ -143,7 +144,7 @@ def test_an_endpoint_that_is_busy_is_asked_again(endpoint: Any) -> None:
     kind.failures = [503, 429, 500]
     assert EndpointJudge(url, "m", "t")(PAIRS[:1]) == [3.0]
     assert len(kind.asked) == 4
-    kind.failures = [503] * 4
+    kind.failures = [503] * chat.TRIES
     with pytest.raises(AnatomyError, match="refused: 503"):
         EndpointJudge(url, "m", "t")(PAIRS[:1])
 
@@ -295,7 +296,10 @@ def test_the_command_fits_a_persona(
         (["--dataset", "d", "--judge_model", "j"], "go with --persona"),
         (ask[:4], "--persona needs a judge: --judge_url and --judge_model"),
         ([*ask[:3], "ftp://x", *ask[4:]], "begins with http"),
-        ([*ask, "--judge_key_variable", "NO_SUCH_KEY"], "names NO_SUCH_KEY, which the environment does not hold"),
+        (
+            [*ask, "--judge_key_variable", "NO_SUCH_KEY"],
+            "environment variable NO_SUCH_KEY, which is to hold the key, is not set",
+        ),
         ([*ask, "--engine", "sglang"], "--engine is 'sglang'; allowed: transformers, vllm"),
         ([*ask, "--tokens", "prompt_end"], "leave --tokens out"),
         *([] if find_spec("vllm") else [([*ask, "--engine", "vllm"], "vLLM is not installed")]),

@@ -79,9 +79,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(root: Path) -> dict[str, str]:
     assert ended(in_a_process(lambda: run.run_audit(config_for(root, "straight"), progress=False) and None)) == 0
     found = digests(root / "straight" / "audit")
-    tables = ("audit.json", "concepts.parquet", "hypotheses.parquet", "pairs.parquet", "report.html", "samples.parquet")
+    tables = ("audit.json", "concepts.parquet", "hypotheses.parquet", "pairs.parquet", "samples.parquet")
     shards = [f"harvest/shard-{i:05d}.safetensors" for i in range(5)]
-    assert sorted(found) == sorted([*tables, "harvest/manifest.json", *shards])
+    assert sorted(found) == sorted([*tables, "labels.json", "report.html", "harvest/manifest.json", *shards])
     return found
 
 
@@ -92,7 +92,8 @@ def finish(config: AuditConfig) -> dict[str, str]:
 
 
 # Files are flushed, then moved into place, in this order: five times a shard and the manifest (calls 1 to 10), four
-# tables (11 to 14), audit.json (15) and the page (16). `fsync` dies with a whole file beside its place, `replace` too.
+# tables (11 to 14), audit.json (15), the labels (16), the page (17). `fsync` dies with a whole file beside its place,
+# `replace` too.
 @pytest.mark.parametrize(("name", "calls"), [("fsync", (1, 5, 9)), ("fsync", (15, 5)), ("replace", (2, 10, 4))])
 def test_killed_again_and_again_while_it_writes(
     name: str, calls: tuple[int, ...], root: Path, undisturbed: dict[str, str]

@@ -96,6 +96,20 @@ class _AuditFlags:
         default=False, metadata={"help": "Check everything and say what would be run, without running the model."}
     )
     json: bool = dataclasses.field(default=False, metadata={"help": "Print the summary as JSON."})
+    label_model: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Model that names concepts and contexts: one at --label_url, or a chat model here (folder or hub "
+            "name). None: their distinctive terms."
+        },
+    )
+    label_url: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "OpenAI-compatible endpoint of --label_model, such as http://localhost:8000/v1."},
+    )
+    label_key_variable: str | None = dataclasses.field(
+        default=None, metadata={"help": "Environment variable that holds the key of --label_url."}
+    )
 
 
 def _audit(argv: list[str]) -> int:
@@ -112,6 +126,7 @@ def _audit(argv: list[str]) -> int:
         epilog="example: trl-anatomy audit --model M --dataset D --sae S --layer 20 --out audits/run1",
     )
     config, flags = _strict_parse(parser, argv)
+    _check_labeller(flags)
     if flags.dry_run:
         summary = dry_run(config)
         print(json.dumps(summary, indent=2) if flags.json else _lines(summary))
@@ -119,6 +134,9 @@ def _audit(argv: list[str]) -> int:
     audit = run_audit(config)
     if not is_main_process():
         return 0
+    if flags.label_model is not None:
+        with redirect_stdout(sys.stderr):
+            _name_concepts(audit, flags)
     if flags.json:
         print(json.dumps(audit.info, indent=2))
     elif config.data_kind == "sft":
@@ -126,6 +144,39 @@ def _audit(argv: list[str]) -> int:
     else:
         _print_audit(audit)
     return 0
+
+
+def _check_labeller(flags: Any) -> None:
+    """Refuse what can not work before long work."""
+    from .reading.chat import ChatEndpoint
+
+    if flags.label_url is not None and flags.label_model is None:
+        raise AnatomyError("--label_url needs --label_model, the name of the model there.")
+    if flags.label_key_variable is not None and flags.label_url is None:
+        raise AnatomyError("--label_key_variable goes with --label_url.")
+    if flags.label_url is not None:
+        ChatEndpoint(flags.label_url, flags.label_model, flags.label_key_variable).check()
+
+
+def _name_concepts(audit: Audit, flags: Any) -> None:
+    """Have concepts and contexts named, and write the page again."""
+    from .audit.config import AuditConfig
+    from .audit.labelling import label_audit, read_firings
+    from .audit.reopen import reopen
+    from .audit.report import write_report
+    from .audit.run import load_model, load_tokenizer
+    from .reading.chat import ChatEndpoint, LocalChat
+
+    source = reopen(audit)
+    pairs = source.pairs
+    chat: ChatEndpoint | LocalChat
+    if flags.label_url is not None:
+        chat = ChatEndpoint(flags.label_url, flags.label_model, flags.label_key_variable)
+    else:
+        name = flags.label_model
+        chat = LocalChat(load_model(AuditConfig(model=name)), load_tokenizer(name), Path(name).name)
+    label_audit(audit, pairs.texts, chat, firings=read_firings(source))
+    write_report(audit, pairs.raw)
 
 
 def _strict_parse(parser: Any, argv: list[str]) -> tuple[Any, ...]:
@@ -149,7 +200,7 @@ def _refuse_unknown(from_config: list[str], from_line: list[str], parser: Any, e
 
 def _print_regions(audit: Audit) -> None:
     _print_size(audit)
-    labels = {row["concept"]: row["label"] for row in audit.concepts.to_pylist()}
+    labels = {row["concept"]: row["label"] for row in audit.labelled(audit.concepts).to_pylist()}
     alpha, regions = audit.info["settings"]["alpha"], audit.info["contexts"]
     found = [row for row in audit.hypotheses.to_pylist() if row["kept"] and row["q"] <= alpha]
     print("These rows have no pairs: no shift is predicted, only what sets one region of the corpus apart.")
@@ -177,7 +228,7 @@ def _print_size(audit: Audit) -> None:
 
 def _print_audit(audit: Audit) -> None:
     _print_size(audit)
-    rows = sorted(audit.concepts.to_pylist(), key=lambda row: -abs(row["predicted"]))
+    rows = sorted(audit.labelled(audit.concepts).to_pylist(), key=lambda row: -abs(row["predicted"]))
     taught = [row for row in rows if row["verdict"] in ("rises", "falls")]
     if not taught:
         print(f"No evidence that these pairs teach any of {len(rows)} concepts.")
@@ -482,10 +533,6 @@ def _persona_settings(args: argparse.Namespace) -> tuple[Persona, EndpointJudge,
         return None
     if not args.judge_url or not args.judge_model:
         raise AnatomyError("--persona needs a judge: --judge_url and --judge_model.")
-    if args.judge_key_variable is not None and not os.environ.get(args.judge_key_variable):
-        raise AnatomyError(
-            f"--judge_key_variable names {args.judge_key_variable}, which the environment does not hold."
-        )
     if args.engine not in ("transformers", "vllm"):
         raise AnatomyError(f"--engine is '{args.engine}'; allowed: transformers, vllm.")
     if args.tokens != "response":
@@ -497,7 +544,7 @@ def _persona_settings(args: argparse.Namespace) -> tuple[Persona, EndpointJudge,
 
     persona = Persona.load(args.persona)
     judge = EndpointJudge(args.judge_url, args.judge_model, persona.trait, args.judge_key_variable)
-    judge([])  # refuses an address that is none
+    judge([])  # refuses an address that is none, and a key that is not set
     return persona, judge, VllmRollouts(args.model, args.dtype) if args.engine == "vllm" else None
 
 
@@ -616,14 +663,23 @@ def _report(argv: list[str]) -> int:
     parser = _parser("report", "trl-anatomy report --audit audits/run1 --open")
     parser.add_argument("--audit", required=True, help="audit folder")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
+    for field in dataclasses.fields(_AuditFlags):
+        if field.name.startswith("label_"):
+            parser.add_argument(f"--{field.name}", help=field.metadata["help"])
     args = parser.parse_args(argv)
+    _check_labeller(args)
 
-    from .audit.folder import load_audit
+    from .audit.folder import REPORT, load_audit
     from .audit.reopen import reopen
     from .audit.report import write_report
 
     audit = load_audit(args.audit)
-    page = write_report(audit, reopen(audit).pairs.raw)
+    if args.label_model is not None:
+        with redirect_stdout(sys.stderr):
+            _name_concepts(audit, args)
+        page = audit.path / REPORT
+    else:
+        page = write_report(audit, reopen(audit).pairs.raw)
     print(page)
     if args.open:
         import webbrowser

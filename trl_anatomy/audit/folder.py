@@ -17,6 +17,7 @@ from ..reading.files import remove_partial, write_atomically
 from .predict import CO_FIRING, CONCEPTS, RESPONSE_GEOMETRY
 from .prompt_view import response_scores
 from .samples import SAMPLES
+from .titles import Label, read_labels
 from .trace import hypotheses_of, to_columns, trace
 from .views import HYPOTHESES, ROWS, Activity, Disparity, activity, row_norms
 
@@ -110,6 +111,32 @@ class Audit:
         """
         file = self.path / SAMPLE_FILE
         return _read_table(file, SAMPLES) if file.is_file() else None
+
+    @cached_property
+    def labels(self) -> dict[str, Label]:
+        """Names of concepts and contexts with how well they hold, from `labels.json`: for finding one's way only.
+
+        Empty where there are none, or where they are of other tables.
+
+        Raises:
+            AnatomyError: the file is damaged.
+        """
+        return read_labels(self.path)
+
+    def labelled(self, concepts: pa.Table) -> pa.Table:
+        """A table of concepts with names that held-out texts bear out in the column `label`; else the terms stay."""
+        rows = zip(concepts["concept"].to_pylist(), concepts["label"].to_pylist(), strict=True)
+        names = [self._name(concept) or terms for concept, terms in rows]
+        at = concepts.column_names.index("label")
+        return concepts.set_column(at, concepts.schema.field(at), pa.array(names, pa.string()))
+
+    def about(self, context: str) -> list[str]:
+        """What to call a context: a name that held-out texts bear out, else its distinctive terms; maybe nothing."""
+        name = self._name(context)
+        return [name] if name else self.info.get("contexts", {}).get(context, {}).get("terms", [])
+
+    def _name(self, what: str) -> str | None:
+        return self.labels[what].name if what in self.labels else None
 
     @cached_property
     def concept_names(self) -> list[str]:

@@ -235,6 +235,7 @@ def _conclude(
 ) -> None:
     """From a harvest to the audit folder."""
     from ..reading.fingerprint import model_fingerprint
+    from .labelling import label_audit
     from .region_view import analyse_regions
     from .report import write_report
 
@@ -287,6 +288,7 @@ def _conclude(
         "timings": {**timings, **findings.timings},
     }
     audit = write_audit(config.out, info, findings.hypotheses, findings.concepts, findings.pairs, samples)
+    label_audit(audit, pairs.texts)
     write_report(audit, raw)
 
 

@@ -131,7 +131,7 @@ def compare(
     for name, model in after.items():
         responses[name] = _sampled(_load(model), tokenizer, prompts, out / f"{_slug(name)}.json", sampling)
 
-    settings, concepts = audit.info["settings"], audit.concepts.to_pylist()
+    settings, concepts = audit.info["settings"], audit.labelled(audit.concepts).to_pylist()
     features = [np.asarray(row["features"], dtype=np.int64) for row in concepts]
     predicted = np.array([row["predicted"] for row in concepts], dtype=np.float64)
     control = _random_features(audit.harvest, features, settings["tau"], seed)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, is_dataclass
@@ -16,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from .. import __version__
 from ..errors import AnatomyError
+from ..reading.chat import ChatEndpoint
 from ..reading.files import write_atomically
 from ..reading.fingerprint import hash_json, model_key
 from .rollouts import rollouts
@@ -43,9 +40,6 @@ class Generate(Protocol):
 
 
 _MIDDLE = 50.0
-_WORKERS = 8
-_TRIES = 4
-_RETRIED = (408, 429, 500, 502, 503, 504)
 _RUBRIC = """\
 Rate how strongly the response shows this trait: {trait}
 Question:
@@ -189,7 +183,8 @@ class EndpointJudge:
         timeout: seconds for one answer.
 
     Raises:
-        AnatomyError: on use: an address that is not http(s), an endpoint that refuses or does not answer.
+        AnatomyError: on use: an address that is not http(s), a key that is not set, an endpoint that refuses or does
+            not answer.
     """
 
     url: str
@@ -200,41 +195,13 @@ class EndpointJudge:
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
         """Ratings in the order of the pairs; None where the answer holds no number from 0 to 100."""
-        if not re.match(r"https?://", self.url):
-            raise AnatomyError(f"The judge's url is {self.url!r}; it begins with http:// or https://.")
-        with ThreadPoolExecutor(_WORKERS) as workers:
-            return list(workers.map(self._rate, pairs))
+        endpoint = ChatEndpoint(self.url, self.model, self.key_variable, self.timeout)
+        endpoint.check()
+        with ThreadPoolExecutor(endpoint.workers) as workers:
+            return list(workers.map(lambda pair: self._rate(endpoint, pair), pairs))
 
-    def _rate(self, pair: tuple[str, str]) -> float | None:
+    def _rate(self, endpoint: ChatEndpoint, pair: tuple[str, str]) -> float | None:
         question, response = pair
-        text = _RUBRIC.format(trait=self.trait, question=question, response=response)
-        asked = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": text}],
-            "temperature": 0,
-            "max_tokens": 8,
-        }
-        headers = {"Content-Type": "application/json"}
-        if self.key_variable is not None:
-            headers["Authorization"] = f"Bearer {os.environ.get(self.key_variable, '')}"
-        request = urllib.request.Request(
-            f"{self.url.rstrip('/')}/chat/completions", data=json.dumps(asked).encode(), headers=headers
-        )
-        for attempt in range(_TRIES):
-            try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                    said = json.load(answer)["choices"][0]["message"]["content"] or ""
-                break
-            except urllib.error.HTTPError as error:
-                if error.code not in _RETRIED or attempt == _TRIES - 1:
-                    raise AnatomyError(f"The judge at {self.url} refused: {error.code} {error.reason}.") from None
-            except (KeyError, IndexError, TypeError, ValueError) as error:
-                raise AnatomyError(
-                    f"The judge at {self.url} does not answer like chat/completions: {type(error).__name__}."
-                ) from None
-            except OSError as error:
-                if attempt == _TRIES - 1:
-                    raise AnatomyError(f"The judge at {self.url} cannot be reached: {error}.") from None
-            time.sleep(0.25 * 4**attempt)
+        said = endpoint.ask(_RUBRIC.format(trait=self.trait, question=question, response=response), max_tokens=8)
         number = re.fullmatch(r"\D*(\d{1,3})(?:\s*/\s*100)?\D*", said)
         return float(number[1]) if number and int(number[1]) <= 100 else None

@@ -212,7 +212,8 @@ def _predict(audit: "Audit", keep: np.ndarray, margin: np.ndarray, weight: np.nd
     rows = audit.pairs["row"].to_numpy()
     kept = keep[rows]
     pull = 2 * expit(-margin[rows][kept]) * (1.0 if weight is None else weight[rows][kept])
-    labels = dict(zip(audit.concepts["concept"].to_pylist(), audit.concepts["label"].to_pylist(), strict=True))
+    labelled = audit.labelled(audit.concepts)
+    labels = dict(zip(labelled["concept"].to_pylist(), labelled["label"].to_pylist(), strict=True))
     return pa.table(
         {
             "concept": pa.array(names, pa.string()),

@@ -65,7 +65,7 @@ class AuditCallback(TrainerCallback):
         tables: dict[str, Cells] = {}
         texts: dict[str, str] = {}
         if self.audit is not None:
-            concepts = concept_cells(self.audit.concepts.to_pylist(), self.plan)
+            concepts = concept_cells(self.audit.labelled(self.audit.concepts).to_pylist(), self.plan)
             tables = {"audit/hypotheses": hypothesis_cells(self.audit), "audit/concepts": concepts}
         if self.plan is not None:
             from ..shaping.plan import plan_report
@@ -119,7 +119,7 @@ class AuditCallback(TrainerCallback):
                 payload[f"policy/rules/step_{step}"] = _table(list(rules[0]), [list(rule.values()) for rule in rules])
         if audit is not None:
             payload[f"audit/hypotheses/step_{step}"] = _arrow_table(audit.hypotheses, first="rank")
-            payload[f"audit/concepts/step_{step}"] = _arrow_table(audit.concepts)
+            payload[f"audit/concepts/step_{step}"] = _arrow_table(audit.labelled(audit.concepts))
             page = Path(audit.path) / "report.html"
             if page.is_file():
                 payload[f"audit/report/step_{step}"] = wandb.Html(str(page), inject=False)

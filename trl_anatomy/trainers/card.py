@@ -95,7 +95,11 @@ def concept_cells(concepts: Iterable[Mapping[str, Any]], plan: "PolicyPlan | Non
 
 def hypothesis_cells(audit: "Audit") -> Cells:
     """The first hypotheses by rank among those that stand."""
-    labels = {row["concept"]: row["label"] for table in (audit.concepts, audit.responses) for row in table.to_pylist()}
+    labels = {
+        row["concept"]: row["label"]
+        for table in (audit.concepts, audit.responses)
+        for row in audit.labelled(table).to_pylist()
+    }
     found = sorted(_standing(audit), key=lambda row: row["rank"])[:MAX_ROWS]
     rows = [
         [
@@ -211,7 +215,7 @@ def put_comparison(card: Path, result: Mapping[str, Any], name: str) -> bool:
 def _audited(audit: "Audit", plan: "PolicyPlan | None") -> list[str]:
     data, sae, alpha = audit.info["data"], audit.info["sae"], audit.info["settings"]["alpha"]
     left_out = ", ".join(f"{count} {reason}" for reason, count in data["left_out"].items())
-    concepts = audit.concepts.to_pylist()
+    concepts = audit.labelled(audit.concepts).to_pylist()
     verdicts = [row["verdict"] for row in concepts]
     return [
         f"Before training, {data['n_pairs']} pairs of {data['n_rows']} rows"

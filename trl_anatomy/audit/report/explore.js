@@ -31,6 +31,7 @@
   const about = (context) => (contexts.get(context)?.terms || []).slice(0, 4).join(" · ");
   const amount = (concept, value) => (concept.startsWith("R") ? signed(value, 2) + " sd" : points(value));
   const words = (text) => el("span", { class: "terms", dir: "auto" }, text || "no distinctive words");
+  const told = (item) => (item.told ? el("p", { class: "dim", dir: "auto" }, item.told) : "");
   const significant = (h) => h.kept && h.q !== null && h.q <= data.alpha;
   const tone = (verdict) => (verdict === "rises" ? "rise" : verdict === "falls" ? "fall" : "quiet");
 
@@ -118,11 +119,11 @@
     const other = asked.filter((word) => !NAME.test(word)).map((word) => word.toLowerCase());
     const fit = (has, text) => names.every(has) && (!other.length || other.every((word) => text().includes(word)));
     if (view === "concepts") {
-      return [...concepts.values()].filter((c) => fit((name) => c.concept === name, () => `${c.label} ${c.verdict} ${c.kind}`.toLowerCase()));
+      return [...concepts.values()].filter((c) => fit((name) => c.concept === name, () => `${c.label} ${c.words} ${c.verdict} ${c.kind}`.toLowerCase()));
     }
     if (view === "hypotheses") {
       return hypotheses.filter((h) => fit((name) => h.context === name || h.concept === name,
-        () => `${contexts.get(h.context)?.terms.join(" ")} ${concepts.get(h.concept)?.label} ${h.lean} ${significant(h) ? "differs" : "no evidence"}`.toLowerCase()));
+        () => `${contexts.get(h.context)?.words} ${concepts.get(h.concept)?.words} ${h.lean} ${significant(h) ? "differs" : "no evidence"}`.toLowerCase()));
     }
     const found = pairs().rows.filter((p) => fit((name) => p.names.has(name), () => {
       p.lower ??= `${p.prompt || ""}\n${p.chosen || ""}\n${p.rejected || ""}`.toLowerCase();
@@ -214,7 +215,7 @@
     if (concept) {
       const found = hypotheses.filter((h) => h.concept === id && significant(h));
       place.replaceChildren(
-        el("h3", { class: "title" }, id, " ", words(concept.label)),
+        el("h3", { class: "title" }, id, " ", words(concept.label)), told(concept),
         el("p", null, el("b", { class: tone(concept.verdict) }, concept.verdict),
           `: ${amount(id, concept.predicted)} (95 % ${amount(id, concept.ci_low)} … ${amount(id, concept.ci_high)}), q ${chance(concept.q)}. `
           + `At equal length ${amount(id, concept.length_adjusted)}. Differs in ${count(concept.differ)} pairs; ${count(concept.n_features)} features.`),
@@ -226,7 +227,7 @@
     } else if (context) {
       const found = hypotheses.filter((h) => h.context === id && significant(h));
       place.replaceChildren(
-        el("h3", { class: "title" }, id, " ", words(context.terms.join(" · "))),
+        el("h3", { class: "title" }, id, " ", words(context.terms.join(" · "))), told(context),
         el("p", null, id === "B0" ? "Pairs that show next to no concept; they are part of no test. "
           : id.startsWith("A") ? "Pairs whose prompt is about this. " : "Pairs that show alike concepts. ",
         `${count(context.pairs)} pairs. `, link("Its pairs", { view: "pairs", q: id, sort: "" }), ". ",
@@ -355,7 +356,7 @@
 
   function searchedNames(kind) {
     const asked = state.q.trim().toLowerCase().split(/\s+/);
-    const items = kind === "concepts" ? [...concepts.values()].map((c) => [c.concept, c.label]) : [...contexts.values()].map((c) => [c.context, c.terms.join(" ")]);
+    const items = kind === "concepts" ? [...concepts.values()].map((c) => [c.concept, c.words]) : [...contexts.values()].map((c) => [c.context, c.words]);
     return items.filter(([name, text]) => asked.every((word) => (NAME.test(word) ? name.toLowerCase() === word : text.toLowerCase().includes(word)))).map(([name]) => name);
   }
 

@@ -31,6 +31,7 @@ CONCEPT = (
     "n_features",
     "telling_rows",
 )
+_NAMED = ("told", "words")
 PAIR = ("row", "contexts", "concepts", "scores")
 _SIDES = ("prompt", "chosen", "rejected")
 
@@ -49,16 +50,22 @@ def explore_data(audit: Audit, snippets: dict[str, str]) -> dict[str, Any]:
     concepts = [
         concept
         for table in (audit.concepts, audit.responses)
-        for concept in sorted(table.select(CONCEPT).to_pylist(), key=lambda c: -abs(c["predicted"] or 0))
+        for concept in sorted(audit.labelled(table).to_pylist(), key=lambda c: -abs(c["predicted"] or 0))
     ]
     return {
         "n_pairs": audit.pairs.num_rows,
         "alpha": audit.info["settings"]["alpha"],
         "n_hypotheses": len(hypotheses),
-        "concepts": {"columns": CONCEPT, "rows": [list(c.values()) for c in concepts]},
+        "concepts": {
+            "columns": (*CONCEPT, *_NAMED),
+            "rows": [[*(c[key] for key in CONCEPT), *_named(audit, c["concept"], c["terms"])] for c in concepts],
+        },
         "contexts": {
-            "columns": ("context", "pairs", "terms"),
-            "rows": [[name, entry["pairs"], entry["terms"]] for name, entry in described.items()],
+            "columns": ("context", "pairs", "terms", *_NAMED),
+            "rows": [
+                [name, entry["pairs"], audit.about(name), *_named(audit, name, entry["terms"])]
+                for name, entry in described.items()
+            ],
         },
         "hypotheses": {
             "columns": HYPOTHESIS,
@@ -67,6 +74,12 @@ def explore_data(audit: Audit, snippets: dict[str, str]) -> dict[str, Any]:
         "places": places,
         "snippets": snippets,
     }
+
+
+def _named(audit: Audit, name: str, terms: list[str]) -> list[str]:
+    """What is said of a label, and what a search looks in."""
+    label = audit.labels.get(name)
+    return ["", " ".join(terms)] if label is None else [label.told(terms[:4]), label.words(terms)]
 
 
 def pair_data(audit: Audit, raw: "Dataset | None", samples: dict[int, dict[str, Any]]) -> dict[str, Any]:

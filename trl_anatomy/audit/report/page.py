@@ -78,7 +78,7 @@ def render(audit: Audit, raw_dataset: "Dataset | None" = None) -> str:
 def _view(audit: Audit, raw: "Dataset | None", samples: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """What the template shows."""
     info = audit.info
-    concepts = audit.concepts.to_pylist()
+    concepts = audit.labelled(audit.concepts).to_pylist()
     by_name = {concept["concept"]: concept for concept in concepts}
     by_shift = sorted(concepts, key=lambda c: -abs(c["predicted"]))
     found = [c for c in by_shift if c["verdict"] in (RISES, FALLS)]
@@ -89,13 +89,14 @@ def _view(audit: Audit, raw: "Dataset | None", samples: dict[int, dict[str, Any]
         concept["bar"] = _bar(concept, scale)
         low, high = concept["length_adjusted_low"], concept["length_adjusted_high"]
         known = not any(value is None or math.isnan(value) for value in (low, high))
+        label = audit.labels.get(concept["concept"])
+        concept["told"] = label.told(concept["terms"][:4]) if label is not None else ""
         concept["only_length"] = known and (low <= 0 <= high or concept["length_adjusted"] * concept["predicted"] < 0)
 
-    by_name |= {concept["concept"]: concept for concept in audit.responses.to_pylist()}
+    by_name |= {concept["concept"]: concept for concept in audit.labelled(audit.responses).to_pylist()}
     all_kept = sorted((h for h in audit.hypotheses.to_pylist() if h["kept"]), key=lambda h: h["rank"])
-    described = info.get("contexts", {})
     for hypothesis in all_kept:
-        hypothesis["about"] = described.get(hypothesis["context"], {}).get("terms", [])
+        hypothesis["about"] = audit.about(hypothesis["context"])
         hypothesis["label"] = by_name[hypothesis["concept"]]["label"]
     kept = [h for h in all_kept if h["view"] == "feature"]
     prompted = [h for h in all_kept if h["view"] == "prompt" and h["q"] <= info["settings"]["alpha"]]
@@ -118,7 +119,7 @@ def _view(audit: Audit, raw: "Dataset | None", samples: dict[int, dict[str, Any]
     apart = [h for h in all_kept if h["view"] == "region" and h["q"] <= info["settings"]["alpha"]]
     return {
         "sft": sft,
-        "regions": _regions(apart, described, by_name, raw) if sft else [],
+        "regions": _regions(audit, apart, by_name, raw) if sft else [],
         "n_apart": len(apart),
         "info": info,
         "data_name": Path(info["data"]["name"]).name,
@@ -149,17 +150,21 @@ def _view(audit: Audit, raw: "Dataset | None", samples: dict[int, dict[str, Any]
             **{f"{key} (used)": value for key, value in info.get("settings_used", {}).items()},
         },
         "notes": info.get("notes", []),
+        "has_names": any(label.name is not None for label in audit.labels.values()),
     }
 
 
 def _regions(
-    found: list[dict[str, Any]], described: dict[str, Any], concepts: dict[str, dict[str, Any]], raw: "Dataset | None"
+    audit: Audit, found: list[dict[str, Any]], concepts: dict[str, dict[str, Any]], raw: "Dataset | None"
 ) -> list[dict[str, Any]]:
     """Regions of SFT data in which responses differ from the rest, the one with the best finding first."""
+    described = audit.info.get("contexts", {})
     regions: dict[str, dict[str, Any]] = {}
     for hypothesis in found:
         name = hypothesis["context"]
-        entry = regions.setdefault(name, {"name": name, **described[name], "more": [], "less": []})
+        entry = regions.setdefault(
+            name, {"name": name, **described[name], "terms": audit.about(name), "more": [], "less": []}
+        )
         listed = entry[hypothesis["lean"]]
         if len(listed) < N_CONTEXTS:
             listed.append({**hypothesis, "example": _example(concepts[hypothesis["concept"]], raw)})
@@ -204,8 +209,8 @@ def _bar(concept: dict[str, Any], scale: float) -> dict[str, float] | None:
 
 def _named(found: list[dict[str, Any]], verdict: str) -> list[dict[str, Any]]:
     """The largest shifts of a direction, of those with the same words the first only: a sentence says nothing twice."""
-    by_label = {c["label"]: c for c in reversed(found) if c["verdict"] == verdict}
-    return [c for c in found if by_label.get(c["label"]) is c][:N_NAMED]
+    by_words = {tuple(c["terms"][:4]): c for c in reversed(found) if c["verdict"] == verdict}
+    return [c for c in found if by_words.get(tuple(c["terms"][:4])) is c][:N_NAMED]
 
 
 def _first(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
