@@ -161,8 +161,7 @@ def pool_padded(encode: Callable[[Tensor], Tensor], h: Tensor, bounds: Sequence[
 
 def bare_product(h: Tensor, encoder: Tensor) -> None:
     """The tiles of span_harvest without the fold: its floor."""
-    block_bytes, tile_bytes = harvest_module._TILES["cpu" if not GPU else "other"]
-    block = block_bytes // (4 * h.shape[1])
+    block, tile_bytes = harvest_module._TILES["cpu" if not GPU else "other"]
     for start in range(0, len(h), block):
         x = h[start : start + block]
         width = max(64, tile_bytes // (4 * len(x)))
