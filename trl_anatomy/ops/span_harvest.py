@@ -40,7 +40,7 @@ def span_harvest(
     zero = torch.zeros(n_latents, device=h.device)
     for start in range(bounds[0], bounds[-1], step):
         end = min(start + step, bounds[-1])
-        fold(encode(h[start:end]).abs(), zero, span_pieces(bounds, start, end), maximum, count)
+        fold(encode(h[start:end]).abs().float(), zero, span_pieces(bounds, start, end), maximum, count)
     return maximum, count
 
 
@@ -127,7 +127,7 @@ def span_harvest_topk(
     k: int,
     bounds: Sequence[int],
     *,
-    chunk_bytes: int = 32 << 20,
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`span_harvest` for SAEs that keep the k largest pre-activations of a token, where those are positive.
 
@@ -138,7 +138,7 @@ def span_harvest_topk(
         preactivation: (n, d_model) -> (n, n_latents); magnitudes, for an SAE with signed codes.
         k: latents kept per token.
         bounds: n_spans + 1 ascending offsets into `h`; spans may be empty.
-        chunk_bytes: limit on the pre-activations held at a time (never less than one token).
+        chunk_bytes: limit on the pre-activations held at a time (never less than one token); None fits the device.
 
     Returns:
         maximum (n_spans, n_latents) float32 and count (n_spans, n_latents) int32; zero for an empty span.
@@ -149,6 +149,8 @@ def span_harvest_topk(
     """
     n_latents = preactivation(h[:1] if len(h) else h.new_zeros(1, h.shape[1])).shape[1]
     maximum, count = _empty(h, bounds, n_latents)
+    if chunk_bytes is None:
+        chunk_bytes = _TOPK_BYTES.get(h.device.type, _TOPK_BYTES["other"])
     step = max(1, chunk_bytes // (4 * n_latents))
     span = torch.repeat_interleave(torch.as_tensor(bounds, device=h.device).diff())
     for start in range(bounds[0], bounds[-1], step):
@@ -165,6 +167,8 @@ def span_harvest_topk(
 # Tokens of a block, and bytes of one tile of its product. On a CPU enough tokens to make up for reading the encoder
 # again, and few enough to stay in the cache that cores share, with their tile; a GPU wants few and large products.
 _TILES = {"cpu": (1024, 4 << 20), "other": (16384, 512 << 20)}
+# Pre-activations held for the k largest: below 32 MiB glibc's malloc gives the same pages again instead of new ones.
+_TOPK_BYTES = {"cpu": 24 << 20, "other": 512 << 20}
 
 
 def _empty(h: Tensor, bounds: Sequence[int], n_latents: int) -> tuple[Tensor, Tensor]:
