@@ -161,8 +161,7 @@ def pool_padded(encode: Callable[[Tensor], Tensor], h: Tensor, bounds: Sequence[
 
 def bare_product(h: Tensor, encoder: Tensor) -> None:
     """The tiles of span_harvest without the fold: its floor."""
-    block_bytes, tile_bytes = harvest_module._TILES["cpu" if not GPU else "other"]
-    block = block_bytes // (4 * h.shape[1])
+    block, tile_bytes = harvest_module._TILES["cpu" if not GPU else "other"]
     for start in range(0, len(h), block):
         x = h[start : start + block]
         width = max(64, tile_bytes // (4 * len(x)))
@@ -216,10 +215,12 @@ def _process_memory(key: str) -> int:
 
 
 @torch.no_grad()
-def harvest_rows(rounds: int, n: int, d: int, latents: int, k: int) -> list[dict[str, Any]]:
+def harvest_rows(
+    rounds: int, n: int, d: int, latents: int, k: int, architectures: Sequence[str] = ("jumprelu", "topk")
+) -> list[dict[str, Any]]:
     h, bounds, rows = random(n, d, seed=3, dtype=DTYPE), spans_of(n), []
     what = f"{n} tokens, {len(bounds) - 1} spans, d {d}, {latents} latents"
-    for architecture in ("jumprelu", "topk"):
+    for architecture in architectures:
         inner = make_sae(architecture, d, latents, k)
         lens, sae = inner.encode, SAE(inner)
         encoder = sae._inner.W_enc
@@ -273,6 +274,13 @@ def harvest_rows(rounds: int, n: int, d: int, latents: int, k: int) -> list[dict
         print("  peak extra MiB:", {name: round(v, 1) if v else v for name, v in row["peak_extra_mib"].items()})
         rows.append(row)
     return rows
+
+
+def all_harvest_rows(rounds: int) -> list[dict[str, Any]]:
+    model = [SIZES[key] for key in ("d", "latents", "k")]
+    rows = harvest_rows(rounds, SIZES["harvest"], *model)
+    # A CPU works in blocks of fewer tokens than a batch of the audit has.
+    return rows if GPU else rows + harvest_rows(rounds, 4 * SIZES["harvest"], *model, architectures=("jumprelu",))
 
 
 def forward_backward(edit: Callable[[Tensor], Tensor], h: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -384,7 +392,7 @@ def pool_rows(rounds: int, n: int, d: int, k: int = 8) -> list[dict[str, Any]]:
 
 
 ROWS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
-    "span_harvest": lambda rounds: harvest_rows(rounds, *(SIZES[key] for key in ("harvest", "d", "latents", "k"))),
+    "span_harvest": all_harvest_rows,
     "ablate_features": lambda rounds: ablate_rows(rounds, *(SIZES[key] for key in ("ablate", "d", "latents", "k"))),
     "project_out": lambda rounds: project_rows(rounds, SIZES["project"], SIZES["d"]),
     "pooled_projection": lambda rounds: pool_rows(rounds, SIZES["project"], SIZES["d"]),

@@ -147,7 +147,7 @@ def test_edits_of_strided_and_of_no_tokens(calls: list[str], monkeypatch: pytest
 def test_span_harvest(dtype: torch.dtype, bounds: list[int], calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if dtype != torch.float32 and DEVICE == "cpu":
         dtype = torch.float32  # the product is cuBLAS's; the fold sees float32 either way
-    monkeypatch.setitem(span_harvest._TILES, DEVICE, (20 * 64, 20 * 280))  # 20 tokens, 70 latents
+    monkeypatch.setitem(span_harvest._TILES, DEVICE, (20, 20 * 280))  # 20 tokens, 70 latents
     h, encoder = hidden((53, 16), dtype).to(DEVICE), (hidden((16, 300), dtype, 5) / 4).to(DEVICE)
     bias, threshold = (hidden((300,), torch.float32, seed).abs().to(DEVICE) / 2 for seed in (6, 7))
     bias = -bias

@@ -52,7 +52,7 @@ def test_chunks_change_nothing(name: str, chunk_tokens: int, architecture: str) 
 def test_every_sae_pools_what_it_encodes(
     name: str, tokens: int, architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(module._TILES, "cpu", (tokens * 32 * 4, 64 * 4))  # tiles of so many tokens, 64 latents of 100
+    monkeypatch.setitem(module._TILES, "cpu", (tokens, 64 * 4))  # 64 latents of 100 at a time
     h = torch.randn(32, 41, generator=torch.Generator().manual_seed(2)).T  # not contiguous
     sae = SAE(tiny_sae(architecture, d_sae=100))
     maximum, count = sae.pool_spans(h, BOUNDS[name], tokens * 100 * 4)

@@ -13,6 +13,10 @@ from ._rows import row_blocks, span_pieces, working_dtype
 def pooled_projection(h: Tensor, directions: Tensor, bounds: Sequence[int], *, reduce: str = "max") -> Tensor:
     """Reduce ``h @ directions.T`` over each span (method.md section 9).
 
+    Concepts are not scored by it: each is cached by itself, and must not change in its last digits with what else is
+    asked for. Measured on 8,192 tokens of width 768 and one CPU core, that costs 20 ms for 8 directions instead of 6,
+    and for one 2.5 instead of 2.7; a forward pass of 85 million parameters over them takes some 15 s (computed).
+
     Args:
         h: (n_tokens, d_model) hidden states, spans end to end; also not contiguous.
         directions: (k, d_model).

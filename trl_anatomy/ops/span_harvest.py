@@ -40,7 +40,7 @@ def span_harvest(
     zero = torch.zeros(n_latents, device=h.device)
     for start in range(bounds[0], bounds[-1], step):
         end = min(start + step, bounds[-1])
-        fold(encode(h[start:end]).abs(), zero, span_pieces(bounds, start, end), maximum, count)
+        fold(encode(h[start:end]).abs().float(), zero, span_pieces(bounds, start, end), maximum, count)
     return maximum, count
 
 
@@ -80,8 +80,7 @@ def span_harvest_threshold(
     maximum, count = _empty(h, bounds, n_latents)
     maximum.fill_(-torch.inf)
     bar = threshold.float() - bias.float()
-    block_bytes, tile_bytes = _TILES.get(h.device.type, _TILES["other"])
-    block = max(1, block_bytes // (4 * h.shape[1]))
+    block, tile_bytes = _TILES.get(h.device.type, _TILES["other"])
     for start in range(bounds[0], bounds[-1], block):
         end = min(start + block, bounds[-1])
         x, pieces = prepare(h[start:end]), span_pieces(bounds, start, end)
@@ -98,11 +97,18 @@ def fold(z: Tensor, bar: Tensor, pieces: Tensor, maximum: Tensor, count: Tensor)
         from . import _triton_pool as kernel
 
         return kernel.fold(z, bar, pieces, maximum, count)
-    fires = torch.empty_like(z)
-    torch.gt(z, bar, out=fires)  # a float mask sums faster than a boolean one
-    for span, first, end in pieces.tolist():
-        torch.maximum(maximum[span], z[first:end].amax(0), out=maximum[span])
-        count[span] += fires[first:end].sum(0).to(torch.int32)
+    rows = pieces.tolist()
+    spans = slice(rows[0][0], rows[-1][0] + 1)
+    largest, fired = torch.full_like(maximum[spans], -torch.inf), torch.zeros_like(maximum[spans])
+    # A float mask sums faster than a boolean one; span by span, it and what it is made from stay in a core's cache.
+    fires = torch.empty(max(end - first for _, first, end in rows), z.shape[1], dtype=z.dtype, device=z.device)
+    for span, first, end in rows:
+        part, place = z[first:end], span - spans.start
+        mask = torch.gt(part, bar, out=fires[: end - first])
+        torch.amax(part, 0, out=largest[place])
+        torch.sum(mask, 0, out=fired[place])
+    torch.maximum(maximum[spans], largest, out=maximum[spans])
+    count[spans] += fired.to(torch.int32)
     return None
 
 
@@ -121,7 +127,7 @@ def span_harvest_topk(
     k: int,
     bounds: Sequence[int],
     *,
-    chunk_bytes: int = 32 << 20,
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`span_harvest` for SAEs that keep the k largest pre-activations of a token, where those are positive.
 
@@ -132,7 +138,7 @@ def span_harvest_topk(
         preactivation: (n, d_model) -> (n, n_latents); magnitudes, for an SAE with signed codes.
         k: latents kept per token.
         bounds: n_spans + 1 ascending offsets into `h`; spans may be empty.
-        chunk_bytes: limit on the pre-activations held at a time (never less than one token).
+        chunk_bytes: limit on the pre-activations held at a time (never less than one token); None fits the device.
 
     Returns:
         maximum (n_spans, n_latents) float32 and count (n_spans, n_latents) int32; zero for an empty span.
@@ -143,6 +149,8 @@ def span_harvest_topk(
     """
     n_latents = preactivation(h[:1] if len(h) else h.new_zeros(1, h.shape[1])).shape[1]
     maximum, count = _empty(h, bounds, n_latents)
+    if chunk_bytes is None:
+        chunk_bytes = _TOPK_BYTES.get(h.device.type, _TOPK_BYTES["other"])
     step = max(1, chunk_bytes // (4 * n_latents))
     span = torch.repeat_interleave(torch.as_tensor(bounds, device=h.device).diff())
     for start in range(bounds[0], bounds[-1], step):
@@ -156,9 +164,11 @@ def span_harvest_topk(
     return maximum, count
 
 
-# Bytes of prepared tokens and of one tile of the product, as float32. On a CPU the tile should stay in a core's cache
-# while it is folded, and the tokens in the cache that cores share; a GPU wants few and large products.
-_TILES = {"cpu": (8 << 20, 2 << 20), "other": (256 << 20, 512 << 20)}
+# Tokens of a block, and bytes of one tile of its product. On a CPU enough tokens to make up for reading the encoder
+# again, and few enough to stay in the cache that cores share, with their tile; a GPU wants few and large products.
+_TILES = {"cpu": (1024, 4 << 20), "other": (16384, 512 << 20)}
+# Pre-activations held for the k largest: below 32 MiB glibc's malloc gives the same pages again instead of new ones.
+_TOPK_BYTES = {"cpu": 24 << 20, "other": 512 << 20}
 
 
 def _empty(h: Tensor, bounds: Sequence[int], n_latents: int) -> tuple[Tensor, Tensor]:
