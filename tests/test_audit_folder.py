@@ -55,8 +55,8 @@ def test_features_and_rows_of_concepts_and_contexts(made, world):
     np.testing.assert_array_equal(np.sort(data), np.sort(world.rows))
     assert {name[0] for name in rows} == {"A", "B"}
     assert {name: len(r) for name, r in rows.items()} == {n: c["pairs"] for n, c in made.info["contexts"].items()}
-    with pytest.raises(AnatomyError, match=r"found concept 'T99', allowed: T1, T2"):
-        made.features("T99")
+    with pytest.raises(AnatomyError, match=r"found concept 'T999', allowed: T1, T2"):
+        made.features("T999")
     with pytest.raises(AnatomyError, match=r"found context 'B9', allowed: B0, B1, B2, B3, B4\."):
         made.rows_in("B9")
     with pytest.raises(AnatomyError, match=r"found context 'A99', allowed: A1, A2"):
