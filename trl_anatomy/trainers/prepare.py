@@ -99,7 +99,7 @@ def apply_plan(dataset: Dataset, plan: "PolicyPlan", raw_rows: np.ndarray | None
 
 def check_columns(dataset: Dataset) -> None:
     """Raise AnatomyError where the dataset has a column that policies write."""
-    taken = [name for name in COLUMNS if name in dataset.column_names]
+    taken = [name for name in (*COLUMNS, ROW) if name in dataset.column_names]
     if taken:
         raise AnatomyError(f"train_dataset already has a column {taken[0]!r}, which concept policies write; drop it.")
 
