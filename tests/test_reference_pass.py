@@ -84,12 +84,19 @@ def counted_forwards() -> Iterator[dict[str, int]]:
         LlamaDecoderLayer.forward = forward
 
 
+@pytest.mark.parametrize("together", [50, 8192])
 @pytest.mark.parametrize("adapters", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_scores_and_reference_of_one_pass(
-    adapters: bool, checkpointing: bool, tiny_model_dir: Path, tmp_path: Path
+    together: int,
+    adapters: bool,
+    checkpointing: bool,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The reference is TRL's bit for bit, the offsets are those of a pass of their own, and no forward is added."""
+    monkeypatch.setattr(reference_pass, "_TOGETHER", together)  # tokens: two batches at a time, or all
     rows, rules = rows_with_odd_ones(), policy(tmp_path, *SHAPING)
     options = {"gradient_checkpointing": checkpointing} | ({"peft_config": lora()} if adapters else {})
     with counted_forwards() as stock_counts:
@@ -199,6 +206,7 @@ def test_an_interrupted_pass_keeps_its_scores(
     rules = policy(tmp_path, rule("v", "shape_reward", strength=1.0))
     dataset = on_disk(tmp_path / "d", preference_rows(12))
     monkeypatch.setattr("trl_anatomy.reading.score._SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(reference_pass, "_TOGETHER", 1)
     calls = 0
     compute = DPOTrainer.compute_ref_log_probs
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load as load_tensors
@@ -168,7 +169,7 @@ class Scoring:
         return fits and self._whole(name)
 
     def take(
-        self, batch: Sequence[int], hidden: Mapping[int, Tensor], bounds: Sequence[int], sides: tuple[slice, slice]
+        self, batch: Sequence[int], hidden: Mapping[int, Tensor], bounds: Sequence[int], sides: tuple[Any, Any]
     ) -> None:
         """Score some pairs for all concepts that miss scores, and keep them from time to time.
 
@@ -176,7 +177,7 @@ class Scoring:
             batch: the pairs.
             hidden: layer -> (n_tokens, d_model) float32, spans end to end.
             bounds: n_spans + 1 offsets of the spans.
-            sides: which spans are the chosen and which the rejected responses of `batch`, in its order.
+            sides: index of the spans that are the chosen and that are the rejected responses of `batch`, in its order.
         """
         for name, scorer in self.missing.items():
             states = hidden[scorer.layer]
@@ -186,7 +187,7 @@ class Scoring:
             if name in self._by_token:
                 each = scorer.score_tokens(states, bounds).float().cpu().numpy()
                 for side in range(2):
-                    spans = range(len(bounds) - 1)[sides[side]]
+                    spans = np.arange(len(bounds) - 1)[sides[side]]
                     for pair, span in zip(batch, spans, strict=True):
                         part = each[bounds[span] : bounds[span + 1]]
                         start = self.pairs.response_bounds[2 * pair + side]

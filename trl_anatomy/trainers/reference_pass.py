@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..shaping.settle import Begun
 
 _log = logging.getLogger(__name__)
+_TOGETHER = 8192  # tokens that are scored at once: batches are small, and every concept is a few calls
 
 
 def sharing(policy: "ConceptPolicy", arguments: Mapping[str, Any], config: Any) -> bool:
@@ -119,7 +120,9 @@ class ReadAlong:
         self._missing = np.isin(self._pairs, scoring.todo)
         self._at = 0
         self._where: Tensor | None = None  # flat positions of the tokens read in the batch that runs
-        self._hidden: dict[int, Tensor] = {}
+        self._hidden: dict[int, list[Tensor]] = {layer: [] for layer in scoring.layers}  # of batches not yet scored
+        self._batches: list[list[int]] = []
+        self._lengths: list[int] = []  # of their responses: chosen, then rejected, batch after batch
 
     @property
     def rows(self) -> np.ndarray:
@@ -134,6 +137,7 @@ class ReadAlong:
         ]
         try:
             yield self
+            self._score()
         finally:
             for handle in handles:
                 handle.remove()
@@ -143,7 +147,7 @@ class ReadAlong:
             if self._where is None:
                 return
             h = output[0] if isinstance(output, tuple) else output
-            self._hidden[layer] = h.flatten(0, 1).index_select(0, self._where.to(h.device)).float()
+            self._hidden[layer].append(h.flatten(0, 1).index_select(0, self._where.to(h.device)).float())
             if self._stop and layer == self._scoring.layers[-1]:
                 raise Stop
 
@@ -151,7 +155,7 @@ class ReadAlong:
 
     @contextmanager
     def batch(self, inputs: Mapping[str, Any]) -> Iterator[None]:
-        """The scope of one forward; scores what it brings, outside its autocast.
+        """The scope of one forward; what it brings is scored outside its autocast.
 
         Args:
             inputs: TRL's batch: chosen, then rejected rows.
@@ -178,9 +182,24 @@ class ReadAlong:
         with suppress(Stop):
             yield
         self._where = None
-        bounds = np.concatenate([[0], np.cumsum([len(ids) for ids in (*chosen, *rejected)])]).tolist()
-        self._scoring.take(batch, self._hidden, bounds, (slice(len(batch)), slice(len(batch), None)))
-        self._hidden.clear()
+        self._batches.append(batch)
+        self._lengths += [len(response) for response in (*chosen, *rejected)]
+        if sum(self._lengths) >= _TOGETHER:
+            self._score()
+
+    def _score(self) -> None:
+        if not self._batches:
+            return
+        bounds = np.concatenate([[0], np.cumsum(self._lengths)]).tolist()
+        sides = np.concatenate([np.repeat([0, 1], len(batch)) for batch in self._batches])
+        self._scoring.take(
+            [pair for batch in self._batches for pair in batch],
+            {layer: torch.cat(parts) for layer, parts in self._hidden.items()},
+            bounds,
+            (np.flatnonzero(sides == 0), np.flatnonzero(sides == 1)),
+        )
+        self._batches, self._lengths = [], []
+        self._hidden = {layer: [] for layer in self._hidden}
 
 
 def raw_rows(dataset: Dataset) -> np.ndarray:
