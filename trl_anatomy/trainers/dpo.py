@@ -44,7 +44,7 @@ class AnatomyDPOTrainer(ShapedSeams, DPOTrainer):
     Without a policy (None, empty, or concepts without rules) it is TRL's trainer, number for number. With
     `shape_reward` rules the loss becomes `-log σ(β·D + o(chosen) - o(rejected))` (method.md section 8, "reward
     shaping"; other losses: `trl_anatomy.trainers.loss_support`), by shifting the reference log-probability of y by
-    -o(y)/β before TRL's own loss runs. With `filter_pairs` rules the dropped rows never reach TRL. Evaluation is
+    -o(y)/β before TRL's own loss runs. With `filter_pairs` rules the dropped rows are never trained on. Evaluation is
     unshaped.
 
     In training logs `rewards/*` stay the implicit rewards of the policy; the shaped ones are `rewards_shaped/*` (for
