@@ -32,6 +32,7 @@ def parameters(function: Any) -> list[str]:
         (DPOTrainer.compute_ref_log_probs, ["self", "model", "inputs"]),
         (DPOTrainer._compute_loss, ["self", "model", "inputs", "return_outputs"]),
         (DPOTrainer._set_signature_columns_if_needed, ["self"]),
+        (DPOTrainer._precompute_ref_logps, ["self", "dataset", "name", "batch_size"]),
         (DPOTrainer._prepare_dataset, ["self", "dataset", "processing_class", "args", "dataset_name"]),
         (RewardTrainer.compute_loss, ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]),
         (DPOTrainer.training_step, ["self", "args", "kwargs"]),

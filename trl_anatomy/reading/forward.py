@@ -29,7 +29,7 @@ class SpanHidden:
     bounds: list[int]
 
 
-class _Read(Exception):
+class Stop(Exception):
     """Ends a forward pass: everything asked for has been read."""
 
 
@@ -64,7 +64,7 @@ def read_layers(model: nn.Module, layers: Sequence[int], **inputs: Tensor) -> di
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             found[layer] = output[0] if isinstance(output, tuple) else output
             if layer == last:
-                raise _Read
+                raise Stop
 
         return hook
 
@@ -72,7 +72,7 @@ def read_layers(model: nn.Module, layers: Sequence[int], **inputs: Tensor) -> di
     try:
         with frozen(model):
             decoder(model)(**inputs, use_cache=False)
-    except _Read:
+    except Stop:
         pass
     finally:
         for handle in handles:

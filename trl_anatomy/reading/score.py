@@ -1,14 +1,15 @@
 """Scores of all concepts over all pairs: one frozen pass for the hidden-state scorers together, cached, resumable."""
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import __version__
@@ -70,92 +71,163 @@ def score_pairs(
     Raises:
         AnatomyError: a scorer does not fit the model, no model where one is needed, or scores that are not finite.
     """
-    text_rules = {name: scorer for name, scorer in scorers.items() if isinstance(scorer, TextScorer)}
-    hidden = {name: scorer for name, scorer in scorers.items() if not isinstance(scorer, TextScorer)}
-    values = {name: np.zeros((2, len(pairs))) for name in scorers}
-    by_token = {name: np.zeros(pairs.response_bounds[-1], np.float32) for name in hidden if name in tokens}
-    if hidden:
-        if model is None:
-            raise AnatomyError(f"The concept {next(iter(hidden))!r} is scored on hidden states: give the model.")
-        for name, scorer in hidden.items():
-            try:
-                scorer.check(model)
-            except AnatomyError as error:
-                raise AnatomyError(f"concept {name!r}: {error}") from error
-        _score_hidden(pairs, hidden, model, values, by_token, cache_dir, batch_tokens, progress)
-    if text_rules:
-        for i in range(len(pairs)):
-            texts = pairs.texts(i)[1:]
-            for name, rule in text_rules.items():
-                values[name][:, i] = [rule.score_text(text) for text in texts]
-    return Scores(
-        names=tuple(scorers),
-        chosen={name: value[0] for name, value in values.items()},
-        rejected={name: value[1] for name, value in values.items()},
-        tokens=by_token,
-    )
+    read = hidden_scorers(scorers)
+    if read and model is None:
+        raise AnatomyError(f"The concept {next(iter(read))!r} is scored on hidden states: give the model.")
+    if model is not None:
+        check_scorers(read, model)
+    keys = [model_key(model)] if model is not None and read and cache_dir is not None else []
+    scoring = Scoring(pairs, scorers, keys, tokens=tokens, cache_dir=cache_dir)
+    if model is not None and scoring.missing:
+        todo = scoring.todo.tolist()
+        with tqdm(total=len(todo), desc="Scoring pairs", unit="pair", disable=not progress) as bar:
+            for batch in length_sorted_batches(pairs, todo, batch_tokens):
+                found = read_spans(model, pairs, batch, scoring.layers)
+                scoring.take(batch, found.hidden, found.bounds, (slice(1, None, 3), slice(2, None, 3)))
+                bar.update(len(batch))
+    return scoring.finish()
 
 
-def _score_hidden(
-    pairs: Pairs,
-    scorers: Mapping[str, HiddenScorer],
-    model: nn.Module,
-    values: Mapping[str, np.ndarray],
-    by_token: Mapping[str, np.ndarray],
-    cache_dir: str | Path | None,
-    batch_tokens: int,
-    progress: bool,
-) -> None:
-    files: dict[str, Path] = {}
-    if cache_dir is not None:
-        made_from = {"version": __version__, "pairs": pairs.fingerprint, **model_key(model)}
-        for name, scorer in scorers.items():
-            files[name] = Path(cache_dir) / f"scores-{hash_json({**made_from, 'scorer': scorer.key()})}.safetensors"
-    stored = {name: {"scores": values[name]} for name in scorers}
-    for name, found in by_token.items():
-        stored[name]["tokens"] = found
-    for name, wanted in stored.items():
-        there = _load_scores(files[name]) if files else {}
-        whole = all(key in there and there[key].shape == value.shape for key, value in wanted.items())
+def hidden_scorers(scorers: Mapping[str, Scorer]) -> dict[str, HiddenScorer]:
+    """Those that read hidden states."""
+    return {name: scorer for name, scorer in scorers.items() if not isinstance(scorer, TextScorer)}
+
+
+def check_scorers(scorers: Mapping[str, HiddenScorer], model: nn.Module) -> None:
+    """Raise AnatomyError, naming the concept, where a scorer does not fit the model."""
+    for name, scorer in scorers.items():
+        try:
+            scorer.check(model)
+        except AnatomyError as error:
+            raise AnatomyError(f"concept {name!r}: {error}") from error
+
+
+class Scoring:
+    """Scores of all concepts while some pass fills them in: what is stored, what is missing, what comes to it.
+
+    Args:
+        pairs: tokenised pairs.
+        scorers: concept -> scorer.
+        keys: what the hidden states depend on (`model_key`). Scores that are whole under any of these are taken; new
+            ones are kept under the last.
+        tokens: concepts whose scores of every token are wanted too.
+        cache_dir: folder that keeps scores; None keeps none.
+
+    Attributes:
+        missing: concept -> scorer, of those on hidden states that have pairs without a score.
+        layers: the layers that these read.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        scorers: Mapping[str, Scorer],
+        keys: Sequence[Mapping[str, str]],
+        *,
+        tokens: Collection[str] = (),
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        self.pairs, self._scorers = pairs, scorers
+        read = hidden_scorers(scorers)
+        self._values = {name: np.full((2, len(pairs)), np.nan) for name in scorers}  # NaN: not reached yet
+        self._by_token = {
+            name: np.full(pairs.response_bounds[-1], np.nan, np.float32) for name in read if name in tokens
+        }
+        self._files: dict[str, Path] = {}
+        for name, scorer in read.items() if cache_dir is not None else ():
+            for key in keys:
+                made_from = {"version": __version__, "pairs": pairs.fingerprint, **key, "scorer": scorer.key()}
+                self._files[name] = Path(cache_dir or "") / f"scores-{hash_json(made_from)}.safetensors"
+                if self._load(name):
+                    break
+        self.missing = {name: scorer for name, scorer in read.items() if not self._whole(name)}
+        self.layers = sorted({scorer.layer for scorer in self.missing.values()})
+        self._saved = time.monotonic()
+
+    @property
+    def todo(self) -> np.ndarray:
+        """(n,) int64: the pairs that some concept has not scored yet."""
+        without = np.zeros(len(self.pairs), dtype=bool)
+        for name in self.missing:
+            without |= np.isnan(self._values[name]).any(axis=0)
+        return np.flatnonzero(without)
+
+    def _whole(self, name: str) -> bool:
+        return bool(np.isfinite(self._values[name]).all())
+
+    def _tensors(self, name: str) -> dict[str, np.ndarray]:
+        """What is kept of a concept; the arrays themselves."""
+        tokens = {"tokens": self._by_token[name]} if name in self._by_token else {}
+        return {"scores": self._values[name], **tokens}
+
+    def _load(self, name: str) -> bool:
+        """Fill in what is stored of a concept; whether that is all of it."""
+        there, wanted = _load_scores(self._files[name]), self._tensors(name)
+        fits = all(key in there and there[key].shape == value.shape for key, value in wanted.items())
         for key, value in wanted.items():
-            value[:] = there[key] if whole else np.nan  # NaN: not reached yet
-    missing = {name: scorer for name, scorer in scorers.items() if not np.isfinite(values[name]).all()}
-    if not missing:
-        return
-    layers = sorted({scorer.layer for scorer in missing.values()})
-    todo = np.flatnonzero(np.any([np.isnan(values[name]).any(axis=0) for name in missing], axis=0)).tolist()
-    saved = time.monotonic()
-    with tqdm(total=len(todo), desc="Scoring pairs", unit="pair", disable=not progress) as bar:
-        for batch in length_sorted_batches(pairs, todo, batch_tokens):
-            read = read_spans(model, pairs, batch, layers)
-            for name, scorer in missing.items():
-                hidden = read.hidden[scorer.layer]
-                scored = scorer.score_spans(hidden, read.bounds).cpu().numpy()
+            value[:] = there[key] if fits else np.nan
+        return fits and self._whole(name)
+
+    def take(
+        self, batch: Sequence[int], hidden: Mapping[int, Tensor], bounds: Sequence[int], sides: tuple[Any, Any]
+    ) -> None:
+        """Score some pairs for all concepts that miss scores, and keep them from time to time.
+
+        Args:
+            batch: the pairs.
+            hidden: layer -> (n_tokens, d_model) float32, spans end to end.
+            bounds: n_spans + 1 offsets of the spans.
+            sides: index of the spans that are the chosen and that are the rejected responses of `batch`, in its order.
+        """
+        for name, scorer in self.missing.items():
+            states = hidden[scorer.layer]
+            scored = scorer.score_spans(states, bounds).cpu().numpy()
+            for side in range(2):
+                self._values[name][side, batch] = scored[sides[side]]
+            if name in self._by_token:
+                each = scorer.score_tokens(states, bounds).float().cpu().numpy()
                 for side in range(2):
-                    values[name][side, batch] = scored[1 + side :: len(SPANS)]
-                if name in by_token:
-                    each = scorer.score_tokens(hidden, read.bounds).float().cpu().numpy()
-                    for j, pair in enumerate(batch):
-                        for side in range(2):
-                            span = len(SPANS) * j + 1 + side
-                            part = each[read.bounds[span] : read.bounds[span + 1]]
-                            start = pairs.response_bounds[2 * pair + side]
-                            by_token[name][start : start + len(part)] = part
-            bar.update(len(batch))
-            if files and time.monotonic() - saved > _SAVE_SECONDS:
-                for name in missing:
-                    _save_scores(files[name], stored[name])
-                saved = time.monotonic()
-    for name, scorer in missing.items():
-        bad = ~np.isfinite(values[name])
-        if bad.any():
-            side, pair = (int(index[0]) for index in np.nonzero(bad))
-            raise AnatomyError(
-                f"concept {name!r}: its score of the {_SIDES[side]} response of dataset row {pairs.rows[pair]} is not "
-                f"finite at layer {scorer.layer}: check the model's weights, or load it in bfloat16 or float32."
-            )
-        if name in files:
-            _save_scores(files[name], stored[name])
+                    spans = np.arange(len(bounds) - 1)[sides[side]]
+                    for pair, span in zip(batch, spans, strict=True):
+                        part = each[bounds[span] : bounds[span + 1]]
+                        start = self.pairs.response_bounds[2 * pair + side]
+                        self._by_token[name][start : start + len(part)] = part
+        if time.monotonic() - self._saved > _SAVE_SECONDS:
+            self._save()
+            self._saved = time.monotonic()
+
+    def finish(self) -> Scores:
+        """Keep the scores, match the text rules, and give all of them.
+
+        Raises:
+            AnatomyError: scores that are not finite.
+        """
+        for name, scorer in self.missing.items():
+            bad = ~np.isfinite(self._values[name])
+            if bad.any():
+                side, pair = (int(index[0]) for index in np.nonzero(bad))
+                raise AnatomyError(
+                    f"concept {name!r}: its score of the {_SIDES[side]} response of dataset row "
+                    f"{self.pairs.rows[pair]} is not finite at layer {scorer.layer}: check the model's weights, or "
+                    "load it in bfloat16 or float32."
+                )
+        self._save()
+        text_rules = {name: scorer for name, scorer in self._scorers.items() if isinstance(scorer, TextScorer)}
+        for i in range(len(self.pairs)) if text_rules else ():
+            texts = self.pairs.texts(i)[1:]
+            for name, rule in text_rules.items():
+                self._values[name][:, i] = [rule.score_text(text) for text in texts]
+        return Scores(
+            names=tuple(self._scorers),
+            chosen={name: value[0] for name, value in self._values.items()},
+            rejected={name: value[1] for name, value in self._values.items()},
+            tokens=self._by_token,
+        )
+
+    def _save(self) -> None:
+        for name in self.missing:
+            if name in self._files:
+                _save_scores(self._files[name], self._tensors(name))
 
 
 def _save_scores(file: Path, scores: Mapping[str, np.ndarray]) -> None:

@@ -1,7 +1,7 @@
 """All that a policy needs to know of the pairs, read with the frozen start model, and the plan that follows from it."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,79 @@ from .tokens import prompts_of_rules, tokens_to_mask
 
 if TYPE_CHECKING:
     from ..audit.folder import Audit
+    from ..reading.score import Scores
+    from ..reading.scorers import Scorer
     from ..reading.spans import Pairs
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """A policy whose gates and scorers are there; what it still needs are the scores of the pairs.
+
+    Attributes:
+        policy, pairs, audit, cache_dir: as given to `settle_policy`.
+        gates: per rule, the pairs it looks at.
+        scorers: concept -> scorer.
+        model: the frozen start model, or None where nothing reads it.
+    """
+
+    policy: ConceptPolicy
+    pairs: "Pairs"
+    audit: "Audit | None"
+    cache_dir: Path | None
+    gates: Any
+    scorers: "dict[str, Scorer]"
+    model: Any
+
+    @property
+    def wanted(self) -> "dict[str, Scorer]":
+        """Concept -> scorer, of the concepts whose scores rules act on."""
+        unscored = acted_on_unscored(self.policy)
+        return {name: self.scorers[name] for name in self.policy.used if name not in unscored}
+
+    def score(self) -> "Scores":
+        """Scores in a pass of their own. Raises AnatomyError as `score_pairs`."""
+        from ..reading.score import score_pairs
+
+        by_token = {rule.concept for rule in self.policy.rules if isinstance(rule, MaskTokens)}
+        return score_pairs(self.pairs, self.wanted, self.model, tokens=by_token, cache_dir=self.cache_dir)
+
+    def settle(self, scores: "Scores") -> PolicyPlan:
+        """The plan, from scores of all `wanted` concepts. Raises PolicyError, AnatomyError as `plan_policy`."""
+        from ..reading.scorers import shown_above
+
+        policy, pairs, scorers, model = self.policy, self.pairs, self.scorers, self.model
+        scores = residualised(policy, scores)
+        flagged: dict[int, np.ndarray] = {}
+        read: dict[int, Any] = {}
+        for i, rule in enumerate(policy.rules):
+            gate = self.gates[i]
+            if isinstance(rule, MaskTokens):
+                read[i] = tokens_to_mask(policy, i, pairs, gate, scores, scorers[rule.concept], model, self.cache_dir)
+            elif isinstance(rule, Inoculate):
+                above = shown_above(scorers[rule.concept]) if rule.above is None else rule.above
+                flagged[i] = rule.flagged(scores.chosen[rule.concept], above or 0.0, gate)
+            elif isinstance(rule, Residualize):
+                read[i] = likelihood_ratios(rule, pairs, gate, scorers[rule.concept], model, self.cache_dir)
+        read |= prompts_of_rules(policy, pairs, flagged)
+        plan = plan_policy(policy, pairs, scores, audit=self.audit, read=read)
+        return replace(plan, hidden=resolve_hidden(policy, scorers))
+
+
+def begin_policy(
+    policy: ConceptPolicy,
+    pairs: "Pairs",
+    start_model: Callable[[], Any],
+    *,
+    audit: "Audit | None" = None,
+    cache_dir: Path | None = None,
+) -> Begun:
+    """Resolve what a policy names; arguments and errors as `settle_policy`."""
+    gates = rule_gates(policy, pairs, audit)
+    # An edit was fitted to one model's weights, and with others it would be no more than noise.
+    fitted = any(spec.scorer == "reft" for spec in policy.used.values())
+    model = start_model() if fitted or reads_hidden(policy) or any(map(reads_text, policy.rules)) else None
+    return Begun(policy, pairs, audit, cache_dir, gates, policy.scorers(audit=audit, model=model), model)
 
 
 def settle_policy(
@@ -41,36 +113,16 @@ def settle_policy(
     Raises:
         PolicyError, AnatomyError: as `ConceptPolicy.scorers`, `score_pairs` and `plan_policy`.
     """
-    from ..reading.score import score_pairs
-    from ..reading.scorers import shown_above
+    begun = begin_policy(policy, pairs, start_model, audit=audit, cache_dir=cache_dir)
+    return begun.settle(begun.score())
 
-    gates = rule_gates(policy, pairs, audit)
+
+def reads_hidden(policy: ConceptPolicy) -> bool:
+    """Whether some score that a rule acts on is read from hidden states."""
     unscored = acted_on_unscored(policy)
-    scored = {name: spec for name, spec in policy.used.items() if name not in unscored}
-    reads = any(spec.scorer != "text" for spec in scored.values()) or any(map(_reads_text, policy.rules))
-    # An edit was fitted to one model's weights, and with others it would be no more than noise.
-    reads = reads or any(spec.scorer == "reft" for spec in policy.used.values())
-    model = start_model() if reads else None
-    scorers = policy.scorers(audit=audit, model=model)
-    by_token = {rule.concept for rule in policy.rules if isinstance(rule, MaskTokens)}
-    wanted = {name: scorers[name] for name in scored}
-    scores = score_pairs(pairs, wanted, model, tokens=by_token, cache_dir=cache_dir)
-    scores = residualised(policy, scores)
-    flagged: dict[int, np.ndarray] = {}
-    read: dict[int, Any] = {}
-    for i, rule in enumerate(policy.rules):
-        if isinstance(rule, MaskTokens):
-            read[i] = tokens_to_mask(policy, i, pairs, gates[i], scores, scorers[rule.concept], model, cache_dir)
-        elif isinstance(rule, Inoculate):
-            above = shown_above(scorers[rule.concept]) if rule.above is None else rule.above
-            flagged[i] = rule.flagged(scores.chosen[rule.concept], above or 0.0, gates[i])
-        elif isinstance(rule, Residualize):
-            read[i] = likelihood_ratios(rule, pairs, gates[i], scorers[rule.concept], model, cache_dir)
-    read |= prompts_of_rules(policy, pairs, flagged)
-    plan = plan_policy(policy, pairs, scores, audit=audit, read=read)
-    return replace(plan, hidden=resolve_hidden(policy, scorers))
+    return any(spec.scorer != "text" for name, spec in policy.used.items() if name not in unscored)
 
 
-def _reads_text(rule: Intervention) -> bool:
+def reads_text(rule: Intervention) -> bool:
     """Whether the rule asks the start model how likely tokens are."""
     return isinstance(rule, Residualize) or (isinstance(rule, MaskTokens) and rule.positions == "decided")

@@ -1,21 +1,26 @@
 """DPO with a concept policy: TRL's trainer, whose reference log-probabilities are shifted by the concept offsets."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from trl import DPOConfig, DPOTrainer
 
 from .hidden import HiddenEdits
 from .loss_support import check_dpo_rules, check_masks, divides_by_length
-from .prepare import bind, prepare
+from .prepare import apply_plan, bind, generators_restored, plan_columns, prepare
+from .reference_pass import ReadAlong, raw_rows
 from .seams import (
     CHOSEN_OFFSET,
     CONCEPT_GAPS,
     REJECTED_OFFSET,
+    ROW,
     TAG,
     WEIGHT,
     WHOLE_MASK,
@@ -39,7 +44,7 @@ class AnatomyDPOTrainer(ShapedSeams, DPOTrainer):
     Without a policy (None, empty, or concepts without rules) it is TRL's trainer, number for number. With
     `shape_reward` rules the loss becomes `-log σ(β·D + o(chosen) - o(rejected))` (method.md section 8, "reward
     shaping"; other losses: `trl_anatomy.trainers.loss_support`), by shifting the reference log-probability of y by
-    -o(y)/β before TRL's own loss runs. With `filter_pairs` rules the dropped rows never reach TRL. Evaluation is
+    -o(y)/β before TRL's own loss runs. With `filter_pairs` rules the dropped rows are never trained on. Evaluation is
     unshaped.
 
     In training logs `rewards/*` stay the implicit rewards of the policy; the shaped ones are `rewards_shaped/*` (for
@@ -63,6 +68,7 @@ class AnatomyDPOTrainer(ShapedSeams, DPOTrainer):
     """
 
     precompute_ref_logps: bool
+    _along: ReadAlong | None = None
 
     def __init__(
         self,
@@ -81,18 +87,55 @@ class AnatomyDPOTrainer(ShapedSeams, DPOTrainer):
         )
         self.plan, self.audit = prepared.plan, prepared.audit
         self._acts, self._logged_concepts = prepared.acts, prepared.logged_concepts
+        self._waiting = prepared.waiting
         if self.plan is not None:
             loss_types = getattr(bound.arguments.get("args"), "loss_type", ())
             check_masks(self.plan.counts.get("chosen_masked", 0), loss_types)
-        if self.plan is not None or self.audit is not None:
+        if self.plan is not None or self.audit is not None or self._waiting is not None:
             self._tag_names = [*type(self)._tag_names, TAG]
         super().__init__(*bound.args[1:], **bound.kwargs)
         if self.plan is not None and self.plan.hidden:
             self._hidden = HiddenEdits(self.model, self.plan.hidden)
         prepared.attach(self)
 
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        waiting, self._waiting = self._waiting, None  # the training rows come first, rows of evaluations later
+        if waiting is None:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        scoring = waiting.scoring(self.accelerator.mixed_precision)
+        with self._read_along(ReadAlong(scoring, self.model, dataset)):
+            dataset = super()._precompute_ref_logps(dataset, name, batch_size)
+        with generators_restored():
+            self._read_rest(scoring, dataset, batch_size)
+            self.plan = plan = waiting.settle(scoring.finish())
+        self._acts, self._logged_concepts = bool(plan_columns(plan)), tuple(plan.gaps)
+        self.data_collator = self.data_collator  # wrapped now that columns travel through it
+        return apply_plan(dataset.remove_columns(ROW), plan, raw_rows(dataset))
+
+    def _read_rest(self, scoring: Any, dataset: Dataset, batch_size: int) -> None:
+        """Where TRL found the reference in its cache and ran no forward: as far as the last layer that is read."""
+        rows = ReadAlong(scoring, self.model, dataset).rows
+        if not len(rows):
+            return
+        dataset = dataset.select(rows)
+        with self._read_along(ReadAlong(scoring, self.model, dataset, stop=True)):
+            for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator):
+                self.compute_ref_log_probs(self.model, self._prepare_inputs(batch))
+
+    @contextmanager
+    def _read_along(self, along: ReadAlong) -> Iterator[None]:
+        self._along = along
+        try:
+            with along.hooked():
+                yield
+        finally:
+            self._along = None
+
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        with nullcontext() if self._hidden is None else self._hidden.paused():
+        with (
+            nullcontext() if self._hidden is None else self._hidden.paused(),
+            nullcontext() if self._along is None else self._along.batch(inputs),
+        ):
             return super().compute_ref_log_probs(model, without_columns(inputs))
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:

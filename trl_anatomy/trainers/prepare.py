@@ -29,6 +29,7 @@ from ..reading.forward import frozen
 from ..shaping.hidden import LowRankSteering
 from .callback import AuditCallback
 from .hidden import check_hidden
+from .reference_pass import ReferencePass, sharing
 from .seams import (
     CHOSEN_KEPT,
     CHOSEN_OFFSET,
@@ -39,6 +40,7 @@ from .seams import (
     REJECTED_KEPT,
     REJECTED_OFFSET,
     REJECTED_PROMPT,
+    ROW,
     STEERING,
     TURN,
     WEIGHT,
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from ..audit.folder import Audit
     from ..shaping.plan import PolicyPlan
     from ..shaping.policy import ConceptPolicy
+    from ..shaping.settle import Begun
 
 
 @contextmanager
@@ -69,12 +72,13 @@ def bind(init: Callable[..., None], trainer: Any, args: tuple[Any, ...], kwargs:
     return inspect.signature(init).bind(trainer, *args, **kwargs)
 
 
-def apply_plan(dataset: Dataset, plan: "PolicyPlan") -> Dataset:
+def apply_plan(dataset: Dataset, plan: "PolicyPlan", raw_rows: np.ndarray | None = None) -> Dataset:
     """The rows that stay, with a column for everything that a rule says about a pair.
 
     Args:
-        dataset: the raw dataset, n_raw_rows long.
-        plan: over the same rows.
+        dataset: the raw dataset, n_raw_rows long, or what TRL made of it.
+        plan: over the raw rows.
+        raw_rows: (len(dataset),) the raw row of each row; None where they are the same.
 
     Returns:
         `dataset.select(rows)`, bit for bit, plus the columns of `trl_anatomy.trainers.seams` that rules need.
@@ -82,16 +86,23 @@ def apply_plan(dataset: Dataset, plan: "PolicyPlan") -> Dataset:
     Raises:
         AnatomyError: the dataset has such a column already.
     """
-    rows = np.flatnonzero(plan.keep)
-    if len(rows) < len(dataset):
-        dataset = dataset.select(rows)
+    rows = np.arange(len(dataset)) if raw_rows is None else raw_rows
+    kept = plan.keep[rows]
+    if not kept.all():
+        dataset, rows = dataset.select(np.flatnonzero(kept)), rows[kept]
     columns = plan_columns(plan)
-    taken = [name for name in COLUMNS if name in dataset.column_names]
-    if columns and taken:
-        raise AnatomyError(f"train_dataset already has a column {taken[0]!r}, which concept policies write; drop it.")
+    if columns:
+        check_columns(dataset)
     for name, column in columns.items():
         dataset = dataset.add_column(name, [column[row] for row in rows])
     return dataset
+
+
+def check_columns(dataset: Dataset) -> None:
+    """Raise AnatomyError where the dataset has a column that policies write."""
+    taken = [name for name in (*COLUMNS, ROW) if name in dataset.column_names]
+    if taken:
+        raise AnatomyError(f"train_dataset already has a column {taken[0]!r}, which concept policies write; drop it.")
 
 
 def plan_columns(plan: "PolicyPlan") -> dict[str, list[Any]]:
@@ -208,6 +219,7 @@ class Prepared:
         acts: whether a rule acts inside the training step, through columns of the dataset.
         logged_concepts: concepts of the rules, in the order of their column of gaps.
         policy_text: the policy as YAML.
+        waiting: the rest, where scores are read in TRL's reference precompute; there is no plan yet, then.
     """
 
     plan: "PolicyPlan | None" = None
@@ -216,11 +228,13 @@ class Prepared:
     logged_concepts: tuple[str, ...] = ()
     policy_text: str = ""
     callback: AuditCallback | None = None
+    waiting: ReferencePass | None = None
 
     def attach(self, trainer: Any) -> None:
-        """Give the callback the trainer through which its scalars reach every tracker, and the trainer the policy."""
+        """Give the callback plan and trainer (its scalars go through that to every tracker), the trainer the policy."""
         if self.callback is not None:
-            self.callback.trainer, trainer.policy_text = trainer, self.policy_text
+            self.callback.trainer, self.callback.plan = trainer, trainer.plan
+            trainer.policy_text = self.policy_text
 
 
 def prepare(
@@ -267,7 +281,8 @@ def prepare(
             f"data_collator was given together with {in_step[0].verb} rules, which travel through TRL's own collator; "
             "leave data_collator out, or act with filter_pairs only."
         )
-    plan, acts = None, False
+    plan, acts, waiting = None, False, None
+    shares = bool(policy) and sharing(policy, arguments, config)
     with Start(arguments, config) as start:
         if isinstance(audit, AuditConfig):
             found: Audit | None = _audit_now(audit, start, dataset)
@@ -277,9 +292,15 @@ def prepare(
             if found is not None:
                 found.check_harvest()
             check_policy(policy, found, start.model_config, dataset.column_names)
-            plan = _plan(policy, found, start, dataset)
-            acts = bool(plan_columns(plan))
-            arguments["train_dataset"] = apply_plan(dataset, plan)
+            begun, turns = _begin(policy, found, start, dataset)
+            if shares:
+                check_columns(dataset)
+                waiting = ReferencePass.after(begun, turns)
+                arguments["train_dataset"] = dataset.add_column(ROW, list(range(len(dataset))))
+            else:
+                plan = _settle(begun, turns)
+                acts = bool(plan_columns(plan))
+                arguments["train_dataset"] = apply_plan(dataset, plan)
         elif found is not None and isinstance(dataset, Dataset) and len(dataset) != found.info["data"]["n_rows"]:
             # An audit that is only logged is not worth a second tokenisation; its size gives most mistakes away.
             raise AnatomyError(
@@ -289,7 +310,7 @@ def prepare(
     callback = AuditCallback(found, plan, policy_text=policy.text)
     arguments["callbacks"] = [*(arguments.get("callbacks") or []), callback]
     concepts = tuple(plan.gaps) if plan is not None else ()
-    return Prepared(plan, found, acts, concepts, policy.text, callback)
+    return Prepared(plan, found, acts, concepts, policy.text, callback, waiting)
 
 
 def _checked(dataset: Any) -> Dataset:
@@ -315,9 +336,12 @@ def _audit_now(settings: "AuditConfig", start: Start, dataset: Dataset) -> "Audi
     return run_audit(settings, model=start.model, tokenizer=start.tokenizer, dataset=dataset)
 
 
-def _plan(policy: "ConceptPolicy", audit: "Audit | None", start: Start, dataset: Dataset) -> "PolicyPlan":
+def _begin(
+    policy: "ConceptPolicy", audit: "Audit | None", start: Start, dataset: Dataset
+) -> "tuple[Begun, np.ndarray | None]":
+    """The policy before its scores, and where the last user turns begin, if a rule asks."""
     from ..reading.spans import read_pairs, turn_starts
-    from ..shaping.settle import settle_policy
+    from ..shaping.settle import begin_policy
 
     pairs = read_pairs(
         dataset,
@@ -328,9 +352,15 @@ def _plan(policy: "ConceptPolicy", audit: "Audit | None", start: Start, dataset:
     )
     if audit is not None:
         audit.check_pairs(pairs)
-    plan = settle_policy(policy, pairs, lambda: start.model, audit=audit, cache_dir=_beside(dataset))
-    if any(rule.verb == "steer" for rule in policy.rules):
-        plan = replace(plan, turns=turn_starts(pairs, start.tokenizer, num_proc=start.config.dataset_num_proc))
+    begun = begin_policy(policy, pairs, lambda: start.model, audit=audit, cache_dir=_beside(dataset))
+    steers = any(rule.verb == "steer" for rule in policy.rules)
+    turns = turn_starts(pairs, start.tokenizer, num_proc=start.config.dataset_num_proc) if steers else None
+    return begun, turns
+
+
+def _settle(begun: "Begun", turns: np.ndarray | None) -> "PolicyPlan":
+    """The plan by scores in a pass of their own, the same on all ranks."""
+    plan = replace(begun.settle(begun.score()), turns=turns)
     if PartialState().num_processes > 1:
         # Ranks compute alike up to rounding; rows that differ by one would deadlock the training. Edits hold whole
         # SAEs, which every rank has read for itself.

@@ -49,6 +49,7 @@ COLUMNS = (
     TURN,
     STEERING,
 )
+ROW = "anatomy_row"  # int: the raw row, while TRL precomputes the reference and the plan is not yet there
 _KEPT = {"chosen_ids": CHOSEN_KEPT, "rejected_ids": REJECTED_KEPT}
 _NUMBERS = (CHOSEN_OFFSET, REJECTED_OFFSET, CONCEPT_GAPS, WEIGHT, STEERING)
 

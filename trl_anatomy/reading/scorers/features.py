@@ -67,8 +67,8 @@ class FeaturesScorer(HiddenScorer):
     def score_tokens(self, hidden: Tensor, bounds: Sequence[int] | None = None) -> Tensor:
         """As `HiddenScorer.score_tokens`; each token by itself."""
         scores = self.sae.to(hidden.device).encode_features(hidden, self.features).abs().sum(dim=1)
-        # A TopK encoder passes over NaN in silence.
-        return scores.masked_fill(~torch.isfinite(hidden).all(dim=1), torch.nan)
+        # A TopK encoder passes over NaN in silence; a sum over the width finds it in one reading.
+        return scores.masked_fill(~torch.isfinite(hidden.sum(dim=1)), torch.nan)
 
     def check(self, model: nn.Module) -> None:
         """Raise AnatomyError where the SAE does not fit the model (width, layer, hook), or latents were selected on
