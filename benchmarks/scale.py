@@ -373,14 +373,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=260_000)
     parser.add_argument("--live", type=int, default=1000, help="latents that fire in a response (default 1000)")
-    parser.add_argument("--small_pairs", type=int, default=2000, help="pairs of the comparison")
+    parser.add_argument("--small_pairs", type=int, default=16_000, help="pairs of the comparison")
     parser.add_argument("--folder", help="where the harvests stay (default: a temporary folder)")
     parser.add_argument("--results", default="benchmarks/results/scale.json")
     parser.add_argument("--part", choices=("write", "audit", "ours", "plain"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    sizes = {"large": (65_536, 814, 512), "small": (2048, 40, 24)}
+    sizes = {"large": (65_536, 814, 512), "small": (8192, 160, 96)}
     large = Plan(args.pairs, *sizes["large"], args.live)
-    little = Plan(args.small_pairs, *sizes["small"], 100)
+    little = Plan(args.small_pairs, *sizes["small"], 300)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.folder or temporary)
         if args.part == "write":
@@ -421,7 +421,11 @@ def main() -> None:
         "seed": SEED,
         "seconds_to_write_the_harvests": written,
         "full_size": full,
-        "comparison": {"pairs": args.small_pairs, "latents": 2048, "communities": 40, "contexts": 24, **compared},
+        "comparison": {
+            "pairs": args.small_pairs,
+            **dict(zip(("latents", "communities", "contexts"), sizes["small"], strict=True)),
+            **compared,
+        },
     }
     Path(args.results).parent.mkdir(parents=True, exist_ok=True)
     Path(args.results).write_text(json.dumps(results, indent=1) + "\n")
