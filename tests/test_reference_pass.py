@@ -121,7 +121,7 @@ def test_scores_and_reference_of_one_pass(
     got = np.stack([ours.train_dataset[f"anatomy_{side}_offset"][:] for side in ("chosen", "rejected")], axis=1)
     np.testing.assert_allclose(got, expected[raw], atol=1e-5)
     assert (got[3] == 0).all()  # the row without a response: not scored, but trained on as TRL does
-    assert "trl-anatomy" in ours._tag_names
+    assert "trl_anatomy" in ours._tag_names
     assert "anatomy_row" not in ours.train_dataset.column_names
     ours.train()
     logged = [entry for entry in ours.state.log_history if "concepts/v/gap" in entry]
