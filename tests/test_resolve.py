@@ -94,8 +94,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no layer": (sae(sae={"path": "narrow"}, features=[1]), "concepts.x: The SAE does not say which layer"),
     "no SAE": (sae(sae={"path": "nowhere"}), "concepts.x: "),
     "cluster": (
-        {"scorer": "features", "audit": "audit", "cluster": "T99"},
-        "concepts.x: {audit}: found concept 'T99', allowed: T1, T2",
+        {"scorer": "features", "audit": "audit", "cluster": "T999"},
+        "concepts.x: {audit}: found concept 'T999', allowed: T1, T2",
     ),
     "no such audit": ({"scorer": "features", "audit": "nowhere", "cluster": "T1"}, "no such audit folder"),
     "layer of the model": (
