@@ -48,7 +48,7 @@ def test_what_does_not_exist_is_named(audit):
         (("prompt", "B1", "R1"), "found context 'B1', allowed in the prompt view: A1"),
         (("feature", "B1", "R1"), "found concept 'R1', allowed in the feature view: T1"),
         (("feature", "B99", "T1"), "found context 'B99', allowed: B0"),
-        (("feature", "B1", "T99"), "found concept 'T99', allowed: T1"),
+        (("feature", "B1", "T999"), "found concept 'T999', allowed: T1"),
     ):
         with pytest.raises(AnatomyError, match=message):
             audit.trace(*arguments)
