@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from audit_world import make_audit, make_world, raw_dataset
+from scipy.stats import ttest_1samp
 
 from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.labels import distinctive_terms, group_terms
@@ -262,6 +263,23 @@ def test_no_concepts_at_all(tmp_path):
     page = render(make_audit(tmp_path, make_world(n=5)))
     assert "no concept was found" in page
     assert "can not tell anything" in page
+
+
+@pytest.mark.parametrize(("add", "said"), [(20, "Chosen"), (-12, "Rejected"), (0, None)])
+def test_the_page_says_first_which_side_is_longer(tmp_path, add, said):
+    world = make_world()
+    world.lengths["chosen"] = (world.lengths["rejected"] + add).astype(np.int32)
+    audit = make_audit(tmp_path, world)
+    chosen, rejected = (world.lengths[side].astype(float) for side in ("chosen", "rejected"))
+    found = audit.info["length"]
+    assert (found["chosen"], found["rejected"]) == pytest.approx((chosen.mean(), rejected.mean()))
+    page = render(audit)
+    if said is None:
+        assert (found["chosen_longer"], found["rejected_longer"], found["p"]) == (0, 0, None)
+        assert "Chosen and rejected responses are about equally long" in page
+        return
+    assert found["p"] == pytest.approx(ttest_1samp(np.log(chosen / rejected), 0).pvalue, rel=1e-9, abs=1e-300)
+    assert f'{said} responses are <b class="{"rise" if add > 0 else "fall"}">longer</b> in 100.0 % of the pairs' in page
 
 
 def test_a_shift_that_is_only_length_is_marked(tmp_path):

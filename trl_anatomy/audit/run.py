@@ -11,6 +11,7 @@ import pyarrow as pa
 from scipy import sparse
 
 from ..errors import AnatomyError
+from . import stats
 from .communities import find_communities
 from .config import AuditConfig
 from .findings import Findings, shared_prompts, timed
@@ -337,6 +338,7 @@ def analyse(
             "notes": [*found.notes, *view.notes, *prompts.notes, *note],
             "contexts": contexts,
             "maps": map_places(view, prompts),
+            "length": length_of_sides(read.lengths["chosen"], read.lengths["rejected"], groups),
             "counts": {
                 "n_prompts": read.n_pairs if prompt_groups is None else len(np.unique(prompt_groups)),
                 "n_live": found.n_live,
@@ -345,6 +347,26 @@ def analyse(
         },
         timings=timings,
     )
+
+
+def length_of_sides(chosen: np.ndarray, rejected: np.ndarray, groups: np.ndarray | None) -> dict[str, float | None]:
+    """How long both sides are: what a reader should know before any concept.
+
+    Args:
+        chosen, rejected: (n,) tokens of each response.
+        groups: (n,) prompt of each pair; None where none repeats.
+    Returns:
+        `chosen`, `rejected`: mean tokens; `chosen_longer`, `rejected_longer`: shares of the pairs; `p` of the t-test
+        that the logarithm of the ratio is 0 on average (robust to shared prompts; None where nothing varies).
+    """
+    _, _, (p,) = stats.mean_test(np.log(chosen / rejected)[:, None], groups)
+    return {
+        "chosen": float(chosen.mean()),
+        "rejected": float(rejected.mean()),
+        "chosen_longer": float((chosen > rejected).mean()),
+        "rejected_longer": float((rejected > chosen).mean()),
+        "p": None if np.isnan(p) else float(p),
+    }
 
 
 def _describe(

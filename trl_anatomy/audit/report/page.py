@@ -129,6 +129,8 @@ def _view(audit: Audit, raw: "Dataset | None", samples: dict[int, dict[str, Any]
         "n_concepts": len(concepts),
         "n_rises": sum(c["verdict"] == RISES for c in found),
         "n_falls": sum(c["verdict"] == FALLS for c in found),
+        "n_only_length": sum(c["only_length"] for c in found),
+        "length": info.get("length"),  # audits of earlier versions have none
         "found": found,
         "first": first,
         "more": [c for c in found if c not in first],
