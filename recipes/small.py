@@ -177,13 +177,13 @@ def main() -> None:
     os.chdir(out)  # an adapter names the model that it belongs to from here
     stock = "reward" if rewards else "dpo"
     models = {} if rewards else {"start": world.model_path}
-    models |= {stock: Path("models") / stock, args.recipe: Path(made)}
+    models |= {name: Path("models") / name for name in (stock, f"{args.recipe}_plain")} | {args.recipe: Path(made)}
     figures = {}
     for name, model in models.items():
         if not model.is_dir():
             continue
         kept = Path(f"measured-{model.name}.json")
-        if name == args.recipe or not kept.is_file():
+        if name.startswith(args.recipe) or not kept.is_file():
             kept.write_text(json.dumps((choices if rewards else habits)(model, world)))
         figures[name] = json.loads(kept.read_text())
     print(f"{'':<40}" + "".join(f"{name:>16}" for name in figures))
