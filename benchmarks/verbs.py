@@ -28,6 +28,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trl_anatomy.checking.rates import off_target
 from trl_anatomy.checking.rollouts import rollouts
 from trl_anatomy.reading.fit import fit_concept, read_examples, read_hidden
 from trl_anatomy.testbed.demo import MAX_NEW_TOKENS, rates, train
@@ -181,16 +182,17 @@ def figures(habit: str, start: dict[str, float], dpo: dict[str, float], run: dic
     if "refused" in run:
         return {"refused": run["refused"]}
     now = run["rates"]
-    others = [h.name for h in HABITS if h.name != habit]
+    effects = off_target(start, dpo, {habit: now})[habit]
+    others = {h.name: effects[h.name]["change"] for h in HABITS if h.name != habit}
     record = run["plan"][0] if run["plan"] else {}
     return {
         "rate": now[habit],
-        "recovery": (dpo[habit] - now[habit]) / (dpo[habit] - start[habit]),
+        "recovery": effects[habit]["recovery"],
         "points from the start model": 100 * (now[habit] - start[habit]),
-        "others, mean absolute change": float(np.mean([abs(now[name] - dpo[name]) for name in others])),
-        "others, largest change": max(((now[name] - dpo[name], name) for name in others), key=lambda x: abs(x[0])),
+        "others, mean absolute change": float(np.mean(np.abs(list(others.values())))),
+        "others, largest change": max(((change, name) for name, change in others.items()), key=lambda x: abs(x[0])),
         "quality": now["correct"],
-        "quality, change": now["correct"] - dpo["correct"],
+        "quality, change": effects["correct"]["change"],
         "strength": record.get("strength"),
     }
 

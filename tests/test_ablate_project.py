@@ -394,7 +394,7 @@ def test_one_sae_per_layer(tiny_model_dir: Path, tmp_path: Path) -> None:
         )
 
 
-def test_sharded_parameters_are_refused_for_gradients() -> None:
+def test_sharded_parameters_are_refused_for_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
     from trl_anatomy.shaping.interventions import ProjectOut
@@ -404,10 +404,15 @@ def test_sharded_parameters_are_refused_for_gradients() -> None:
     for sharded, config in (
         ("FSDP", {"fsdp": "full_shard"}),
         ("ZeRO-3", {"hf_deepspeed_config": SimpleNamespace(is_zero3=lambda: True)}),
+        ("ZeRO-3", {"deepspeed_plugin": SimpleNamespace(hf_ds_config=SimpleNamespace(is_zero3=lambda: True))}),
     ):
         with pytest.raises(AnatomyError, match=f"cannot act under {sharded}"):
             check_hidden([gradient], SimpleNamespace(torch_compile=False, **config), None)
         check_hidden([ProjectOut("v", "explain_away")], SimpleNamespace(torch_compile=False, **config), None)
+    check_hidden([gradient], SimpleNamespace(torch_compile=False), None)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # what accelerate's launcher sets; the config says nothing then
+    with pytest.raises(AnatomyError, match="cannot act under FSDP"):
+        check_hidden([gradient], SimpleNamespace(torch_compile=False), None)
 
 
 def test_parameters_of_a_quantised_base_are_not_touched() -> None:

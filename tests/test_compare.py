@@ -61,6 +61,7 @@ def comparison() -> dict:
                 "recovery": {"policy": None},
             },
         ],
+        "words": {"before": (20.0, 19.0, 21.0), "dpo": (31.25, 30.0, 32.5), "policy": (22.0, 21.0, 23.0)},
     }
 
 
@@ -70,6 +71,7 @@ def test_report_names_every_model_and_hides_rules_that_never_hold():
     assert "0.350 ( 92%)" in text
     assert "emoji" not in text
     assert text.count("too few concepts") == 2
+    assert "Words per response: before 20.0, dpo 31.2, policy 22.0." in text
 
 
 def test_cheap_predictions_without_the_pairs_are_by_length_alone(tmp_path):

@@ -1,7 +1,24 @@
+import json
+import sys
+from types import ModuleType
+from typing import Any
+
+import evaluate
 import numpy as np
 import pytest
 
-from trl_anatomy.checking.rates import TEXT_RULES, ConceptRate, rate_interval, recovery, rule_hits
+from trl_anatomy import AnatomyError
+from trl_anatomy.checking.rates import (
+    TEXT_RULES,
+    ConceptRate,
+    ResponseLength,
+    off_target,
+    off_target_table,
+    rate_interval,
+    recovery,
+    rule_hits,
+)
+from trl_anatomy.checking.suites import run_suites
 
 EXAMPLES = {
     "bold": ("a **b** c", "a * b"),
@@ -32,6 +49,15 @@ def test_measurement_counts(tmp_path):
     assert rate.compute(data=["a!", "b.", "c!."]) == {"bang": pytest.approx(2 / 3), "dot": pytest.approx(2 / 3)}
 
 
+def test_length_and_rates_combine(tmp_path):
+    """`evaluate.combine` takes loaded modules: neither asks a hub."""
+    both = evaluate.combine(
+        [ConceptRate({"bang": "!"}, cache_dir=str(tmp_path)), ResponseLength(cache_dir=str(tmp_path))]
+    )
+    texts = ["one two three!", "one", "one\ntwo"]
+    assert both.compute(data=texts) == {"bang": pytest.approx(1 / 3), "mean_words": 2.0, "median_words": 2.0}
+
+
 def test_wilson_interval_closed_form():
     hits = np.array([True] * 7 + [False] * 13)
     rate, low, high = rate_interval(hits)
@@ -48,3 +74,45 @@ def test_recovery():
     assert recovery(0.3, 0.9, 0.3) == pytest.approx(1)
     assert recovery(0.3, 0.9, 0.6) == pytest.approx(0.5)
     assert np.isnan(recovery(0.3, 0.3, 0.4))
+
+
+def test_off_target_matrix():
+    start, trained = {"a": 0.2, "b": 0.5}, {"a": 0.6, "b": 0.5}
+    shaped = {"a": {"a": 0.3, "b": 0.4}, "none": {"a": 0.6, "b": 0.5}}
+    matrix = off_target(start, trained, shaped)
+    assert matrix["a"]["a"] == {"recovery": pytest.approx(0.75), "change": pytest.approx(-0.3)}
+    assert matrix["a"]["b"]["change"] == pytest.approx(-0.1)
+    assert np.isnan(matrix["a"]["b"]["recovery"])
+    assert {effect["change"] for effect in matrix["none"].values()} == {0.0}
+    assert off_target_table(matrix).splitlines()[2] == "| a | -30.0 | -10.0 |"
+
+
+def test_suites_say_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(AnatomyError, match="pip install lm-eval"):
+        run_suites({"before": "m"}, ["gsm8k"])
+    with pytest.raises(AnatomyError, match="0 models and 1 tasks"):
+        run_suites({}, ["gsm8k"])
+
+
+def test_suites_put_models_side_by_side(monkeypatch, tmp_path):
+    """lm-evaluation-harness is not among the packages of the tests; this stands in the form of its results."""
+    asked: list[dict[str, Any]] = []
+
+    def simple_evaluate(**arguments: Any) -> dict[str, Any]:
+        asked.append(arguments)
+        value = {"m": 0.5, "out": 0.25}[arguments["model_args"]["pretrained"]]
+        return {
+            "results": {"gsm8k": {"alias": "gsm8k", "exact_match,strict": value, "exact_match_stderr,strict": "N/A"}}
+        }
+
+    stand_in = ModuleType("lm_eval")
+    monkeypatch.setattr(stand_in, "simple_evaluate", simple_evaluate, raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", stand_in)
+    found = run_suites({"before": "m", "dpo": "out"}, ["gsm8k"], out=tmp_path, limit=5)
+    assert found == {"gsm8k": {"exact_match,strict": {"before": 0.5, "dpo": 0.25}}}
+    assert [call["limit"] for call in asked] == [5, 5]
+    assert json.loads((tmp_path / "suites.json").read_text()) == {
+        "models": {"before": "m", "dpo": "out"},
+        "tasks": found,
+    }

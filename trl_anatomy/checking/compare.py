@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import AnatomyError
 from ..trainers.card import put_comparison
-from .rates import TEXT_RULES, rate_interval, recovery, rule_hits
+from .rates import TEXT_RULES, rate_interval, recovery, rule_hits, word_counts
 from .report import PAGE, write_comparison
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ def compare(
         (R² and rank correlation with intervals, a permutation p-value, the noise floor from split prompts, the same for
         size-matched random clusters, R² of the start model's tilt as the other prediction, and R² of what cheap
         measures predict: length, text rules, likelihood under the start model; None for the last two if the audited
-        dataset is not to be found); per text rule the rates before and after with intervals, and recovery.
+        dataset is not to be found); per text rule the rates before and after with intervals, and recovery; words per
+        response with an interval.
 
     Raises:
         AnatomyError: no prompt, no trained model, a model that cannot be loaded or is not the one audited.
@@ -193,6 +194,7 @@ def compare(
         ],
         "agreement": agreements,
         "rates": _rates(responses, list(after), rules),
+        "words": {name: _mean_with_interval(word_counts(texts)) for name, texts in responses.items()},
     }
     temporary = out / "compare.json.tmp"
     temporary.write_text(json.dumps(result, indent=2))
@@ -286,6 +288,8 @@ def comparison_report(result: Mapping[str, Any]) -> str:
         )
     if len(names) > 1:
         lines.append(f"  (in brackets: share of the way back from {names[0]} to before)")
+    words = ", ".join(f"{name} {interval[0]:.1f}" for name, interval in result["words"].items())
+    lines.append(f"Words per response: {words}.")
     return "\n".join(lines)
 
 

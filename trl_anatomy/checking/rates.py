@@ -67,6 +67,38 @@ class ConceptRate(evaluate.Measurement):
         return {name: float(np.mean(found)) for name, found in rule_hits(texts, self.rules).items()}
 
 
+class ResponseLength(evaluate.Measurement):
+    """Mean and median number of words of responses. Loads without a hub, and works with `evaluate.combine`.
+
+    Example:
+
+    ```python
+    >>> from trl_anatomy.checking.rates import ResponseLength
+    >>> ResponseLength().compute(data=["one two", "one", "one two three four five six"])
+    {'mean_words': 3.0, 'median_words': 2.0}
+
+    ```
+    """
+
+    def _info(self) -> evaluate.MeasurementInfo:
+        return evaluate.MeasurementInfo(
+            module_type="measurement",
+            description="Words per text: mean and median.",
+            citation="",
+            inputs_description="data: list of texts",
+            features=datasets.Features({"data": datasets.Value("string")}),
+        )
+
+    def _compute(self, data: Iterable[str]) -> dict[str, float]:
+        words = word_counts(data)
+        return {"mean_words": float(np.mean(words)), "median_words": float(np.median(words))}
+
+
+def word_counts(texts: Iterable[str]) -> np.ndarray:
+    """Words of each text, split at white space: int, shape (n_texts,)."""
+    return np.array([len(text.split()) for text in texts], dtype=np.int64)
+
+
 def rule_hits(texts: Iterable[str], rules: Mapping[str, str]) -> dict[str, np.ndarray]:
     """Where each rule is found.
 
@@ -104,3 +136,43 @@ def recovery(start: float, trained: float, shaped: float) -> float:
     nothing.
     """
     return (trained - shaped) / (trained - start) if trained != start else float("nan")
+
+
+def off_target(
+    start: Mapping[str, float], trained: Mapping[str, float], shaped: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """The off-target matrix: what a policy against each target does to every habit (method.md section 10).
+
+    Args:
+        start: habit -> rate of the start model.
+        trained: habit -> rate after plain training.
+        shaped: target -> habit -> rate after training with a policy against that target.
+
+    Returns:
+        target -> habit -> `recovery` (share of the way back to the start model, NaN where plain training moved nothing)
+        and `change` (rate minus plain training's). Where habit is target the policy was to act, elsewhere it was not.
+
+    Example:
+        >>> matrix = off_target({"bold": 0.3, "emoji": 0.2}, {"bold": 0.8, "emoji": 0.6}, {
+        ...     "bold": {"bold": 0.3, "emoji": 0.5}
+        ... })
+        >>> matrix["bold"]["bold"]["recovery"], round(matrix["bold"]["emoji"]["change"], 3)
+        (1.0, -0.1)
+    """
+    return {
+        target: {
+            habit: {"recovery": recovery(start[habit], trained[habit], rate), "change": rate - trained[habit]}
+            for habit, rate in rates.items()
+        }
+        for target, rates in shaped.items()
+    }
+
+
+def off_target_table(matrix: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """The matrix as a Markdown table, in points: a row per target, a column per habit, `change` in each cell."""
+    habits = list(next(iter(matrix.values()), {}))
+    lines = ["| policy against | " + " | ".join(habits) + " |", "|---" * (len(habits) + 1) + "|"]
+    for target, effects in matrix.items():
+        cells = [f"{100 * effects[habit]['change']:+.1f}" for habit in habits]
+        lines.append(f"| {target} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

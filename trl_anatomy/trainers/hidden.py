@@ -4,6 +4,7 @@ Under gradient checkpointing layers run again in the backward pass; edits that e
 wrong gradients. Nothing is edited outside a training step, but for what a reward model is to keep.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,8 +57,12 @@ def check_hidden(rules: Sequence[Any], config: Any, peft_config: Any) -> None:
             "are edited; use LoRA, or train the model itself."
         )
     if any(getattr(rule, "from_", None) == "gradient" for rule in hidden):
-        zero = getattr(config, "hf_deepspeed_config", None)
-        sharded = "FSDP" if getattr(config, "fsdp", None) else "ZeRO-3" if zero is not None and zero.is_zero3() else ""
+        # Set by the trainer's config, or by accelerate, whose launcher tells it by the environment and a plugin
+        by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        plugin = getattr(config, "deepspeed_plugin", None)
+        zero = getattr(config, "hf_deepspeed_config", None) or getattr(plugin, "hf_ds_config", None)
+        fsdp = getattr(config, "fsdp", None) or by_launcher
+        sharded = "FSDP" if fsdp else "ZeRO-3" if zero is not None and zero.is_zero3() else ""
         if sharded:
             raise AnatomyError(
                 f"project_out with from: gradient cannot act under {sharded}, where a rank sees parts of a gradient "
