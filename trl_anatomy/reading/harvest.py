@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..errors import AnatomyError
-from .files import remove_partial, write_atomically
+from .files import misfit, remove_partial, write_atomically
 from .fingerprint import hash_json, model_key
 from .forward import length_sorted_batches, read_spans
 from .ranks import Ranks
@@ -29,6 +30,13 @@ _MANIFEST = "manifest.json"
 _RANK_MANIFEST = "manifest-rank{}.json"  # what another process has written so far
 _SHARD = "shard-{}.safetensors"
 _FORMAT = 1
+_SHAPE = {
+    "key": {},
+    "n_pairs": int,
+    "d_sae": int,
+    "shard_pairs": int,
+    "shards": [{"file": str, "pairs": int, "bytes": int, "sha256": str}],
+}
 _POOLED_BYTES = 64 << 20  # dense pooled result held at a time
 # Dense activations held at a time: on a CPU they should stay in the cache, a GPU wants fewer and larger steps.
 _CHUNK_BYTES = {"cpu": 4 << 20, "other": 64 << 20}
@@ -106,6 +114,11 @@ class Harvest:
         shards = list(self.shards())
         self.rows = np.concatenate([shard.rows for shard in shards])
         self.lengths = {span: np.concatenate([shard.lengths[span] for shard in shards]) for span in SPANS}
+        if len(self.rows) != self.n_pairs:
+            raise AnatomyError(
+                f"The harvest in {str(path)!r} holds {len(self.rows)} pairs, but its manifest says {self.n_pairs}: "
+                "delete the folder and run the audit again."
+            )
 
     def __len__(self) -> int:
         return self.n_pairs
@@ -144,7 +157,7 @@ class Harvest:
         if manifest is None:
             raise AnatomyError(f"No harvest in {str(path)!r}: {_MANIFEST} not found. Run the audit first.")
         done = sum(entry["pairs"] for entry in manifest["shards"])
-        if done < manifest["n_pairs"]:
+        if not manifest["shards"] or done < manifest["n_pairs"]:
             raise AnatomyError(
                 f"The harvest in {str(path)!r} is unfinished: {done} of {manifest['n_pairs']} pairs. Run the audit "
                 "again; it goes on from there."
@@ -429,11 +442,17 @@ def _read_manifest(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        manifest = json.loads(file.read_text())
-    except json.JSONDecodeError:
-        manifest = {}
-    if not {"key", "n_pairs", "d_sae", "shard_pairs", "shards"} <= set(manifest):
-        raise AnatomyError(f"{file} is not a harvest's manifest: delete the folder and run the audit again.")
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        manifest = None
+    problem = misfit(manifest, _SHAPE)
+    for entry in () if problem else manifest["shards"]:
+        if not re.fullmatch(r"shard-\d{5,}\.safetensors", entry["file"]):  # no way out of the folder
+            problem = f"it names the shard {entry['file'][:40]!r}"
+    if problem:
+        raise AnatomyError(
+            f"{file} is not a harvest's manifest ({problem}): delete the folder and run the audit again."
+        )
     return manifest
 
 

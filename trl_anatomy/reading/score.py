@@ -6,14 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 from torch import nn
 from tqdm.auto import tqdm
 
 from .. import __version__
 from ..errors import AnatomyError
-from .files import write_atomically
+from .files import sealed, unsealed, write_atomically
 from .fingerprint import hash_json, model_key
 from .forward import length_sorted_batches, read_spans
 from .scorers import HiddenScorer, Scorer, TextScorer
@@ -115,7 +113,7 @@ def _score_hidden(
     for name, found in by_token.items():
         stored[name]["tokens"] = found
     for name, wanted in stored.items():
-        there = _load_scores(files[name]) if files else {}
+        there = (unsealed(files[name]) if files else None) or {}  # a broken cache costs a pass, nothing else
         whole = all(key in there and there[key].shape == value.shape for key, value in wanted.items())
         for key, value in wanted.items():
             value[:] = there[key] if whole else np.nan  # NaN: not reached yet
@@ -160,12 +158,4 @@ def _score_hidden(
 
 def _save_scores(file: Path, scores: Mapping[str, np.ndarray]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, save_tensors(dict(scores)))
-
-
-def _load_scores(file: Path) -> dict[str, np.ndarray]:
-    """Stored scores (2, n_pairs), and of tokens where they were asked for; empty where they cannot be read."""
-    try:
-        return load_tensors(file.read_bytes())
-    except Exception:  # a broken cache costs a pass, nothing else
-        return {}
+    write_atomically(file, sealed(scores))
