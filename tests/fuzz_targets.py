@@ -3,6 +3,7 @@
 Shared by `benchmarks/fuzz.py`, which looks for new inputs, and by `test_hostile.py`, which replays those it kept.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -19,6 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, disable_caching, disable_progress_bars
 from reading_world import TEMPLATE, build_tokenizer
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
 
 from trl_anatomy.audit.folder import TABLES, load_audit, write_audit
 from trl_anatomy.audit.reopen import reopen
@@ -42,6 +46,8 @@ class Choices:
         return self.data[self.at - 1] if self.at <= len(self.data) else 0
 
     def of(self, options: Any) -> Any:
+        if not options:
+            raise ValueError("nothing to choose from")
         return options[self.byte() % len(options)]
 
     def place(self, size: int) -> int:
@@ -202,7 +208,7 @@ def dataset(data: bytes) -> str:
     made, settings = rows(data[1:])
     try:
         raw = Dataset.from_list(made)
-    except (pa.ArrowException, TypeError, ValueError, AttributeError, OverflowError):
+    except (pa.ArrowException, TypeError, ValueError, AttributeError, KeyError, OverflowError):
         return "not a dataset"  # rows of different types: nobody's dataset holds them
     return read_dataset(raw, settings, tokenizer(bool(data[:1]) and data[0] % 2 == 1))
 
@@ -326,6 +332,25 @@ def _damage_table(content: bytes, choices: Choices) -> bytes:
     return sink.getvalue()
 
 
+def _damage_tensors(content: bytes, choices: Choices) -> bytes:
+    """A tensor of a safetensors file with another number in it, another shape or type, or none at all."""
+    tensors = load_tensors(content)
+    name = choices.of(sorted(tensors))
+    what, values = choices.byte() % 5, tensors[name].copy()
+    if what == 0:
+        del tensors[name]
+    elif what == 1:
+        tensors[name] = values.reshape(-1)[: choices.place(values.size)]
+    elif what == 2:
+        tensors[name] = values.astype(choices.of((np.float32, np.int8, np.int64, np.float64)))
+    elif values.size:
+        odd = choices.of((-1, 2**15, 2**31 - 1, 0, float("nan")))
+        with np.errstate(invalid="ignore"):
+            values.reshape(-1)[choices.place(values.size)] = np.array(odd).astype(values.dtype)
+        tensors[name] = values
+    return save_tensors(tensors)
+
+
 def damaged(data: bytes) -> dict[str, bytes]:
     """The files of a folder of which up to three are damaged."""
     choices, files = Choices(data), dict(whole_folder())
@@ -351,9 +376,37 @@ def damaged(data: bytes) -> dict[str, bytes]:
                     files[name] = _damage_json(content, choices)
                 elif name.endswith(".parquet"):
                     files[name] = _damage_table(content, choices)
-            except (ValueError, pa.ArrowException):  # damaged beyond reading by what came before
+                else:
+                    files[name] = _damage_tensors(content, choices)
+            except (
+                ValueError,
+                OSError,
+                pa.ArrowException,
+                SafetensorError,
+            ):  # damaged beyond reading by what came before
                 files[name] = content[::-1]
+    if choices.byte() % 4:
+        _seal(files)
     return files
+
+
+def _seal(files: dict[str, bytes]) -> None:
+    """Write the hashes of damaged files where the reader compares them, so that it reads on."""
+    try:
+        info = json.loads(files["audit.json"])
+        for name in info["files"]:
+            info["files"][name] = hashlib.sha256(files[name]).hexdigest()
+        files["audit.json"] = json.dumps(info).encode("utf-8", "surrogatepass")
+    except (ValueError, KeyError, TypeError):
+        return
+    try:
+        manifest = json.loads(files["harvest/manifest.json"])
+        for entry in manifest["shards"]:
+            content = files[f"harvest/{entry['file']}"]
+            entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        files["harvest/manifest.json"] = json.dumps(manifest).encode()
+    except (ValueError, KeyError, TypeError):
+        return
 
 
 def folder(data: bytes) -> str:

@@ -76,6 +76,8 @@ class Shard:
             )
             indptr = np.concatenate([[0], np.cumsum(np.diff(indptr)[self._only])])
         index, data = index.astype(np.int32, copy=False), data.astype(dtype, copy=False)
+        if len(index) and not 0 <= index.min() <= index.max() < self.d_sae:
+            raise AnatomyError(f"The harvest names latents beyond the {self.d_sae} of its SAE: run the audit again.")
         return sp.csr_array((data, index, indptr), shape=(len(self.rows), self.d_sae))
 
     def maximum(self, span: str) -> sp.csr_array:
@@ -127,6 +129,8 @@ class Harvest:
         """The shards in order; of each, only what is asked of it is read."""
         for name in self._files:
             file = safe_open(self.path / name, "numpy")
+            if problem := _no_shard(file):
+                raise AnatomyError(f"{self.path / name}: {problem}. Delete it and run the audit again.")
             lengths = {span: file.get_tensor(f"{span}.length") for span in SPANS}
             yield Shard(file.get_tensor("rows"), lengths, self.d_sae, file)
 
@@ -454,6 +458,37 @@ def _read_manifest(file: Path) -> dict[str, Any] | None:
             f"{file} is not a harvest's manifest ({problem}): delete the folder and run the audit again."
         )
     return manifest
+
+
+def _no_shard(file: Any) -> str | None:
+    """What is wrong with the tensors of a shard, or None; reads the small ones."""
+    types = {
+        "indptr": {"I64"},
+        "indices": {"U16", "I32"},
+        "maximum": {"F32"},
+        "count": {"U16", "I32"},
+        "length": {"I32"},
+    }
+    wanted = {"rows": {"I64"}} | {f"{span}.{part}": kinds for span in SPANS for part, kinds in types.items()}
+    if set(file.keys()) != set(wanted):
+        return f"found the tensors {', '.join(sorted(file.keys()))[:200]}, not those of a shard"
+    parts = {name: file.get_slice(name) for name in wanted}
+    shape = {name: tuple(part.get_shape()) for name, part in parts.items()}
+    bad = next((name for name, kinds in wanted.items() if parts[name].get_dtype() not in kinds), None)
+    n = shape["rows"][:1]
+    for span in () if bad else SPANS:
+        stored = shape[f"{span}.indices"]
+        if shape[f"{span}.length"] != n or shape["rows"] != n or shape[f"{span}.indptr"] != (*(k + 1 for k in n),):
+            bad = f"{span}.indptr"
+        elif len(stored) != 1 or any(shape[f"{span}.{part}"] != stored for part in ("maximum", "count")):
+            bad = f"{span}.indices"
+        else:
+            bounds = file.get_tensor(f"{span}.indptr")
+            if bounds[0] != 0 or bounds[-1] != stored[0] or (np.diff(bounds) < 0).any():
+                bad = f"{span}.indptr"
+        if bad:
+            break
+    return f"the tensor {bad} does not fit the others" if bad else None
 
 
 def _problem(path: Path, entry: Mapping[str, Any]) -> str | None:
