@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 from scipy import sparse
 
 from ..errors import AnatomyError
-from ..reading.files import misfit, remove_partial, write_atomically
+from ..reading.files import make_folder, misfit, remove_partial, write_atomically
 from .config import AuditConfig
 from .predict import CO_FIRING, CONCEPTS, RESPONSE_GEOMETRY
 from .prompt_view import response_scores
@@ -297,7 +298,7 @@ def write_audit(
     interrupted write leaves a folder that says that it is unfinished, never a mixture.
     """
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     remove_partial(path)
     tables = {"hypotheses": hypotheses, "concepts": concepts, "pairs": pairs}
     info = {"format": FORMAT, **info}
@@ -327,7 +328,7 @@ def load_audit(path: str | Path) -> Audit:
         AnatomyError: a file is missing, truncated, of another format, or the files do not belong together.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # unlike Path.is_dir, false for names that no folder can have
         raise AnatomyError(f"{path}: no such audit folder. Make one with `trl-anatomy audit --out {path}`.")
     info = _read_info(path)
     tables = {}

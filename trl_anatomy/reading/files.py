@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +22,11 @@ SCRATCH_BYTES = 128 << 20
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` beside `path`, flush it to the disk, and rename it into place."""
+    """Write `data` beside `path`, flush it to the disk, and rename it into place.
+
+    Raises:
+        AnatomyError: it cannot be written; what was there before is there still.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
@@ -28,8 +34,39 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        raise AnatomyError(_unwritten(path, error)) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        AnatomyError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AnatomyError(_unwritten(path, error)) from error
+
+
+def _unwritten(path: Path, error: OSError) -> str:
+    return (
+        f"{path}: cannot be written ({error.strerror}). What was finished before is kept: make room, or see to the "
+        "permissions, and start again."
+    )
+
+
+def keep(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write a cache, or warn: without it a later run takes longer, but this one has its numbers."""
+    try:
+        make_folder(file.parent)
+        write_atomically(file, sealed(tensors))
+    except AnatomyError as error:
+        warnings.warn(f"Not kept for later runs: {error}", stacklevel=2)
 
 
 def remove_partial(folder: Path) -> None:
@@ -40,7 +77,7 @@ def remove_partial(folder: Path) -> None:
 
 def sealed(tensors: Mapping[str, np.ndarray]) -> bytes:
     """A safetensors file with a hash of its own numbers: the format alone notices a missing end, but no wrong byte."""
-    digest = hashlib.sha256(_numbers(save_tensors(dict(tensors)))).hexdigest()
+    digest = hashlib.sha256(save_tensors(dict(tensors))).hexdigest()
     return save_tensors(dict(tensors), metadata={"sha256": digest})
 
 
@@ -49,15 +86,11 @@ def unsealed(file: Path) -> dict[str, np.ndarray] | None:
     try:
         data = file.read_bytes()
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        if header["__metadata__"]["sha256"] != hashlib.sha256(_numbers(data)).hexdigest():
-            return None
-        return load_tensors(data)
+        tensors = load_tensors(data)
+        same = header["__metadata__"]["sha256"] == hashlib.sha256(save_tensors(tensors)).hexdigest()
+        return tensors if same else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):
         return None
-
-
-def _numbers(data: bytes) -> bytes:
-    return data[8 + int.from_bytes(data[:8], "little") :]
 
 
 def misfit(value: Any, shape: Any, place: str = "") -> str | None:

@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..errors import AnatomyError
-from .files import misfit, remove_partial, write_atomically
+from .files import make_folder, misfit, remove_partial, write_atomically
 from .fingerprint import hash_json, model_key
-from .forward import length_sorted_batches, read_spans
+from .forward import in_halves, length_sorted_batches, read_spans
 from .ranks import Ranks
 from .sae import SAE
 from .spans import SPANS, Pairs
@@ -279,7 +279,7 @@ def _settle(out: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]
             )
         if before["shard_pairs"] == manifest["shard_pairs"]:
             found |= {entry["file"]: entry for entry in before["shards"]}
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     remove_partial(out)
     entries = {name: found[name] for name in sorted(found) if not _problem(out, found[name])}
     if parts:
@@ -366,7 +366,8 @@ def _read_shard(
     found: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [[_NOTHING] * n_spans for _ in indices]
     # The pooled result is dense until it is made sparse, so it is bounded like the activations: by groups of spans.
     group = max(1, _POOLED_BYTES // (8 * sae.d_sae))
-    for batch in length_sorted_batches(pairs, indices, batch_tokens):
+
+    def fold(batch: list[int]) -> None:
         read = read_spans(model, pairs, batch, [layer])
         hidden, bounds = read.hidden[layer], read.bounds
         _check_finite(hidden, bounds, pairs, batch, layer)
@@ -380,6 +381,8 @@ def _read_shard(
                 lengths[pair, span] = bounds[j + 1] - bounds[j]
                 found[pair][span] = entries
         bar.update(len(batch))
+
+    in_halves(length_sorted_batches(pairs, indices, batch_tokens), fold)
     blocks = {}
     for j, span_name in enumerate(SPANS):
         columns, largest, fired = zip(*(row[j] for row in found), strict=True)

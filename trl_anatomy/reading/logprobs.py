@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..errors import AnatomyError
-from .files import sealed, unsealed, write_atomically
+from .files import keep, unsealed
 from .fingerprint import hash_json, model_key
 from .forward import frozen, token_batches
 from .locate import decoder, layer_module
@@ -158,8 +158,7 @@ def _stored(file: Path | None, values: np.ndarray) -> bool:
 
 def _store(file: Path | None, values: np.ndarray) -> None:
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, sealed({"values": values}))
+        keep(file, {"values": values})
 
 
 def read_responses(

@@ -11,9 +11,9 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..errors import AnatomyError
-from .files import sealed, unsealed, write_atomically
+from .files import keep, unsealed
 from .fingerprint import hash_json, model_key
-from .forward import length_sorted_batches, read_spans
+from .forward import in_halves, length_sorted_batches, read_spans
 from .scorers import HiddenScorer, Scorer, TextScorer
 from .spans import SPANS, Pairs
 
@@ -124,7 +124,9 @@ def _score_hidden(
     todo = np.flatnonzero(np.any([np.isnan(values[name]).any(axis=0) for name in missing], axis=0)).tolist()
     saved = time.monotonic()
     with tqdm(total=len(todo), desc="Scoring pairs", unit="pair", disable=not progress) as bar:
-        for batch in length_sorted_batches(pairs, todo, batch_tokens):
+
+        def score(batch: list[int]) -> None:
+            nonlocal saved
             read = read_spans(model, pairs, batch, layers)
             for name, scorer in missing.items():
                 hidden = read.hidden[scorer.layer]
@@ -142,8 +144,10 @@ def _score_hidden(
             bar.update(len(batch))
             if files and time.monotonic() - saved > _SAVE_SECONDS:
                 for name in missing:
-                    _save_scores(files[name], stored[name])
+                    keep(files[name], stored[name])
                 saved = time.monotonic()
+
+        in_halves(length_sorted_batches(pairs, todo, batch_tokens), score)
     for name, scorer in missing.items():
         bad = ~np.isfinite(values[name])
         if bad.any():
@@ -153,9 +157,4 @@ def _score_hidden(
                 f"finite at layer {scorer.layer}: check the model's weights, or load it in bfloat16 or float32."
             )
         if name in files:
-            _save_scores(files[name], stored[name])
-
-
-def _save_scores(file: Path, scores: Mapping[str, np.ndarray]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, sealed(scores))
+            keep(files[name], stored[name])
