@@ -5,8 +5,8 @@
 Atheris (libFuzzer for Python, `pip install -e .[fuzz]`) mutates inputs and keeps those that reach new code of this
 package or of PyYAML. The targets are those of `tests/fuzz_targets.py`: whatever comes out of a reader that is not
 AnatomyError is a finding, and so is an input that takes more than 30 seconds or 4 GB. Findings are saved beside the
-results (`--findings`) and do not end the run. The smallest inputs that reached something new go to
-`tests/fuzz_corpus/TARGET`, which the tests replay.
+results (`--findings`) and do not end the run. Of the inputs that reached something new, up to 150 are
+kept in `tests/fuzz_corpus/TARGET`, which the tests replay.
 """
 
 import argparse
@@ -28,7 +28,7 @@ TESTS = ROOT / "tests"
 RESULT = ROOT / "benchmarks" / "results" / "fuzz.json"
 TARGETS = ("policy", "dataset", "folder")
 LARGEST = {"policy": 4096, "dataset": 512, "folder": 256}  # bytes of an input
-KEPT_BYTES = 60_000  # of each target's corpus
+KEPT = 150  # inputs of each target's corpus
 
 # What libFuzzer puts into policies; single characters it finds by itself.
 WORDS = (
@@ -89,19 +89,17 @@ def fuzz(target: str, seconds: int, corpus: Path, findings: Path) -> None:
 
 
 def keep(target: str, corpus: Path) -> int:
-    """Move the smaller of the new inputs into the tests' corpus, up to its size; gives how many there are."""
+    """Copy some of the new inputs, short ones and long ones, into the tests' corpus; gives how many there are then."""
     home = TESTS / "fuzz_corpus" / target
     home.mkdir(parents=True, exist_ok=True)
     there = {file.read_bytes() for file in home.iterdir()}
-    size = sum(map(len, there))
-    # libFuzzer names an input by its hash. Shortest first: they reach much by little, and are read by people.
-    for file in sorted(corpus.iterdir(), key=lambda file: (file.stat().st_size, file.name)):
-        data = file.read_bytes()
-        if data not in there and size + len(data) <= KEPT_BYTES and len(there) < 400:
-            (home / file.name[:16]).write_bytes(data)
-            there.add(data)
-            size += len(data)
-    return len(there)
+    found = sorted(
+        (file for file in corpus.iterdir() if file.read_bytes() not in there), key=lambda f: f.stat().st_size
+    )
+    room = max(0, KEPT - len(there))
+    for file in found[:: max(1, -(-len(found) // room))] if room else []:
+        (home / file.name[:16]).write_bytes(file.read_bytes())  # libFuzzer names an input by its hash
+    return len(list(home.iterdir()))
 
 
 def measure(target: str, minutes: float, findings: Path) -> dict[str, Any]:

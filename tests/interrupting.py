@@ -194,8 +194,7 @@ def training(root: Path, model_dir: Path) -> Work:
         )
         trainer.train(resume_from_checkpoint=last_checkpoint(folder / "out"))
         trainer.save_model(str(folder / "final"))
-        losses = [{k: v for k, v in entry.items() if "time" not in k and "second" not in k} for entry in log(trainer)]
-        (folder / "final" / "log.json").write_text(json.dumps(losses))
+        (folder / "final" / "log.json").write_text(json.dumps(log(trainer)))
 
     def stage(folder: Path) -> str:
         steps = sorted(folder.glob("out/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
@@ -210,8 +209,9 @@ def training(root: Path, model_dir: Path) -> Work:
 
 
 def log(trainer: Any) -> list[dict[str, Any]]:
-    """What was logged of each step, without the summary of the last run."""
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    """What was logged of each step, without times, and without TRL's count of tokens, which a restart begins anew."""
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [{key: value for key, value in entry.items() if key != "num_tokens"} for entry in steps]
 
 
 def whole(checkpoint: Path) -> bool:

@@ -221,13 +221,15 @@ def test_an_sae_of_wrong_shapes_is_refused(architecture: str, damage: str, tmp_p
 # The network
 
 _CLOSED = """
-import socket, sys, json, os
+import json, socket, sys, traceback
+from pathlib import Path
 tried = []
 def closed(name):
     def refuse(*args, **kwargs):
         if name == "connect" and args[0].family == socket.AF_UNIX:
             return real(*args)
-        tried.append(f"{name} {args[1:] if name == 'connect' else args}")
+        frames = [f"{Path(f.filename).name}:{f.name}" for f in traceback.extract_stack()]
+        tried.append(f"{name} {args[-1] if name == 'connect' else args[0]} from {' > '.join(frames)}")
         raise OSError("the network is closed")
     real = getattr(socket.socket, name, None)
     return refuse
@@ -238,7 +240,6 @@ socket.getaddrinfo = closed("getaddrinfo")
 root, tests = sys.argv[1:]
 sys.path.insert(0, tests)
 from audit_files import config_for
-from pathlib import Path
 from trl_anatomy.audit.reopen import reopen
 from trl_anatomy.audit.run import run_audit
 from trl_anatomy.shaping.policy import ConceptPolicy
@@ -270,9 +271,10 @@ def test_audit_plan_and_training_with_the_network_closed(tmp_path: Path) -> None
     """Not offline mode, which forbids it to the libraries: every attempt to reach another machine would be seen."""
     write_inputs(tmp_path)
     tests = Path(__file__).parent
-    shut = ("HF_HUB_OFFLINE", "WANDB_MODE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY")
+    shut = ("HF_HUB_OFFLINE", "WANDB_MODE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
     environment = {key: value for key, value in os.environ.items() if key not in shut}
     environment["PYTHONPATH"] = str(tests.parent)
+    environment["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL's own trainers tell the hub of their use
     command = [sys.executable, "-c", _CLOSED, str(tmp_path), str(tests)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -56,7 +56,7 @@ _INFO_SHAPE = {
     "model": {"name": str, "fingerprint": str},
     "sae": {"source": {str: str}, "layer": int, "d_sae": int},
     "data": {"name": str, "fingerprint": str, "n_rows": int, "n_pairs": int, "left_out": {str: int}},
-    "settings": {},
+    "settings": {"tau": float, "pooling": str, "alpha": float},
     "counts": {"hypotheses": int, "concepts": int, "responses": int, "pairs": int},
     "timings": {str: float},
 }

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_tensors
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -128,8 +128,12 @@ class Harvest:
     def shards(self) -> Iterator[Shard]:
         """The shards in order; of each, only what is asked of it is read."""
         for name in self._files:
-            file = safe_open(self.path / name, "numpy")
-            if problem := _no_shard(file):
+            try:
+                file = safe_open(self.path / name, "numpy")
+                problem = _no_shard(file)
+            except (OSError, SafetensorError) as error:
+                problem = f"it cannot be read ({error})"
+            if problem:
                 raise AnatomyError(f"{self.path / name}: {problem}. Delete it and run the audit again.")
             lengths = {span: file.get_tensor(f"{span}.length") for span in SPANS}
             yield Shard(file.get_tensor("rows"), lengths, self.d_sae, file)
