@@ -88,8 +88,8 @@ def fuzz(target: str, seconds: int, corpus: Path, findings: Path) -> None:
     atheris.Fuzz()
 
 
-def keep(target: str, corpus: Path) -> int:
-    """Copy some of the new inputs, short ones and long ones, into the tests' corpus; gives how many there are then."""
+def keep(target: str, corpus: Path) -> None:
+    """Copy some of the new inputs, short ones and long ones, into the tests' corpus."""
     home = TESTS / "fuzz_corpus" / target
     home.mkdir(parents=True, exist_ok=True)
     there = {file.read_bytes() for file in home.iterdir()}
@@ -99,7 +99,6 @@ def keep(target: str, corpus: Path) -> int:
     room = max(0, KEPT - len(there))
     for file in found[:: max(1, -(-len(found) // room))] if room else []:
         (home / file.name[:16]).write_bytes(file.read_bytes())  # libFuzzer names an input by its hash
-    return len(list(home.iterdir()))
 
 
 def measure(target: str, minutes: float, findings: Path) -> dict[str, Any]:
@@ -121,13 +120,13 @@ def measure(target: str, minutes: float, findings: Path) -> dict[str, Any]:
         for file in corpus.glob("seed-*"):
             file.unlink()
         coverage = re.findall(r"cov: (\d+) ft: (\d+)", text)
+        keep(target, corpus)
         return {
             "executions": int(stats.get("number_of_executed_units", 0)),
             "seconds": round(seconds),
             "edges": int(coverage[-1][0]) if coverage else 0,
             "findings": sorted(set(re.findall(r"FINDING (.*)", text))),
             "exit": done.returncode,  # not 0 where an input took too long, too much, or the process
-            "inputs_kept": keep(target, corpus),
         }
 
 
