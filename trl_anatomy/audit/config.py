@@ -157,8 +157,7 @@ class AuditConfig:
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
             value, kinds = getattr(self, name), get_args(hint) or (hint,)
-            allowed = tuple(_KINDS[kind][0] for kind in kinds)
-            if not isinstance(value, allowed) or isinstance(value, bool):
+            if not isinstance(value, tuple(_KINDS[kind][0] for kind in kinds)) or isinstance(value, bool):
                 words = " or ".join(_KINDS[kind][1] for kind in kinds)
                 raise AnatomyError(f"audit setting {name}: found {repr(value)[:60]}, allowed: {words}.")
         sft = self.data_kind == "sft"

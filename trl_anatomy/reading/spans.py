@@ -186,10 +186,6 @@ def split_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return extract_prompt({"chosen": row["chosen"], "rejected": row["rejected"]})
 
 
-def _what(value: Any) -> str:
-    return repr(value)[:40] if isinstance(value, str | int | float | bool) else f"a {type(value).__name__}"
-
-
 def check_kinds(values: Mapping[str, Any], row: int, kind: type | None) -> type | None:
     """Make sure that every value is a text or a list of messages, and all of the kind of the rows before.
 
