@@ -1,9 +1,11 @@
 """Settings of an audit, with the published values as defaults; every field is a flag of `trl-anatomy audit`."""
 
+import os
 import re
 from dataclasses import asdict, dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from ..errors import AnatomyError
 
@@ -12,6 +14,13 @@ DATA_KINDS = ("pairs", "sft")
 POOLINGS = ("freq", "max")
 PROMPT_SCORES = ("fired", "raw")
 TRUNCATIONS = ("keep_start", "keep_end", "drop")
+# Annotation of a setting -> what it may be, in code (NumPy's numbers too) and in words.
+_KINDS: dict[Any, tuple[Any, str]] = {
+    str: ((str, os.PathLike), "text"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    type(None): (type(None), "none"),
+}
 
 
 def is_region(text: str) -> bool:
@@ -146,6 +155,11 @@ class AuditConfig:
     alpha: float = field(default=0.05, metadata={"help": "False discovery rate below which a shift is called found."})
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value, kinds = getattr(self, name), get_args(hint) or (hint,)
+            if not isinstance(value, tuple(_KINDS[kind][0] for kind in kinds)) or isinstance(value, bool):
+                words = " or ".join(_KINDS[kind][1] for kind in kinds)
+                raise AnatomyError(f"audit setting {name}: found {repr(value)[:60]}, allowed: {words}.")
         sft = self.data_kind == "sft"
         checks = [
             (self.data_kind in DATA_KINDS, "data_kind", f"one of {', '.join(DATA_KINDS)}"),

@@ -1,6 +1,9 @@
 """The audit folder: open formats, written so that a reader finds all of it or none of it."""
 
+import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +16,13 @@ import pyarrow.parquet as pq
 from scipy import sparse
 
 from ..errors import AnatomyError
-from ..reading.files import remove_partial, write_atomically
+from ..reading.files import make_folder, misfit, remove_partial, write_atomically
+from .config import AuditConfig
 from .predict import CO_FIRING, CONCEPTS, RESPONSE_GEOMETRY
 from .prompt_view import response_scores
 from .samples import SAMPLES
 from .titles import Label, read_labels
-from .trace import hypotheses_of, to_columns, trace
+from .trace import VIEWS, hypotheses_of, to_columns, trace
 from .views import HYPOTHESES, ROWS, Activity, Disparity, activity, row_norms
 
 if TYPE_CHECKING:
@@ -46,7 +50,18 @@ PAIRS = pa.schema(
 )
 TABLES = {"hypotheses": HYPOTHESES, "concepts": CONCEPTS, "pairs": PAIRS}
 SAMPLE_FILE = "samples.parquet"
-INFO_KEYS = ("format", "versions", "model", "sae", "data", "settings", "counts", "timings")
+# What a reader may rely on in audit.json; there is more in it.
+_INFO_SHAPE = {
+    "format": int,
+    "versions": {str: str},
+    "model": {"name": str, "fingerprint": str},
+    "sae": {"source": {str: str}, "layer": int, "d_sae": int},
+    "data": {"name": str, "fingerprint": str, "n_rows": int, "n_pairs": int, "left_out": {str: int}},
+    "settings": {"tau": float, "pooling": str, "alpha": float},
+    "counts": {"hypotheses": int, "concepts": int, "responses": int, "pairs": int},
+    "timings": {str: float},
+}
+_CONTEXTS_SHAPE = {str: {"pairs": int, "terms": [str]}}
 
 
 class Audit:
@@ -88,6 +103,12 @@ class Audit:
         from ..reading.harvest import Harvest
 
         harvest = Harvest.open(self.path / "harvest")
+        n_latents = self.info["sae"]["d_sae"]
+        if harvest.d_sae != n_latents:
+            raise AnatomyError(
+                f"{self.path}: the harvest has {harvest.d_sae} latents, {INFO} says {n_latents}. Run the audit again "
+                "in a new folder."
+            )
         if not np.array_equal(harvest.rows, self.pairs["row"].to_numpy()):
             raise AnatomyError(
                 f"{self.path}: the harvest holds other pairs than pairs.parquet. Run the audit again in a new folder."
@@ -110,7 +131,7 @@ class Audit:
             AnatomyError: the file is damaged.
         """
         file = self.path / SAMPLE_FILE
-        return _read_table(file, SAMPLES) if file.is_file() else None
+        return _read_table(file, SAMPLES, self.info.get("files", {})) if file.is_file() else None
 
     @cached_property
     def labels(self) -> dict[str, Label]:
@@ -304,7 +325,7 @@ def write_audit(
     interrupted write leaves a folder that says that it is unfinished, never a mixture.
     """
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     remove_partial(path)
     tables = {"hypotheses": hypotheses, "concepts": concepts, "pairs": pairs}
     info = {"format": FORMAT, **info}
@@ -316,10 +337,13 @@ def write_audit(
     files = {f"{name}.parquet": table for name, table in tables.items()}
     if samples is not None:
         files[SAMPLE_FILE] = samples
+    info["files"] = {}
     for name, table in files.items():
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
-        write_atomically(path / name, sink.getvalue())
+        content = sink.getvalue().to_pybytes()
+        info["files"][name] = hashlib.sha256(content).hexdigest()
+        write_atomically(path / name, content)
     write_atomically(path / INFO, (json.dumps(info, indent=2, ensure_ascii=False) + "\n").encode())
     return audit
 
@@ -331,33 +355,32 @@ def load_audit(path: str | Path) -> Audit:
         AnatomyError: a file is missing, truncated, of another format, or the files do not belong together.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # unlike Path.is_dir, false for names that no folder can have
         raise AnatomyError(f"{path}: no such audit folder. Make one with `trl-anatomy audit --out {path}`.")
     info = _read_info(path)
     tables = {}
     for name, schema in TABLES.items():
         file = path / f"{name}.parquet"
-        table = _read_table(file, schema)
         counts = info["counts"]
-        wanted = counts.get(name, 0) + (counts.get("responses", 0) if name == "concepts" else 0)
-        if table.num_rows != wanted:
-            raise AnatomyError(
-                f"{file}: {table.num_rows} rows, but {INFO} counts {wanted}: the files are of different audits. Run "
-                "the audit again."
-            )
-        tables[name] = table
-    return Audit(path, info, **tables)
+        wanted = counts[name] + (counts["responses"] if name == "concepts" else 0)
+        tables[name] = _read_table(file, schema, info.get("files", {}), wanted)
+    audit = Audit(path, info, **tables)
+    _check_names(audit)
+    return audit
 
 
-def _read_table(file: Path, schema: pa.Schema) -> pa.Table:
+def _read_table(file: Path, schema: pa.Schema, hashes: Mapping[str, str], n_rows: int | None = None) -> pa.Table:
+    """A table of the folder: whole, of its schema, without nulls, and the one that `audit.json` was written for."""
     if not file.is_file():
         raise AnatomyError(f"{file}: missing. Run the audit again; it resumes from the harvest.")
     try:
-        table = pq.read_table(file)
+        content = file.read_bytes()
+        table = pq.read_table(pa.BufferReader(content))
+        table.validate(full=True)  # also that its texts are UTF-8
     except (pa.ArrowException, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise AnatomyError(
-            f"{file}: truncated or damaged ({str(error).splitlines()[0]}). Run the audit again; it resumes from the "
-            "harvest."
+            f"{file}: truncated or damaged ({reason}). Run the audit again; it resumes from the harvest."
         ) from error
     for column in schema:
         if column.name not in table.column_names or not _same_type(table.schema.field(column.name).type, column.type):
@@ -366,7 +389,77 @@ def _read_table(file: Path, schema: pa.Schema) -> pa.Table:
                 f"{file}: column {column.name!r} must be {column.type}, found {found}. The folder was written by "
                 "another version; run the audit again."
             )
+    if n_rows is not None and table.num_rows != n_rows:
+        raise AnatomyError(
+            f"{file}: {table.num_rows} rows, but {INFO} counts {n_rows}: the files are of different audits. Run the "
+            "audit again."
+        )
+    if file.name in hashes and hashlib.sha256(content).hexdigest() != hashes[file.name]:
+        raise AnatomyError(
+            f"{file}: changed since the audit wrote it: its SHA-256 is not the one in {INFO}. Run the audit again; it "
+            "resumes from the harvest."
+        )
+    # Numbers that there are not are null: a p-value without permutations, the rank of what was not kept.
+    columns = [column.name for column in schema if not (pa.types.is_floating(column.type) or column.name == "rank")]
+    empty = [name for name in columns if _has_null(table[name].combine_chunks())]
+    if empty:
+        raise AnatomyError(f"{file}: column {empty[0]!r} lacks values. Run the audit again.")
     return table
+
+
+def _has_null(array: pa.Array) -> bool:
+    if array.null_count:
+        return True
+    if pa.types.is_list(array.type):
+        return _has_null(array.flatten())
+    return pa.types.is_struct(array.type) and any(map(_has_null, array.flatten()))
+
+
+def _check_names(audit: Audit) -> None:
+    """Make sure that rows, features, contexts and concepts are what they can be, as everything after relies on it.
+
+    Raises:
+        AnatomyError: the tables name what there is not.
+    """
+
+    def check(good: bool, file: str, column: str, allowed: str) -> None:
+        if not good:
+            raise AnatomyError(
+                f"{audit.path / file}: column {column!r} holds other than {allowed}. Run the audit again."
+            )
+
+    pairs, table = audit.pairs, audit.hypotheses
+    concepts = {"T": audit.concepts, "R": audit.responses}
+    names = {letter: [f"{letter}{k + 1}" for k in range(known.num_rows)] for letter, known in concepts.items()}
+    every = names["T"] + names["R"]
+    for letter, known in concepts.items():
+        check(
+            known["concept"].to_pylist() == names[letter], "concepts.parquet", "concept", f"{letter}1, {letter}2, ..."
+        )
+        low, high = pc.min_max(known["features"].combine_chunks().flatten()).as_py().values()
+        n_latents = audit.info["sae"]["d_sae"]
+        good = low is None or (low >= 0 and high < n_latents)
+        check(good, "concepts.parquet", "features", f"latents of the SAE, 0 to {n_latents - 1}")
+    rows, n_rows = pairs["row"].to_numpy(), audit.info["data"]["n_rows"]
+    good = len(np.unique(rows)) == len(rows) and bool(np.all((rows >= 0) & (rows < n_rows)))
+    check(good, "pairs.parquet", "row", f"rows of the dataset, 0 to {n_rows - 1}, each once")
+    contexts = set(pc.unique(pairs["contexts"].combine_chunks().flatten()).to_pylist())
+    good = all(re.fullmatch(r"[AB]\d{1,9}", name) for name in contexts)
+    check(good, "pairs.parquet", "contexts", "A1, A2, ... and B0, B1, ...")
+    good = set(pc.unique(pairs["concepts"].combine_chunks().flatten()).to_pylist()) <= set(every)
+    check(good, "pairs.parquet", "concepts", "concepts of the audit")
+    good = pairs["concepts"].combine_chunks().value_lengths().equals(pairs["scores"].combine_chunks().value_lengths())
+    check(good, "pairs.parquet", "scores", "a score for each of its concepts")
+    views = table["view"].to_pylist()
+    check(set(views) <= set(VIEWS), "hypotheses.parquet", "view", ", ".join(VIEWS))
+    for at, column in enumerate(("context", "concept")):
+        known = [contexts, set(every)][at]
+        good = all(
+            name in known and name.startswith(VIEWS[view][at])
+            for view, name in zip(views, table[column].to_pylist(), strict=True)
+        )
+        check(good, "hypotheses.parquet", column, f"{column}s of the audit that belong to the view")
+    check(bool(np.all(table["n_in"].to_numpy() > 0)), "hypotheses.parquet", "n_in", "positive numbers")
 
 
 def _same_type(found: pa.DataType, wanted: pa.DataType) -> bool:
@@ -384,11 +477,21 @@ def _read_info(path: Path) -> dict[str, Any]:
         raise AnatomyError(f"{file}: missing, so the audit is not finished. Run it again; it resumes.")
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise AnatomyError(f"{file}: not valid JSON ({error}). Run the audit again.") from error
-    missing = [key for key in INFO_KEYS if not isinstance(info, dict) or key not in info]
+    missing = [key for key in _INFO_SHAPE if not isinstance(info, dict) or key not in info]
     if missing:
         raise AnatomyError(f"{file}: lacks {', '.join(missing)}. Run the audit again.")
     if info["format"] != FORMAT:
-        raise AnatomyError(f"{file}: format {info['format']!r}, this version reads {FORMAT}. Run the audit again.")
+        raise AnatomyError(
+            f"{file}: format {repr(info['format'])[:40]}, this version reads {FORMAT}. Run the audit again."
+        )
+    problem = misfit(info, _INFO_SHAPE) or misfit(info.get("contexts", {}), _CONTEXTS_SHAPE, "contexts")
+    problem = problem or misfit(info.get("files", {}), {str: str}, "files")
+    try:
+        AuditConfig(**info["settings"])
+    except (TypeError, AnatomyError) as error:
+        problem = problem or f"settings: {error}"
+    if problem:
+        raise AnatomyError(f"{file}: {problem}. Run the audit again.")
     return info

@@ -42,7 +42,7 @@ def trace(audit: "Audit", view: str, context: str, concept: str) -> pa.Table:
     score = _scores(audit, view)[:, int(concept[1:]) - 1]
     pool = np.ones(len(score), dtype=bool)
     if view == "feature":  # silent pairs are on neither side
-        pool = np.array([names[0] != "B0" for names in audit.pairs["contexts"].to_pylist()], dtype=bool)
+        pool = np.array([names[:1] != ["B0"] for names in audit.pairs["contexts"].to_pylist()], dtype=bool)
     outside = pool & ~inside
     if not outside.any():
         raise AnatomyError(f"{audit.path}: every pair is in context {context!r}, so there is nothing to compare with.")

@@ -1,11 +1,19 @@
-"""Writing files so that a reader never sees half of one, and arrays too large to keep in memory."""
+"""Files that a reader never takes for whole when they are not, and arrays too large to keep in memory."""
 
+import hashlib
+import json
 import os
 import tempfile
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
 
 from ..errors import AnatomyError
 
@@ -14,7 +22,11 @@ SCRATCH_BYTES = 128 << 20
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` beside `path`, flush it to the disk, and rename it into place."""
+    """Write `data` beside `path`, flush it to the disk, and rename it into place.
+
+    Raises:
+        AnatomyError: it cannot be written; what was there before is there still.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
@@ -22,14 +34,94 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        raise AnatomyError(_unwritten(path, error)) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        AnatomyError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AnatomyError(_unwritten(path, error)) from error
+
+
+def _unwritten(path: Path, error: OSError) -> str:
+    return (
+        f"{path}: cannot be written ({error.strerror}). What was finished before is kept: make room, or see to the "
+        "permissions, and start again."
+    )
+
+
+def keep(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write a cache, or warn: without it a later run takes longer, but this one has its numbers."""
+    try:
+        make_folder(file.parent)
+        write_atomically(file, sealed(tensors))
+    except AnatomyError as error:
+        warnings.warn(f"Not kept for later runs: {error}", stacklevel=2)
 
 
 def remove_partial(folder: Path) -> None:
     """Remove what a killed process left of a file it was writing into `folder`."""
     for partial in folder.glob("*.partial"):
         partial.unlink(missing_ok=True)
+
+
+def sealed(tensors: Mapping[str, np.ndarray]) -> bytes:
+    """A safetensors file with a hash of its own numbers: the format alone notices a missing end, but no wrong byte."""
+    digest = hashlib.sha256(save_tensors(dict(tensors))).hexdigest()
+    return save_tensors(dict(tensors), metadata={"sha256": digest})
+
+
+def unsealed(file: Path) -> dict[str, np.ndarray] | None:
+    """What `sealed` wrote, or None where there is no such file or anything in it has changed."""
+    try:
+        data = file.read_bytes()
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        tensors = load_tensors(data)
+        same = header["__metadata__"]["sha256"] == hashlib.sha256(save_tensors(tensors)).hexdigest()
+        return tensors if same else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):
+        return None
+
+
+def misfit(value: Any, shape: Any, place: str = "") -> str | None:
+    """Where a value read from JSON is not of a shape, in a few words; None where it is.
+
+    Args:
+        value: what `json.loads` gave.
+        shape: a type (True is no number, and a whole number is a float); a list of one shape, for lists; a mapping of
+            keys that must be there; or {str: shape}, for a mapping of any keys.
+
+    >>> misfit({"rows": [1, "2"]}, {"rows": [int]}), misfit({}, {str: int}), misfit({}, {"n": int})
+    ("rows[1] is '2'", None, 'n is missing')
+    """
+    if isinstance(shape, type):
+        kinds = (int, float) if shape is float else (shape,)
+        if isinstance(value, kinds) and (shape is bool or not isinstance(value, bool)):
+            return None
+        return f"{place or 'it'} is {repr(value)[:40]}"
+    if not isinstance(value, type(shape)):
+        return f"{place or 'it'} is {repr(value)[:40]}"
+    if isinstance(shape, list):
+        found = (misfit(item, shape[0], f"{place}[{i}]") for i, item in enumerate(value))
+        return next((problem for problem in found if problem), None)
+    if str in shape:
+        shape = dict.fromkeys(value, shape[str])
+    for key, inner in shape.items():
+        here = f"{place}.{key}" if place else key
+        problem = misfit(value[key], inner, here) if key in value else f"{here} is missing"
+        if problem:
+            return problem
+    return None
 
 
 def scratch_array(

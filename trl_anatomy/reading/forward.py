@@ -1,6 +1,6 @@
 """One frozen pass over pairs: forward stopped after the last layer read, prompt computed once where that is exact."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..errors import AnatomyError
 from .locate import attention_window, decoder, layer_module, shares_prompt
 from .spans import Pairs
 
@@ -214,3 +215,32 @@ def token_batches(lengths: np.ndarray, indices: Iterable[int], max_tokens: int) 
         batch.append(i)
     if batch:
         yield batch
+
+
+def in_halves(batches: Iterable[list[int]], do: Callable[[list[int]], None]) -> None:
+    """Do something with every batch; where the device runs out of memory, with halves of it, and of those after it.
+
+    Args:
+        batches: pairs of each batch.
+        do: is called again for a part of a batch for which it ran out of memory.
+
+    Raises:
+        AnatomyError: there is not enough memory for a single pair.
+    """
+    parts = 1
+    for batch in batches:
+        rest = batch
+        while rest:
+            part = rest[: max(1, len(batch) // parts)]
+            try:
+                do(part)
+            except torch.OutOfMemoryError as error:
+                if len(part) == 1:
+                    raise AnatomyError(
+                        f"The device has not enough memory for one pair: lower max_length, or free memory ({error})."
+                    ) from error
+                parts *= 2
+            else:
+                rest = rest[len(part) :]
+                continue
+            torch.cuda.empty_cache()  # out here, where the error's frames no longer hold what they had made

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,16 +12,16 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_tensors
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import __version__
 from ..errors import AnatomyError
-from .files import remove_partial, write_atomically
+from .files import make_folder, misfit, remove_partial, write_atomically
 from .fingerprint import hash_json, model_key
-from .forward import length_sorted_batches, read_spans
+from .forward import in_halves, length_sorted_batches, read_spans
 from .ranks import Ranks
 from .sae import SAE
 from .spans import SPANS, Pairs
@@ -29,6 +30,13 @@ _MANIFEST = "manifest.json"
 _RANK_MANIFEST = "manifest-rank{}.json"  # what another process has written so far
 _SHARD = "shard-{}.safetensors"
 _FORMAT = 1
+_SHAPE = {
+    "key": {},
+    "n_pairs": int,
+    "d_sae": int,
+    "shard_pairs": int,
+    "shards": [{"file": str, "pairs": int, "bytes": int, "sha256": str}],
+}
 _POOLED_BYTES = 64 << 20  # dense pooled result held at a time
 # Dense activations held at a time: on a CPU they should stay in the cache, a GPU wants fewer and larger steps.
 _CHUNK_BYTES = {"cpu": 4 << 20, "other": 64 << 20}
@@ -68,6 +76,8 @@ class Shard:
             )
             indptr = np.concatenate([[0], np.cumsum(np.diff(indptr)[self._only])])
         index, data = index.astype(np.int32, copy=False), data.astype(dtype, copy=False)
+        if len(index) and not 0 <= index.min() <= index.max() < self.d_sae:
+            raise AnatomyError(f"The harvest names latents beyond the {self.d_sae} of its SAE: run the audit again.")
         return sp.csr_array((data, index, indptr), shape=(len(self.rows), self.d_sae))
 
     def maximum(self, span: str) -> sp.csr_array:
@@ -106,6 +116,11 @@ class Harvest:
         shards = list(self.shards())
         self.rows = np.concatenate([shard.rows for shard in shards])
         self.lengths = {span: np.concatenate([shard.lengths[span] for shard in shards]) for span in SPANS}
+        if len(self.rows) != self.n_pairs:
+            raise AnatomyError(
+                f"The harvest in {str(path)!r} holds {len(self.rows)} pairs, but its manifest says {self.n_pairs}: "
+                "delete the folder and run the audit again."
+            )
 
     def __len__(self) -> int:
         return self.n_pairs
@@ -113,7 +128,13 @@ class Harvest:
     def shards(self) -> Iterator[Shard]:
         """The shards in order; of each, only what is asked of it is read."""
         for name in self._files:
-            file = safe_open(self.path / name, "numpy")
+            try:
+                file = safe_open(self.path / name, "numpy")
+                problem = _no_shard(file)
+            except (OSError, SafetensorError) as error:
+                problem = f"it cannot be read ({error})"
+            if problem:
+                raise AnatomyError(f"{self.path / name}: {problem}. Delete it and run the audit again.")
             lengths = {span: file.get_tensor(f"{span}.length") for span in SPANS}
             yield Shard(file.get_tensor("rows"), lengths, self.d_sae, file)
 
@@ -144,7 +165,7 @@ class Harvest:
         if manifest is None:
             raise AnatomyError(f"No harvest in {str(path)!r}: {_MANIFEST} not found. Run the audit first.")
         done = sum(entry["pairs"] for entry in manifest["shards"])
-        if done < manifest["n_pairs"]:
+        if not manifest["shards"] or done < manifest["n_pairs"]:
             raise AnatomyError(
                 f"The harvest in {str(path)!r} is unfinished: {done} of {manifest['n_pairs']} pairs. Run the audit "
                 "again; it goes on from there."
@@ -262,7 +283,7 @@ def _settle(out: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]
             )
         if before["shard_pairs"] == manifest["shard_pairs"]:
             found |= {entry["file"]: entry for entry in before["shards"]}
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     remove_partial(out)
     entries = {name: found[name] for name in sorted(found) if not _problem(out, found[name])}
     if parts:
@@ -349,7 +370,8 @@ def _read_shard(
     found: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [[_NOTHING] * n_spans for _ in indices]
     # The pooled result is dense until it is made sparse, so it is bounded like the activations: by groups of spans.
     group = max(1, _POOLED_BYTES // (8 * sae.d_sae))
-    for batch in length_sorted_batches(pairs, indices, batch_tokens):
+
+    def fold(batch: list[int]) -> None:
         read = read_spans(model, pairs, batch, [layer])
         hidden, bounds = read.hidden[layer], read.bounds
         _check_finite(hidden, bounds, pairs, batch, layer)
@@ -363,6 +385,8 @@ def _read_shard(
                 lengths[pair, span] = bounds[j + 1] - bounds[j]
                 found[pair][span] = entries
         bar.update(len(batch))
+
+    in_halves(length_sorted_batches(pairs, indices, batch_tokens), fold)
     blocks = {}
     for j, span_name in enumerate(SPANS):
         columns, largest, fired = zip(*(row[j] for row in found), strict=True)
@@ -429,12 +453,49 @@ def _read_manifest(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        manifest = json.loads(file.read_text())
-    except json.JSONDecodeError:
-        manifest = {}
-    if not {"key", "n_pairs", "d_sae", "shard_pairs", "shards"} <= set(manifest):
-        raise AnatomyError(f"{file} is not a harvest's manifest: delete the folder and run the audit again.")
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        manifest = None
+    problem = misfit(manifest, _SHAPE)
+    for entry in () if problem else manifest["shards"]:
+        if not re.fullmatch(r"shard-\d{5,}\.safetensors", entry["file"]):  # no way out of the folder
+            problem = f"it names the shard {entry['file'][:40]!r}"
+    if problem:
+        raise AnatomyError(
+            f"{file} is not a harvest's manifest ({problem}): delete the folder and run the audit again."
+        )
     return manifest
+
+
+def _no_shard(file: Any) -> str | None:
+    """What is wrong with the tensors of a shard, or None; reads the small ones."""
+    types = {
+        "indptr": {"I64"},
+        "indices": {"U16", "I32"},
+        "maximum": {"F32"},
+        "count": {"U16", "I32"},
+        "length": {"I32"},
+    }
+    wanted = {"rows": {"I64"}} | {f"{span}.{part}": kinds for span in SPANS for part, kinds in types.items()}
+    if set(file.keys()) != set(wanted):
+        return f"found the tensors {', '.join(sorted(file.keys()))[:200]}, not those of a shard"
+    parts = {name: file.get_slice(name) for name in wanted}
+    shape = {name: tuple(part.get_shape()) for name, part in parts.items()}
+    bad = next((name for name, kinds in wanted.items() if parts[name].get_dtype() not in kinds), None)
+    n = shape["rows"][:1]
+    for span in () if bad else SPANS:
+        stored = shape[f"{span}.indices"]
+        if shape[f"{span}.length"] != n or shape["rows"] != n or shape[f"{span}.indptr"] != (*(k + 1 for k in n),):
+            bad = f"{span}.indptr"
+        elif len(stored) != 1 or any(shape[f"{span}.{part}"] != stored for part in ("maximum", "count")):
+            bad = f"{span}.indices"
+        else:
+            bounds = file.get_tensor(f"{span}.indptr")
+            if bounds[0] != 0 or bounds[-1] != stored[0] or (np.diff(bounds) < 0).any():
+                bad = f"{span}.indptr"
+        if bad:
+            break
+    return f"the tensor {bad} does not fit the others" if bad else None
 
 
 def _problem(path: Path, entry: Mapping[str, Any]) -> str | None:

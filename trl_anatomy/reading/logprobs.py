@@ -10,14 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import __version__
 from ..errors import AnatomyError
-from .files import write_atomically
+from .files import keep, unsealed
 from .fingerprint import hash_json, model_key
 from .forward import frozen, token_batches
 from .locate import decoder, layer_module
@@ -151,17 +149,16 @@ def _hash_ids(lists: Iterable[Sequence[int]]) -> str:
 
 def _stored(file: Path | None, values: np.ndarray) -> bool:
     """Fill `values` with what is stored; False where there is nothing, or nothing that can be read."""
-    try:
-        values[:] = load_tensors(file.read_bytes())["values"]  # type: ignore[union-attr]
-    except Exception:  # it costs a pass, nothing else
-        return False
+    there = None if file is None else unsealed(file)
+    if there is None or "values" not in there or there["values"].shape != values.shape:
+        return False  # it costs a pass, nothing else
+    values[:] = there["values"]
     return True
 
 
 def _store(file: Path | None, values: np.ndarray) -> None:
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, save_tensors({"values": values}))
+        keep(file, {"values": values})
 
 
 def read_responses(

@@ -62,7 +62,8 @@ class SAE:
         fingerprint: hash of its weights and settings.
 
     Raises:
-        AnatomyError: the SAE reads whole sequences, or expects activations scaled by a constant it does not carry.
+        AnatomyError: the SAE reads whole sequences, expects activations scaled by a constant it does not carry, or has
+            weights that are not finite.
     """
 
     def __init__(self, inner: Any, source: Mapping[str, str] | None = None, *, card_l0: float | None = None) -> None:
@@ -82,6 +83,9 @@ class SAE:
                 "fold_activation_whitening) and save it again."
             )
         self._inner = inner.to(dtype=torch.float32).eval().requires_grad_(False)
+        bad = [name for name, weights in inner.named_parameters() if not torch.isfinite(weights).all()]
+        if bad:
+            raise AnatomyError(f"The SAE at {self._place} holds NaN or infinity in {bad[0]}: load or train it again.")
         self.d_in = int(inner.cfg.d_in)
         self.d_sae = int(inner.cfg.d_sae)
         self.normalization = normalization
@@ -279,7 +283,7 @@ def load_sae(source: str | Path | Mapping[str, str], *, device: torch.device | s
         if set(source) == {"release", "id"}:
             return _from_release(source["release"], source["id"], str(device))
         raise AnatomyError(f"sae: found the keys {sorted(source)}; give 'path', or 'release' and 'id'.")
-    if Path(source).exists():
+    if os.path.exists(source):
         return _from_folder(Path(source), str(device))
     release, colon, sae_id = str(source).partition(":")
     if not colon or not sae_id:
@@ -291,9 +295,9 @@ def load_sae(source: str | Path | Mapping[str, str], *, device: torch.device | s
 
 
 def _from_folder(path: Path, device: str) -> SAE:
-    if all((path / name).is_file() for name in _SPARSIFY_FILES):
+    if all(os.path.isfile(path / name) for name in _SPARSIFY_FILES):
         return SAE(_sparsify(path.resolve(), device), {"path": str(path.resolve())})
-    missing = [name for name in ("cfg.json", "sae_weights.safetensors") if not (path / name).is_file()]
+    missing = [name for name in ("cfg.json", "sae_weights.safetensors") if not os.path.isfile(path / name)]
     if missing:
         raise AnatomyError(
             f"{str(path)!r} is not an SAE saved by sae-lens: {' and '.join(missing)} not found there. Save it with "

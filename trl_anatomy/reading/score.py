@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import __version__
 from ..errors import AnatomyError
-from .files import write_atomically
+from .files import keep, unsealed
 from .fingerprint import hash_json, model_key
-from .forward import length_sorted_batches, read_spans
+from .forward import in_halves, length_sorted_batches, read_spans
 from .scorers import HiddenScorer, Scorer, TextScorer
 from .spans import SPANS, Pairs
 
@@ -81,10 +79,13 @@ def score_pairs(
     if model is not None and scoring.missing:
         todo = scoring.todo.tolist()
         with tqdm(total=len(todo), desc="Scoring pairs", unit="pair", disable=not progress) as bar:
-            for batch in length_sorted_batches(pairs, todo, batch_tokens):
+
+            def score(batch: list[int]) -> None:
                 found = read_spans(model, pairs, batch, scoring.layers)
                 scoring.take(batch, found.hidden, found.bounds, (slice(1, None, 3), slice(2, None, 3)))
                 bar.update(len(batch))
+
+            in_halves(length_sorted_batches(pairs, todo, batch_tokens), score)
     return scoring.finish()
 
 
@@ -162,7 +163,8 @@ class Scoring:
 
     def _load(self, name: str) -> bool:
         """Fill in what is stored of a concept; whether that is all of it."""
-        there, wanted = _load_scores(self._files[name]), self._tensors(name)
+        # A broken cache costs a pass, nothing else.
+        there, wanted = unsealed(self._files[name]) or {}, self._tensors(name)
         fits = all(key in there and there[key].shape == value.shape for key, value in wanted.items())
         for key, value in wanted.items():
             value[:] = there[key] if fits else np.nan
@@ -227,17 +229,4 @@ class Scoring:
     def _save(self) -> None:
         for name in self.missing:
             if name in self._files:
-                _save_scores(self._files[name], self._tensors(name))
-
-
-def _save_scores(file: Path, scores: Mapping[str, np.ndarray]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, save_tensors(dict(scores)))
-
-
-def _load_scores(file: Path) -> dict[str, np.ndarray]:
-    """Stored scores (2, n_pairs), and of tokens where they were asked for; empty where they cannot be read."""
-    try:
-        return load_tensors(file.read_bytes())
-    except Exception:  # a broken cache costs a pass, nothing else
-        return {}
+                keep(self._files[name], self._tensors(name))

@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 
 from ..errors import AnatomyError
-from .spans import EMPTY, FILLED, SPANS, Pairs, check_rows, flatten_text, read_pairs
+from .spans import EMPTY, FILLED, SPANS, Pairs, check_kinds, check_rows, flatten_text, prepare_rows, read_pairs
 
 _UNANSWERED = "no assistant message at the end"
 _IGNORED = -100  # TRL's label of a token outside the loss
@@ -86,7 +86,9 @@ def read_sft(
         truncation_mode=truncation,
         shuffle_dataset=False,
     )
-    kept = SFTTrainer._prepare_dataset(trainer, kept, tokenizer, args, False, None, "audit")
+    kept = prepare_rows(
+        lambda rows: SFTTrainer._prepare_dataset(trainer, rows, tokenizer, args, False, None, "audit"), kept
+    )
     if len(kept) < n_kept:
         left_out[FILLED] = n_kept - len(kept)
     if not len(kept):
@@ -130,6 +132,9 @@ def _sft_columns(dataset: Dataset) -> tuple[Dataset, dict[str, int]]:
         )
     kept = dataset.select_columns([c for c in (*kind, "tools", "chat_template_kwargs") if c in columns])
     kept = kept.add_column("row", np.arange(len(dataset)))
+    before: type | None = None
+    for number, row in enumerate(kept.select_columns(list(kind))):
+        before = check_kinds(row, number, list if kind == ("messages",) else str if kind == ("text",) else before)
     usable = np.ones(len(kept), dtype=bool)
     left_out: dict[str, int] = {}
     if kind == ("messages",):

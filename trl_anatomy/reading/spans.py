@@ -7,7 +7,7 @@ what happens to rows longer than ``max_length`` differs, and ``truncation`` name
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -186,6 +186,60 @@ def split_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return extract_prompt({"chosen": row["chosen"], "rejected": row["rejected"]})
 
 
+def check_kinds(values: Mapping[str, Any], row: int, kind: type | None) -> type | None:
+    """Make sure that every value is a text or a list of messages, and all of the kind of the rows before.
+
+    Args:
+        values: column -> value; None where a row has none.
+        row: its number in the dataset.
+        kind: str or list, the kind of the rows before; None for the first.
+
+    Returns:
+        The kind with this row.
+
+    Raises:
+        AnatomyError: something else; names row and column.
+    """
+    for column, value in values.items():
+        if value is None:
+            continue
+        problem = _no_messages(value) if isinstance(value, list) else None if isinstance(value, str) else _what(value)
+        if problem:
+            raise AnatomyError(
+                f"Dataset row {row}, column {column!r}: found {problem}, allowed: text, or a list of messages "
+                "{role: text, content: text}."
+            )
+        if kind not in (None, type(value)):
+            raise AnatomyError(
+                f"Dataset row {row}, column {column!r}: found {'messages' if kind is str else 'text'}, but what stands "
+                f"before it is {'text' if kind is str else 'messages'}; allowed: one of the two in all rows."
+            )
+        kind = type(value)
+    return kind
+
+
+def _no_messages(value: list[Any]) -> str | None:
+    """What is wrong with a list of messages, in a few words."""
+    for message in value:
+        if not isinstance(message, Mapping):
+            return f"{_what(message)} among the messages"
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str):
+            return f"a message whose role is {_what(role)}"
+        if isinstance(content, list):
+            if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str | None) for part in content):
+                return "a message with a part whose text is no text"
+        elif not isinstance(content, str | None):
+            return f"a message whose content is {_what(content)}"
+    return None
+
+
+def _what(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    return repr(value)[:40] if isinstance(value, str | int | float) else f"a {type(value).__name__}"
+
+
 def flatten_text(value: Any) -> str:
     """Text of a string or of a list of messages: contents (text parts) and tool calls, one per line.
 
@@ -227,10 +281,41 @@ def usable_rows(dataset: Dataset) -> tuple[np.ndarray, dict[str, int]]:
 
 def _responses(dataset: Dataset) -> Iterator[tuple[Any, Any]]:
     columns = [column for column in SPANS if column in dataset.column_names]
+    number, kind = 0, None
     for batch in dataset.select_columns(columns).iter(batch_size=1000):
         for values in zip(*(batch[column] for column in columns), strict=True):
-            row = split_row(dict(zip(columns, values, strict=True)))
-            yield row["chosen"], row["rejected"]
+            given = dict(zip(columns, values, strict=True))
+            kind = check_kinds(given, number, kind)
+            row = split_row(given)
+            sides = row["chosen"], row["rejected"]
+            if row["prompt"] is None and all(flatten_text(side).strip() for side in sides):
+                raise AnatomyError(f"Dataset row {number}, column 'prompt': found nothing, allowed: text or messages.")
+            yield sides
+            number += 1
+
+
+def prepare_rows(prepare: Callable[[Dataset], Dataset], rows: Dataset) -> Dataset:
+    """What TRL's preparation makes of `rows`, which have a column ``row``.
+
+    Raises:
+        AnatomyError: it fails; names the first row on which it does.
+    """
+    try:
+        return prepare(rows)
+    except Exception as error:  # of a chat template, a tokenizer, or the reading of tools: what they raise is theirs
+        first, end = 0, len(rows)
+        while end - first > 1:
+            middle = (first + end) // 2
+            try:
+                prepare(rows.select(range(first, middle)))
+                first = middle
+            except Exception:
+                end = middle
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise AnatomyError(
+            f"Dataset row {rows[first]['row']} cannot be tokenised ({type(error).__name__}: {reason}). Look at its "
+            "roles and columns: a chat template may refuse them."
+        ) from error
 
 
 def check_rows(dataset: Dataset) -> None:
@@ -309,7 +394,7 @@ def read_pairs(
         max_length=None if truncation == "drop" else max_length,
         truncation_mode=truncation,
     )
-    kept = DPOTrainer._prepare_dataset(trainer, kept, tokenizer, args, "audit")
+    kept = prepare_rows(lambda rows: DPOTrainer._prepare_dataset(trainer, rows, tokenizer, args, "audit"), kept)
     if len(kept) < n_kept:
         left_out[FILLED] = n_kept - len(kept)
     kept = kept.select_columns([*(f"{span}_ids" for span in SPANS), "row"])

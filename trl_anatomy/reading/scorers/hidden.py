@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ...errors import AnatomyError
-from ..files import write_atomically
+from ..files import make_folder, write_atomically
 from ..fingerprint import layer_fingerprint
 from ..locate import hidden_size, layer_module
 
@@ -131,7 +132,7 @@ class HiddenScorer:
     def save(self, path: str | Path) -> Path:
         """Write ``concept.safetensors`` and ``card.json`` into the folder `path`; returns it."""
         path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         own = {"kind": self.kind, "layer": self.layer, "d_model": self.d_model, "reduce": self.reduce}
         write_atomically(path / _TENSOR_FILE, save(self.tensors))
         write_atomically(path / _CARD_FILE, (json.dumps({**self.card, **own}, indent=1) + "\n").encode())
@@ -170,7 +171,7 @@ class HiddenScorer:
     @classmethod
     def _stored(cls, path: Path, layer: int | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
         label = cls.kind.replace("_", " ")
-        missing = [name for name in (_TENSOR_FILE, _CARD_FILE) if not (path / name).is_file()]
+        missing = [name for name in (_TENSOR_FILE, _CARD_FILE) if not os.path.isfile(path / name)]
         if missing:
             raise AnatomyError(f"No {label} in {str(path)!r}: {' and '.join(missing)} not found.")
         try:

@@ -1,0 +1,74 @@
+"""Kill audits, scoring, trainings and pages at random moments, start them again, and compare what they leave.
+
+    python benchmarks/interrupt.py --kills 50
+
+Each piece of work (`tests/interrupting.py`) is done once undisturbed; then SIGKILL ends it at moments drawn evenly over
+that time, it is started again in the same folder until it finishes, and every file that it leaves is compared with the
+undisturbed ones by hash. Records kills, where they fell, finishes, and differences.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import conftest
+import torch
+from interrupting import audit, interrupt, page, scoring, training
+from transformers import LlamaConfig, LlamaForCausalLM
+
+RESULT = Path(__file__).parent / "results" / "interrupt.json"
+
+
+def start_model(folder: Path) -> Path:
+    """A random two-layer Llama of width 16 and its tokenizer."""
+    tokenizer = conftest.build_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 512}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": len(tokenizer), "bos_token_id": None}
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads, **ends)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50, help="of each piece of work")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        model = start_model(root / "model-to-train")
+        works = {"audit": audit, "scoring": scoring, "page": page, "training": lambda root: training(root, model)}
+        for name, make in works.items():
+            (root / name).mkdir()
+            start = time.monotonic()
+            record = interrupt(make(root / name), root / name, args.kills, args.seed, name)
+            found[name] = {**asdict(record), "seconds": round(time.monotonic() - start)}
+            print(name, json.dumps(found[name]), flush=True)
+    packages = ("torch", "trl", "transformers", "datasets")
+    made = {
+        "date": datetime.date.today().isoformat(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "kills_each": args.kills,
+        "seed": args.seed,
+        "work": found,
+    }
+    RESULT.write_text(json.dumps(made, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
