@@ -58,6 +58,7 @@ class Record:
         different: finishes whose result was not the undisturbed one.
         failures: restarts that ended in an error.
         stages: where it was killed.
+        changed: files that differed.
         half_written: files that a kill left under a name of their own (`*.partial`).
     """
 
@@ -68,6 +69,7 @@ class Record:
     failures: int = 0
     half_written: int = 0
     stages: Counter[str] = field(default_factory=Counter)
+    changed: Counter[str] = field(default_factory=Counter)
 
 
 def hashed(folder: Path, pattern: str) -> dict[str, str]:
@@ -108,7 +110,10 @@ def interrupt(work: Work, root: Path, kills: int, seed: int, name: str) -> Recor
             continue
         record.finishes += 1
         record.failures += status != 0
-        record.different += status == 0 and work.result(folder) != expected
+        found_files = work.result(folder) if status == 0 else expected
+        changed = {name for name in {*expected, *found_files} if found_files.get(name) != expected.get(name)}
+        record.different += bool(changed)
+        record.changed.update(changed)
         shutil.rmtree(folder, ignore_errors=True)
     return record
 
