@@ -188,9 +188,10 @@ def training(root: Path, model_dir: Path) -> Work:
     def do(folder: Path) -> None:
         settings = {**EXACT, "save_strategy": "steps", "save_steps": 1, "max_steps": 8, "save_only_model": False}
         data = folder / "pairs"
-        if not (data / "state.json").exists():
-            shutil.rmtree(data, ignore_errors=True)
-            shutil.copytree(root / "pairs", data)  # the score cache lies beside the data
+        if not data.exists():  # a copy, since the score cache lies beside the data
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(root / "pairs", folder / "copying")
+            (folder / "copying").rename(data)
         trainer = AnatomyDPOTrainer(
             model=str(model_dir),
             args=DPOConfig(output_dir=str(folder / "out"), **settings),
