@@ -200,7 +200,7 @@ def training(root: Path, model_dir: Path) -> Work:
         )
         trainer.train(resume_from_checkpoint=last_checkpoint(folder / "out"))
         trainer.save_model(str(folder / "final"))
-        (folder / "final" / "log.json").write_text(json.dumps(log(trainer)))
+        (folder / "final" / "log.json").write_text(json.dumps(log(trainer), sort_keys=True))
 
     def stage(folder: Path) -> str:
         steps = sorted(folder.glob("out/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
