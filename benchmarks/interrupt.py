@@ -15,7 +15,6 @@ import platform
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -57,7 +56,7 @@ def main() -> None:
             (root / name).mkdir()
             start = time.monotonic()
             record = interrupt(make(root / name), root / name, args.kills, args.seed, name)
-            found[name] = {**asdict(record), "seconds": round(time.monotonic() - start)}
+            found[name] = {**vars(record), "seconds": round(time.monotonic() - start)}
             print(name, json.dumps(found[name]), flush=True)
     packages = ("torch", "trl", "transformers", "datasets")
     made = {

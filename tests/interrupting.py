@@ -58,6 +58,7 @@ class Record:
         different: finishes whose result was not the undisturbed one.
         failures: restarts that ended in an error.
         stages: where it was killed.
+        changed: files that differed.
         half_written: files that a kill left under a name of their own (`*.partial`).
     """
 
@@ -68,6 +69,7 @@ class Record:
     failures: int = 0
     half_written: int = 0
     stages: Counter[str] = field(default_factory=Counter)
+    changed: Counter[str] = field(default_factory=Counter)
 
 
 def hashed(folder: Path, pattern: str) -> dict[str, str]:
@@ -108,7 +110,10 @@ def interrupt(work: Work, root: Path, kills: int, seed: int, name: str) -> Recor
             continue
         record.finishes += 1
         record.failures += status != 0
-        record.different += status == 0 and work.result(folder) != expected
+        found_files = work.result(folder) if status == 0 else expected
+        changed = {name for name in {*expected, *found_files} if found_files.get(name) != expected.get(name)}
+        record.different += bool(changed)
+        record.changed.update(changed)
         shutil.rmtree(folder, ignore_errors=True)
     return record
 
@@ -183,9 +188,10 @@ def training(root: Path, model_dir: Path) -> Work:
     def do(folder: Path) -> None:
         settings = {**EXACT, "save_strategy": "steps", "save_steps": 1, "max_steps": 8, "save_only_model": False}
         data = folder / "pairs"
-        if not (data / "state.json").exists():
-            shutil.rmtree(data, ignore_errors=True)
-            shutil.copytree(root / "pairs", data)  # the score cache lies beside the data
+        if not data.exists():  # a copy, since the score cache lies beside the data
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(root / "pairs", folder / "copying")
+            (folder / "copying").rename(data)
         trainer = AnatomyDPOTrainer(
             model=str(model_dir),
             args=DPOConfig(output_dir=str(folder / "out"), **settings),
@@ -194,7 +200,7 @@ def training(root: Path, model_dir: Path) -> Work:
         )
         trainer.train(resume_from_checkpoint=last_checkpoint(folder / "out"))
         trainer.save_model(str(folder / "final"))
-        (folder / "final" / "log.json").write_text(json.dumps(log(trainer)))
+        (folder / "final" / "log.json").write_text(json.dumps(log(trainer), sort_keys=True))
 
     def stage(folder: Path) -> str:
         steps = sorted(folder.glob("out/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))

@@ -1,7 +1,8 @@
 """Run an audit: pairs, frozen pass, communities, tests, folder, page."""
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,9 +56,8 @@ def load_dataset(config: AuditConfig) -> "Dataset":
         if path.is_file():
             if kind is None:
                 raise AnatomyError(f"{path}: unknown kind of file, allowed: .json, .jsonl (also .gz), .parquet.")
-            # Not load_dataset, which tells a server of every use of its readers, also for files of one's own.
-            read = datasets.Dataset.from_parquet if kind == "parquet" else datasets.Dataset.from_json
-            return read(str(path))
+            with _uncounted():
+                return datasets.load_dataset(kind, data_files=str(path), split="train")
         if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
             found = datasets.load_from_disk(str(path))
             if isinstance(found, datasets.Dataset):
@@ -72,6 +72,19 @@ def load_dataset(config: AuditConfig) -> "Dataset":
         raise
     except Exception as error:
         raise AnatomyError(f"dataset {config.dataset}: cannot be loaded ({_first_line(error)}).") from error
+
+
+@contextmanager
+def _uncounted() -> Iterator[None]:
+    """Keep datasets from telling a server that one of its readers was used, which it does for local files too."""
+    import datasets
+
+    kept = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        yield
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = kept
 
 
 def load_tokenizer(name: str) -> Any:

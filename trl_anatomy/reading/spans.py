@@ -298,10 +298,14 @@ def prepare_rows(prepare: Callable[[Dataset], Dataset], rows: Dataset) -> Datase
     """What TRL's preparation makes of `rows`, which have a column ``row``.
 
     Raises:
-        AnatomyError: it fails; names the first row on which it does.
+        AnatomyError: it fails; names the first row on which it does, or says that the disk is full.
     """
     try:
         return prepare(rows)
+    except OSError as error:
+        raise AnatomyError(
+            f"The tokens of the dataset cannot be written to the cache of datasets ({error})."
+        ) from error
     except Exception as error:  # of a chat template, a tokenizer, or the reading of tools: what they raise is theirs
         first, end = 0, len(rows)
         while end - first > 1:
