@@ -16,4 +16,4 @@ def test_killed_at_random_moments(name: str, tmp_path: Path, tiny_model_dir: Pat
     record = interrupt(work, tmp_path, kills=3, seed=0, name=name)
     assert record.kills == 3
     assert record.finishes >= 1
-    assert (record.different, record.failures) == (0, 0)
+    assert (record.different, record.failures) == (0, 0), record
