@@ -163,6 +163,16 @@ def word_samples(findings: Findings, world: World) -> pa.Table:
     return pa.Table.from_pylist(samples, schema=SAMPLES)
 
 
+def of_first_rows(audit: Audit, n: int) -> Audit:
+    """The audit as if it were of a dataset of `n` rows, whose pairs are its first ones: for what only logs it."""
+    pairs = audit.pairs.slice(0, n)
+    at = pairs.column_names.index("row")
+    pairs = pairs.set_column(at, pairs.schema.field(at), pa.array(range(n), pairs.schema.field(at).type))
+    info = {**audit.info, "data": {**audit.info["data"], "n_rows": n, "n_pairs": n, "left_out": {}}}
+    concepts = pa.concat_tables([audit.concepts, audit.responses])
+    return write_audit(audit.path, info, audit.hypotheses, concepts, pairs)
+
+
 def make_audit(path: Path, world: World, config: AuditConfig | None = None, samples: bool = False) -> Audit:
     """An audit folder of the world, made by every step but the pass through a model."""
     config = config or AuditConfig(model="model", dataset="planted pairs", sae="sae", out=str(path), n_contexts=4)

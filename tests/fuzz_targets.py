@@ -10,15 +10,17 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, disable_caching, disable_progress_bars
+from datasets import Dataset
 from reading_world import TEMPLATE, build_tokenizer
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
@@ -196,8 +198,6 @@ STRICT = (
 
 @cache
 def tokenizer(strict: bool) -> Any:
-    disable_caching()
-    disable_progress_bars()
     made = build_tokenizer()
     made.chat_template = STRICT if strict else TEMPLATE
     return made
@@ -210,7 +210,23 @@ def dataset(data: bytes) -> str:
         raw = Dataset.from_list(made)
     except (pa.ArrowException, TypeError, ValueError, AttributeError, KeyError, OverflowError):
         return "not a dataset"  # rows of different types: nobody's dataset holds them
-    return read_dataset(raw, settings, tokenizer(bool(data[:1]) and data[0] % 2 == 1))
+    with without_caches():
+        return read_dataset(raw, settings, tokenizer(bool(data[:1]) and data[0] % 2 == 1))
+
+
+@contextmanager
+def without_caches() -> Iterator[None]:
+    """Nothing is kept of thousands of datasets, and no bars are drawn for them; afterwards all is as it was."""
+    caching, bars = datasets.is_caching_enabled(), not datasets.are_progress_bars_disabled()
+    datasets.disable_caching()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if caching:
+            datasets.enable_caching()
+        if bars:
+            datasets.enable_progress_bars()
 
 
 def read_dataset(raw: Dataset, settings: Mapping[str, Any], tokenizer: Any) -> str:

@@ -85,7 +85,10 @@ def test_nothing_of_the_data_runs_anywhere(browser, audit, page):
             assert HOSTILE[i][:12] in tab.inner_text("#viewer .prompt") or i == 7
             tab.keyboard.press("Escape")
         tab.click("#tab-concepts")
-        for name in audit.concept_names:
+        shown = tab.eval_on_selector_all("#view-concepts tbody tr", "rows => rows.map(row => row.dataset.id)")
+        assert set(shown) <= {*audit.concept_names, *audit.responses["concept"].to_pylist()}
+        assert len(shown) > len(HOSTILE)
+        for name in shown:
             tab.click(f'tr[data-id="{name}"]')
             assert tab.inner_text("#detail .title").startswith(name)
         tab.click("#tab-hypotheses")
@@ -213,7 +216,9 @@ def test_a_point_opens_by_click(browser, audit, page):
 
 
 def test_a_pair_opens_with_its_firing_tokens_and_closes_by_keyboard(browser, audit, page):
-    largest = max(audit.concepts.to_pylist(), key=lambda c: abs(c["predicted"]))
+    fired = {(s["row"], e["concept"]) for s in audit.samples.to_pylist() for e in s["fired"]}
+    seen = [c for c in audit.concepts.to_pylist() if (c["telling_rows"][0], c["concept"]) in fired]
+    largest = max(seen, key=lambda c: abs(c["predicted"]))
     row, name = largest["telling_rows"][0], largest["concept"]
     with opened(browser, page, f"#view=pairs&q={name}") as tab:
         tab.evaluate(f"document.querySelector('button.open-pair[data-concept={name}]').click()")

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
-from audit_world import make_audit, make_world
+from audit_world import make_audit, make_world, of_first_rows
 from conftest import preference_rows
 from parity import EXACT, assert_same_tensors, fresh, history, state
 from transformers import TrainerControl
@@ -33,9 +33,8 @@ def audit(tmp_path_factory: pytest.TempPathFactory) -> Audit:
     made = make_audit(tmp_path_factory.mktemp("audit"), make_world(600))
     (made.path / "report.html").write_text("<!doctype html><title>page</title>")
     assert made.hypotheses.num_rows > 0
-    made.info["data"]["n_rows"] = 8  # the rows that `train` trains on; what they hold is not looked at without a policy
-    (made.path / "audit.json").write_text(json.dumps(made.info))
-    return made
+    # The rows that `train` trains on; what they hold is not looked at without a policy.
+    return of_first_rows(made, 8)
 
 
 def test_an_audit_of_another_size_is_refused(audit: Audit, tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -261,9 +260,10 @@ def test_no_wandb_run_no_tables(audit: Audit, tiny_model_dir: Path, tmp_path: Pa
     assert wandb.run is None
 
 
-def test_an_audit_of_other_data_is_refused(audit: Audit, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_an_audit_of_other_data_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    other = make_audit(tmp_path / "other", make_world(600))
     with pytest.raises(AnatomyError, match="made with other data"):
-        train(AnatomyDPOTrainer, tiny_model_dir, tmp_path, audit=audit.path, concept_policy=POLICY)
+        train(AnatomyDPOTrainer, tiny_model_dir, tmp_path, audit=other.path, concept_policy=POLICY)
     with pytest.raises(AnatomyError, match="no such audit folder"):
         train(AnatomyDPOTrainer, tiny_model_dir, tmp_path, audit=str(tmp_path / "nothing"))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from audit_world import make_audit, make_world
+from audit_world import make_audit, make_world, of_first_rows
 from conftest import preference_rows
 from explicit_dpo import dpo, reward
 from huggingface_hub import ModelCard
@@ -78,10 +78,7 @@ def test_code_spans_and_fences_hold_any_text(text: str) -> None:
 
 @pytest.fixture(scope="module")
 def audit(tmp_path_factory: pytest.TempPathFactory) -> Audit:
-    made = make_audit(tmp_path_factory.mktemp("audit"), make_world(600))
-    made.info["data"]["n_rows"] = 12
-    (made.path / "audit.json").write_text(json.dumps(made.info))
-    return made
+    return of_first_rows(make_audit(tmp_path_factory.mktemp("audit"), make_world(600)), 12)
 
 
 def test_without_audit_and_policy_the_card_is_the_one_of_trl(tiny_model_dir: Path, tmp_path: Path) -> None:
