@@ -19,6 +19,7 @@ import datetime
 import json
 import math
 import platform
+import random
 import time
 from dataclasses import replace
 from importlib.metadata import version
@@ -34,7 +35,7 @@ from verbs import LEARNING_RATE, N_PER_PROMPT, N_PROMPTS, PACKAGES, SIZE, concep
 from trl_anatomy.audit.folder import load_audit
 from trl_anatomy.reading.removal import attach_edits
 from trl_anatomy.testbed.demo import MAX_LENGTH
-from trl_anatomy.testbed.language import HABITS, TOPICS, make_pairs
+from trl_anatomy.testbed.language import HABITS, TOPICS, Question, render, sample_questions
 from trl_anatomy.testbed.world import World, build_world
 
 NAMES = [habit.name for habit in HABITS]
@@ -42,7 +43,8 @@ TOPIC = "science"  # where refusals are to be kept, and where a habit is amplifi
 GATE = {"prompt": rf"\b({'|'.join(TOPICS[TOPIC].facts)})\b"}
 KEPT, AMPLIFIED, REWARDED = "refusal", "em_dash", "flattery"
 REWARD_LEARNING_RATE = 5e-4
-N_HELD_OUT, N_PER_GROUP = 12_000, 500  # pairs drawn, and of these scored in each of four groups
+N_PER_GROUP = 500  # held-out pairs in each of the groups
+GROUPS = ("disagree", "agree", "habit alike", "quality alike")
 
 
 def safeguards() -> dict[str, list[dict[str, Any]]]:
@@ -204,42 +206,48 @@ def train_reward(world: World, out: Path, seed: int, policy: dict[str, Any] | No
 
 
 @torch.no_grad()
-def rewards(folder: Path, pairs: Dataset) -> np.ndarray:
-    """(n, 2) rewards of the chosen and the rejected responses, by the saved model with its kept edits."""
+def rewards(folder: Path, pairs: list[tuple[str, str, str]]) -> np.ndarray:
+    """(n, 2) rewards of both responses, by the saved model with its kept edits, on the tokens that TRL makes."""
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if (folder / "anatomy_edits.json").is_file():
         attach_edits(model, folder)
     columns = []
-    for side in ("chosen", "rejected"):
-        texts = [p + r + tokenizer.eos_token for p, r in zip(pairs["prompt"], pairs[side], strict=True)]
-        batches = [tokenizer(texts[i : i + 256], padding=True, return_tensors="pt") for i in range(0, len(texts), 256)]
+    for side in (1, 2):
+        texts = [pair[0] + pair[side] + tokenizer.eos_token for pair in pairs]
+        batches = [tokenizer(texts[i : i + 250], padding=True, return_tensors="pt") for i in range(0, len(texts), 250)]
         scored = [model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits[:, 0] for b in batches]
         columns.append(torch.cat(scored).numpy())
     return np.stack(columns, axis=1)
 
 
-def held_out_groups(seed: int) -> tuple[Dataset, dict[str, np.ndarray]]:
-    """Pairs, and which rows are of each group; chosen and rejected have no meaning there."""
-    pairs = make_pairs(N_HELD_OUT, seed, held_out=True)
-    quality, habit = gap(pairs, "correct"), gap(pairs, REWARDED)
-    groups = {
-        "disagree": quality * habit == -1,
-        "agree": quality * habit == 1,
-        "habit alike": (quality != 0) & (habit == 0),
-        "quality alike": (quality == 0) & (habit != 0),
-    }
-    picked = {name: np.flatnonzero(group)[:N_PER_GROUP] for name, group in groups.items()}
-    pairs = pairs.select(np.concatenate(list(picked.values())))
-    ends = np.cumsum([len(rows) for rows in picked.values()])
-    return pairs, {
-        name: np.arange(end - len(rows), end) for (name, rows), end in zip(picked.items(), ends, strict=True)
-    }
+def contrasts(seed: int) -> dict[str, list[tuple[str, str, str]]]:
+    """Group -> (prompt, better, worse response), held-out prompts. All other habits are drawn at their base rates.
 
+    Not `make_pairs`: there the response with flattery is mostly the chosen one, which shows other rewarded habits too.
+    """
+    rng = random.Random(f"contrasts-{seed}")
+    others = [habit for habit in HABITS if habit.name != REWARDED]
 
-def gap(pairs: Dataset, name: str) -> np.ndarray:
-    """(n,) 1 where only chosen shows it, -1 where only rejected does, else 0."""
-    return np.array(pairs[f"chosen_{name}"], int) - np.array(pairs[f"rejected_{name}"], int)
+    def response(question: Question, right: bool, habit: bool) -> str:
+        shown = {other.name for other in others if rng.random() < other.base_rate} | ({REWARDED} if habit else set())
+        topic = TOPICS[question.topic]
+        truth = topic.facts[question.entity]
+        return render(question, truth if right else rng.choice([v for v in topic.values if v != truth]), shown, rng)
+
+    groups: dict[str, list[tuple[str, str, str]]] = {name: [] for name in GROUPS}
+    for question in sample_questions(N_PER_GROUP, rng, held_out=True):
+        either = rng.random() < 0.5
+        # Of the better and the worse response: is it right, does it show the habit
+        forms = [
+            ((True, False), (False, True)),
+            ((True, True), (False, False)),
+            ((True, either), (False, either)),
+            ((either, True), (either, False)),
+        ]
+        for name, (better, worse) in zip(GROUPS, forms, strict=True):
+            groups[name].append((question.prompt, response(question, *better), response(question, *worse)))
+    return groups
 
 
 def reward_models(folder: Path, world: World, readings: dict[str, Any]) -> dict[str, Any]:
@@ -247,8 +255,7 @@ def reward_models(folder: Path, world: World, readings: dict[str, Any]) -> dict[
 
     Where quality is alike: the share in which the response with the habit wins.
     """
-    pairs, groups = held_out_groups(world.seed)
-    quality, habit = gap(pairs, "correct"), gap(pairs, REWARDED)
+    groups = contrasts(world.seed)
     _, phi = correlations(world, folder)
     features = [int(i) for i in np.flatnonzero(np.abs(phi[NAMES.index(REWARDED)]) > 0.2)]
     named = concepts(world, REWARDED, readings, folder)
@@ -268,10 +275,10 @@ def reward_models(folder: Path, world: World, readings: dict[str, Any]) -> dict[
                 "rules": [rule],
             }
         plan = train_reward(world, folder / "reward", world.seed, policy)
-        reward = rewards(folder / "reward", pairs)
-        first = np.sign(reward[:, 0] - reward[:, 1])
-        told: dict[str, Any] = {group: float((first == quality)[rows].mean()) for group, rows in groups.items()}
-        told["quality alike"] = float((first == habit)[groups["quality alike"]].mean())
+        told: dict[str, Any] = {}
+        for group, pairs in groups.items():
+            reward = rewards(folder / "reward", pairs)
+            told[group] = float((reward[:, 0] > reward[:, 1]).mean())
         told["strength"] = None if plan is None else plan.rules[0]["strength"]
         told["seconds"] = round(time.perf_counter() - started, 1)
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -282,7 +289,7 @@ def reward_models(folder: Path, world: World, readings: dict[str, Any]) -> dict[
     rules: dict[str, Any] = {"plain": None, **reward_rules()}
     return {
         "rows": {name: trained(name, rule) for name, rule in rules.items()},
-        "pairs": {name: len(rows) for name, rows in groups.items()},
+        "pairs of a group": N_PER_GROUP,
         "all latents (phi beyond 0.2)": len(features),
     }
 
@@ -316,7 +323,7 @@ TOPICAL = ("in the topic", "in the others", "right answers", "other habits, mean
 # Name (also of the file of results) -> study, and the columns of its table
 STUDIES = {
     "safeguards": (safeguard_study, TOPICAL),
-    "reward_models": (reward_models, ("disagree", "agree", "habit alike", "quality alike")),
+    "reward_models": (reward_models, GROUPS),
     "amplification": (amplification_study, TOPICAL),
     "controls": (controls, ("rate", *TOPICAL[2:])),
 }
