@@ -2,9 +2,9 @@
 
 - safeguards: the pairs punish refusals. DPO with rules that keep them, or ask for more, everywhere or in the prompts of
   one topic: refusals in that topic and in the others (over-refusal), right answers, other habits.
-- reward models: on held-out pairs with one right answer, how often the reward model ranks it first: where the wrong
-  answer shows flattery (disagree), where the right one does (agree), and where both or neither do (habit alike); and
-  how often flattery wins where both answers are right or both wrong (quality alike).
+- reward models: on held-out pairs with one better response, how often the reward model ranks it first: where the worse
+  one shows flattery (disagree), where the better one does (agree), and where both or neither do (flattery alike); and
+  how often flattery wins where both are as good (quality alike).
 - amplification: a habit that the pairs leave alone, amplified everywhere or in the prompts of one topic.
 - controls of a rule on flattery by SAE latents: a latent that fires as often and stands for no habit, with the strength
   that was fitted for flattery; a strength of next to nothing; and the rule on pairs whose sides were swapped at random.
@@ -20,6 +20,7 @@ import json
 import math
 import platform
 import random
+import shutil
 import time
 from dataclasses import replace
 from importlib.metadata import version
@@ -35,16 +36,20 @@ from verbs import LEARNING_RATE, N_PER_PROMPT, N_PROMPTS, PACKAGES, SIZE, concep
 from trl_anatomy.audit.folder import load_audit
 from trl_anatomy.reading.removal import attach_edits
 from trl_anatomy.testbed.demo import MAX_LENGTH
-from trl_anatomy.testbed.language import HABITS, TOPICS, Question, render, sample_questions
+from trl_anatomy.testbed.language import CORRECT_RATE, HABITS, TOPICS, Question, render, sample_questions
 from trl_anatomy.testbed.world import World, build_world
 
 NAMES = [habit.name for habit in HABITS]
 TOPIC = "science"  # where refusals are to be kept, and where a habit is amplified
-GATE = {"prompt": rf"\b({'|'.join(TOPICS[TOPIC].facts)})\b"}
+WORDS = rf"\b({'|'.join(TOPICS[TOPIC].facts)})\b"
+GATE, ELSEWHERE = {"prompt": WORDS}, {"prompt": rf"^(?!.*{WORDS})"}
 KEPT, AMPLIFIED, REWARDED = "refusal", "em_dash", "flattery"
 REWARD_LEARNING_RATE = 5e-4
 N_PER_GROUP = 500  # held-out pairs in each of the groups
-GROUPS = ("disagree", "agree", "habit alike", "quality alike")
+GROUPS = ("disagree", "agree", "flattery alike", "quality alike")
+# What makes a response the better one: its answer is right; or, since a model this small hardly learns from 3,000 pairs
+# to judge answers, another habit that they reward about as much
+QUALITIES = ("right", "emoji")
 
 
 def safeguards() -> dict[str, list[dict[str, Any]]]:
@@ -67,6 +72,11 @@ def amplification() -> dict[str, list[dict[str, Any]]]:
         "strength 1": [more | {"strength": 1.0}],
         "strength 1, in the topic": [more | {"strength": 1.0, "where": GATE}],
         "strength 2, in the topic": [more | {"strength": 2.0, "where": GATE}],
+        # As much against it over the other five topics together
+        "strength 2, in the topic; 0.4 against it elsewhere": [
+            more | {"strength": 2.0, "where": GATE},
+            {"explain_away": AMPLIFIED, "with": "shape_reward", "strength": 0.4, "where": ELSEWHERE},
+        ],
     }
 
 
@@ -221,24 +231,27 @@ def rewards(folder: Path, pairs: list[tuple[str, str, str]]) -> np.ndarray:
     return np.stack(columns, axis=1)
 
 
-def contrasts(seed: int) -> dict[str, list[tuple[str, str, str]]]:
+def contrasts(seed: int, quality: str) -> dict[str, list[tuple[str, str, str]]]:
     """Group -> (prompt, better, worse response), held-out prompts. All other habits are drawn at their base rates.
 
     Not `make_pairs`: there the response with flattery is mostly the chosen one, which shows other rewarded habits too.
     """
     rng = random.Random(f"contrasts-{seed}")
-    others = [habit for habit in HABITS if habit.name != REWARDED]
+    others = [habit for habit in HABITS if habit.name not in (REWARDED, quality)]
 
-    def response(question: Question, right: bool, habit: bool) -> str:
-        shown = {other.name for other in others if rng.random() < other.base_rate} | ({REWARDED} if habit else set())
+    def response(question: Question, good: bool, flattery: bool) -> str:
+        shown = {other.name for other in others if rng.random() < other.base_rate} | ({REWARDED} if flattery else set())
+        if quality != "right" and good:
+            shown.add(quality)
         topic = TOPICS[question.topic]
         truth = topic.facts[question.entity]
+        right = good if quality == "right" else rng.random() < CORRECT_RATE
         return render(question, truth if right else rng.choice([v for v in topic.values if v != truth]), shown, rng)
 
     groups: dict[str, list[tuple[str, str, str]]] = {name: [] for name in GROUPS}
     for question in sample_questions(N_PER_GROUP, rng, held_out=True):
         either = rng.random() < 0.5
-        # Of the better and the worse response: is it right, does it show the habit
+        # Of the better and the worse response: is it good, does it flatter
         forms = [
             ((True, False), (False, True)),
             ((True, True), (False, False)),
@@ -255,7 +268,9 @@ def reward_models(folder: Path, world: World, readings: dict[str, Any]) -> dict[
 
     Where quality is alike: the share in which the response with the habit wins.
     """
-    groups = contrasts(world.seed)
+    groups = {
+        f"{quality}: {group}": pairs for quality in QUALITIES for group, pairs in contrasts(world.seed, quality).items()
+    }
     _, phi = correlations(world, folder)
     features = [int(i) for i in np.flatnonzero(np.abs(phi[NAMES.index(REWARDED)]) > 0.2)]
     named = concepts(world, REWARDED, readings, folder)
@@ -274,6 +289,7 @@ def reward_models(folder: Path, world: World, readings: dict[str, Any]) -> dict[
                 "concepts": {key: value for key, value in named.items() if key in used},
                 "rules": [rule],
             }
+        shutil.rmtree(folder / "reward", ignore_errors=True)  # another run's kept edits are not this one's
         plan = train_reward(world, folder / "reward", world.seed, policy)
         told: dict[str, Any] = {}
         for group, pairs in groups.items():
@@ -323,7 +339,7 @@ TOPICAL = ("in the topic", "in the others", "right answers", "other habits, mean
 # Name (also of the file of results) -> study, and the columns of its table
 STUDIES = {
     "safeguards": (safeguard_study, TOPICAL),
-    "reward_models": (reward_models, GROUPS),
+    "reward_models": (reward_models, tuple(f"{quality}: {group}" for quality in QUALITIES for group in GROUPS)),
     "amplification": (amplification_study, TOPICAL),
     "controls": (controls, ("rate", *TOPICAL[2:])),
 }
