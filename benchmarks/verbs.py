@@ -32,7 +32,7 @@ from trl_anatomy.checking.rates import off_target
 from trl_anatomy.checking.rollouts import rollouts
 from trl_anatomy.reading.fit import fit_concept, read_examples, read_hidden
 from trl_anatomy.testbed.demo import MAX_NEW_TOKENS, rates, train
-from trl_anatomy.testbed.language import HABITS, INSTRUCTIONS
+from trl_anatomy.testbed.language import HABITS, INSTRUCTIONS, TOPICS, question_of
 from trl_anatomy.testbed.sae import habit_latents
 from trl_anatomy.testbed.world import DEMO, World, build_world
 
@@ -135,14 +135,19 @@ def read(world: World, folder: Path) -> dict[str, Any]:
     return found
 
 
-def measure(model_path: Path, world: World) -> dict[str, float]:
-    """Rates of all habits, and of right values, in rollouts on held-out prompts."""
+def measure(model_path: Path, world: World) -> dict[str, Any]:
+    """Rates of all habits, and of right values, in rollouts on held-out prompts; and the same by topic."""
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(world.model_path)
     prompts = world.prompts[:N_PROMPTS]
     texts = rollouts(model, tokenizer, prompts, n_per_prompt=N_PER_PROMPT, max_new_tokens=MAX_NEW_TOKENS, seed=0)
-    flat = [prompt for prompt in prompts for _ in range(N_PER_PROMPT)]
-    return {name: rate.share for name, rate in rates(flat, [text for group in texts for text in group]).items()}
+    said = [(prompt, text) for prompt, group in zip(prompts, texts, strict=True) for text in group]
+
+    def shares(said: list[tuple[str, str]]) -> dict[str, float]:
+        return {name: rate.share for name, rate in rates(*zip(*said, strict=True)).items() if rate.n}
+
+    topics = {topic: shares([row for row in said if question_of(row[0]).topic == topic]) for topic in TOPICS}
+    return {"rates": shares(said), "topics": topics}
 
 
 def kept_file(folder: Path, learning_rate: float, name: str) -> Path:
@@ -160,7 +165,7 @@ def run(
     started = time.perf_counter()
     told: dict[str, Any] = {}
     if name == "start":
-        told["rates"] = measure(world.model_path, world)
+        told |= measure(world.model_path, world)
     else:
         try:
             plan = train(world, folder / "model", seed, learning_rate=learning_rate, concept_policy=policy)
@@ -168,7 +173,7 @@ def run(
             # A rule that cannot run on this world is a finding, with its reason; the next one still runs.
             told["refused"] = f"{type(error).__name__}: {str(error)[:300]}"
         else:
-            told["rates"] = measure(folder / "model", world)
+            told |= measure(folder / "model", world)
             told["plan"] = None if plan is None else plan.rules
     told["seconds"] = round(time.perf_counter() - started, 1)
     kept.parent.mkdir(parents=True, exist_ok=True)
