@@ -339,10 +339,13 @@ def test_a_kept_edit_in_training(tiny_model_dir: Path, tmp_path: Path) -> None:
 
 
 def test_unkept_edits_end_with_training_in_a_reward_model(tiny_model_dir: Path, tmp_path: Path) -> None:
+    keeping = policy(tmp_path / "kept", rule("v", "project_out", keep=True))
+    reward(tiny_model_dir, tmp_path, plain_rows(6), keeping).save_model(str(tmp_path / "final"))
+    assert (tmp_path / "final" / "anatomy_edits.json").exists()  # of a model that the next one takes the place of
     trainer = reward(tiny_model_dir, tmp_path, plain_rows(6), all_rules(tmp_path / "c"))
     trainer.train()
     trainer.save_model(str(tmp_path / "final"))
-    assert not (tmp_path / "final" / "anatomy_edits.json").exists()
+    assert not list((tmp_path / "final").glob("anatomy_edits*"))
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "final", dtype=torch.float64)
     assert torch.equal(scores(loaded), scores(trainer.model))
 

@@ -73,9 +73,13 @@ def save_edits(removals: Mapping[int, Removal], folder: str | Path) -> None:
     """Write `anatomy_edits.safetensors` and `anatomy_edits.json`, for `attach_edits`.
 
     Args:
-        removals: layer -> what is taken out there.
+        removals: layer -> what is taken out there; without any, the files of a model that was saved there before go.
         folder: an existing folder, that of the model.
     """
+    if not removals:
+        for name in (_TENSOR_FILE, _CARD_FILE):
+            (Path(folder) / name).unlink(missing_ok=True)
+        return
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
     for layer, removal in removals.items():

@@ -82,8 +82,8 @@ class AnatomyRewardTrainer(ShapedSeams, RewardTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self._hidden is not None and self._hidden.kept and self.args.should_save:
-            save_edits(self._hidden.kept, output_dir or self.args.output_dir)
+        if self.args.should_save:
+            save_edits({} if self._hidden is None else self._hidden.kept, output_dir or self.args.output_dir)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
