@@ -51,7 +51,10 @@ class Communities:
 
 
 def find_communities(harvest: "Harvest", config: AuditConfig) -> Communities:
-    """Communities of the responses: of both sides of the pairs, or of the one response that a row of SFT data has."""
+    """Communities of the responses: of both sides of the pairs, or of the one response that a row of SFT data has.
+
+    Source: method.md section 3a.
+    """
     spans = ("chosen",) if config.data_kind == "sft" else ("chosen", "rejected")
     every = fired_responses(harvest, config.tau, config.community_pairs, config.seed, spans=spans)
     fired = affordable(every, config.seed)

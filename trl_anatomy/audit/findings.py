@@ -19,7 +19,7 @@ class Findings:
 
     Attributes:
         hypotheses, concepts, pairs: the tables of the audit folder.
-        info: settings_used, notes, contexts, maps and counts of `audit.json`.
+        info: settings_used, notes, contexts and counts of `audit.json`; of pairs also maps and length.
         timings: seconds of each step.
     """
 
