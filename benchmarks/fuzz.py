@@ -14,6 +14,7 @@ import datetime
 import json
 import platform
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -111,9 +112,9 @@ def measure(target: str, minutes: float, findings: Path) -> dict[str, Any]:
             (corpus / f"seed-{number:04d}").write_bytes(data)
         command = [sys.executable, __file__, "--one", target, "--minutes", str(minutes)]
         command += ["--corpus", folder, "--findings", str(findings)]
-        start = time.monotonic()
+        start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        seconds = time.monotonic() - start
+        seconds, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
         text = done.stdout + done.stderr
         (findings / f"{target}.log").write_text(text)
         stats = dict(re.findall(r"stat::(\w+):\s+(\d+)", text))
@@ -124,6 +125,7 @@ def measure(target: str, minutes: float, findings: Path) -> dict[str, Any]:
         return {
             "executions": int(stats.get("number_of_executed_units", 0)),
             "seconds": round(seconds),
+            "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime),
             "edges": int(coverage[-1][0]) if coverage else 0,
             "findings": sorted(set(re.findall(r"FINDING (.*)", text))),
             "exit": done.returncode,  # not 0 where an input took too long, too much, or the process
