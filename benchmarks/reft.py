@@ -29,7 +29,7 @@ STRENGTHS = {"first and last 11": (0.0, 0.5, 1.0, 2.0), "every token": (1.0,)}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worlds", default="benchmark-worlds", help="folder that benchmarks/prediction.py wrote")
+    parser.add_argument("--worlds", default="benchmark-worlds", help="that benchmarks/studies/prediction.py wrote")
     parser.add_argument("--seed", type=int, default=0, help="world (default 0)")
     parser.add_argument("--results", default="benchmarks/results/reft.json")
     args = parser.parse_args()

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))
+ROOT = Path(__file__).parents[1]
+SHARED = "worlds.py"  # what the studies have in common
+BENCHMARKS = sorted(path for path in (ROOT / "benchmarks").rglob("*.py") if path.name != SHARED)
 
 
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
@@ -20,4 +22,4 @@ def test_a_benchmark_can_be_imported_and_says_what_it_does(path: Path, monkeypat
     monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
     assert callable(module.main)
-    assert f"benchmarks/{path.name}" in (module.__doc__ or "")
+    assert path.relative_to(ROOT).as_posix() in (module.__doc__ or "")

@@ -1,7 +1,7 @@
 """Shuffled labels: nothing may be found more often than the false discovery rate allows.
 
 The rate is meant to be 5 %. A hundred runs cannot tell 5 % from 8 %, so they are held to what a true rate of 5 %
-exceeds once in a hundred times; `benchmarks/null.py` counts many runs, and its result is the figure to quote.
+exceeds once in a hundred times; `benchmarks/studies/null.py` counts many runs, and its result is the figure to quote.
 """
 
 import numpy as np

@@ -1,14 +1,14 @@
 """Does `given` keep a policy from taking a sibling along? A concept that mixes two habits, with and without it.
 
-On worlds that `benchmarks/prediction.py` has built (start model, pairs, SAE, audit, plain DPO): the concept is the sum
-of the latents that tell flattery and emoji best, both rewarded by the pairs, and the policy explains it away with a
-fitted strength. With `given: [emoji]` it acts by what an emoji text rule leaves of that score.
+On worlds that `benchmarks/studies/prediction.py` has built (start model, pairs, SAE, audit, plain DPO): the concept is
+the sum of the latents that tell flattery and emoji best, both rewarded by the pairs, and the policy explains it away
+with a fitted strength. With `given: [emoji]` it acts by what an emoji text rule leaves of that score.
 
 Before training: the tilt (Bradley-Terry coefficient, fitted jointly by text rules) that the pairs still say about both
 habits once the offsets are in the margin. After training, unless `--plan_only`: on target is how far flattery comes
 back to the start model's rate, off target how far emoji moves from where plain DPO brings it.
 
-    python benchmarks/structured.py --worlds benchmark-worlds --seeds 3
+    python benchmarks/studies/structured.py --worlds benchmark-worlds --seeds 3
 """
 
 import argparse
@@ -110,7 +110,7 @@ def run(source: Path, seed: int, work: Path, plan_only: bool) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worlds", default="benchmark-worlds", help="folder that benchmarks/prediction.py wrote")
+    parser.add_argument("--worlds", default="benchmark-worlds", help="that benchmarks/studies/prediction.py wrote")
     parser.add_argument("--seeds", type=int, default=3, help="worlds, with seeds 0, 1, ... (default 3)")
     parser.add_argument("--plan_only", action="store_true", help="no training: only what the pairs still say")
     parser.add_argument("--results", default="benchmarks/results/structured.json")
@@ -122,7 +122,7 @@ def main() -> None:
             found[str(seed)] = run(Path(args.worlds) / str(seed), seed, Path(work), args.plan_only)
         print(seed, json.dumps(found[str(seed)]), flush=True)
         results = {
-            "command": f"python benchmarks/structured.py --seeds {args.seeds}" + " --plan_only" * args.plan_only,
+            "command": f"python benchmarks/studies/structured.py --seeds {args.seeds}{' --plan_only' * args.plan_only}",
             "date": datetime.date.today().isoformat(),
             "device": f"CPU ({platform.machine()}), one thread",
             "python": platform.python_version(),

@@ -10,7 +10,7 @@ Welch's error alone is recorded beside it.
 
 Each share should be 5 %, up to chance.
 
-    python benchmarks/null.py --runs 2000
+    python benchmarks/studies/null.py --runs 2000
 """
 
 import argparse
@@ -25,7 +25,7 @@ import numpy as np
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the synthetic world of the tests, known truth included
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))  # the synthetic world of the tests, known truth included
 from audit_world import D_SAE, make_world
 from test_null import COMMUNITIES, CONFIG
 from test_region_view import sft_world
@@ -77,7 +77,7 @@ def main() -> None:
         shares[name] |= {"ci_low": float(interval.low), "ci_high": float(interval.high)}
         print(f"{name}: {count} of {args.runs} runs, {count / args.runs:.1%} [{interval.low:.1%}, {interval.high:.1%}]")
     results = {
-        "command": f"python benchmarks/null.py --runs {args.runs} --pairs {args.pairs}",
+        "command": f"python benchmarks/studies/null.py --runs {args.runs} --pairs {args.pairs}",
         "date": datetime.date.today().isoformat(),
         "seeds": [10_000, 10_000 + args.runs - 1],
         "python": platform.python_version(),

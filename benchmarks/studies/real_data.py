@@ -7,7 +7,7 @@ with the habit within dataset and side. So neither match nor sign can come from 
 
 The data stay outside the repository (TRL_ANATOMY_SHARED, or ../shared); results hold numbers and names of habits only.
 
-    python benchmarks/real_data.py
+    python benchmarks/studies/real_data.py
 """
 
 import argparse
@@ -330,7 +330,7 @@ def main() -> None:
     parser.add_argument("--out", default="benchmark-real", help="folder for SAE and audits; finished parts are kept")
     parser.add_argument("--results", default="benchmarks/results/real_data.json")
     args = parser.parse_args()
-    shared = Path(os.environ.get("TRL_ANATOMY_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+    shared = Path(os.environ.get("TRL_ANATOMY_SHARED", Path(__file__).resolve().parents[3] / "shared"))
     if not (shared / "data").is_dir():
         raise SystemExit(
             f"{shared}: no real data there; set TRL_ANATOMY_SHARED to the folder that holds data/ and models/"
@@ -380,7 +380,7 @@ def main() -> None:
                 "habits": rows,
             }
     results = {
-        "command": "python benchmarks/real_data.py",
+        "command": "python benchmarks/studies/real_data.py",
         "date": datetime.date.today().isoformat(),
         "device": f"CPU ({platform.machine()}), one thread",
         "python": platform.python_version(),

@@ -7,7 +7,7 @@ rollouts allows, the same for random clusters of the same sizes, and baselines. 
 says of the concept that stands for it: rewarded and punished ones should be reported with their sign, neutral ones not,
 and those of one topic in prompts of that topic.
 
-    python benchmarks/prediction.py --seeds 5
+    python benchmarks/studies/prediction.py --seeds 5
 """
 
 import argparse
@@ -394,7 +394,7 @@ def main() -> None:
         }
         assert len(found[str(seed)]["rows"]) == len(HABITS) + 1
         results = {
-            "command": f"python benchmarks/prediction.py --seeds {args.seeds}",
+            "command": f"python benchmarks/studies/prediction.py --seeds {args.seeds}",
             "date": datetime.date.today().isoformat(),
             "device": f"CPU ({platform.machine()}), one thread",
             "python": platform.python_version(),

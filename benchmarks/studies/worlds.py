@@ -1,0 +1,268 @@
+"""What the studies share: worlds, their readings, training with a policy, rates of habits, and the file of results.
+
+A world of the studies has a start model that also obeys instructions (`asking`), and is trained with a gentler learning
+rate than the demo's, which moves habits by about a third more than the pairs say: a strength fitted on the pairs takes
+out what they say. Worlds, readings and finished runs are kept in `--out`, one small JSON a run, so that an interrupted
+study goes on where it was, and the studies share what is the same (the start model, plain DPO).
+"""
+
+import argparse
+import datetime
+import json
+import math
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_anatomy.audit.folder import load_audit
+from trl_anatomy.checking.rollouts import rollouts
+from trl_anatomy.reading.fit import fit_concept, read_examples, read_hidden
+from trl_anatomy.testbed.demo import MAX_NEW_TOKENS, rates, train
+from trl_anatomy.testbed.language import HABITS, INSTRUCTIONS, TOPICS, question_of
+from trl_anatomy.testbed.sae import habit_latents
+from trl_anatomy.testbed.world import DEMO, World, build_world
+
+PACKAGES = ("trl", "transformers", "torch", "sae-lens", "numpy", "scipy", "scikit-learn", "scikit-network")
+RESULTS = Path(__file__).parents[1] / "results"
+SIZE = replace(DEMO, asking=0.15)
+NAMES = [habit.name for habit in HABITS]
+TARGETS = tuple(INSTRUCTIONS)  # three rewarded habits, which plain DPO raises by far more than 20 points
+N_PROMPTS, N_PER_PROMPT = 500, 3
+LEARNING_RATE = 2e-4
+TOPIC = "science"  # where a gate opens
+WORDS = rf"\b({'|'.join(TOPICS[TOPIC].facts)})\b"
+GATE, ELSEWHERE = {"prompt": WORDS}, {"prompt": rf"^(?!.*{WORDS})"}
+TOPICAL = ("in the topic", "in the others", "right answers", "other habits, mean absolute change")  # columns of a table
+# Of a difference of two rates, at most
+STANDARD_ERROR = {
+    "all responses": math.sqrt(0.5 / (N_PROMPTS * N_PER_PROMPT)),
+    "responses in the topic": math.sqrt(0.5 * len(TOPICS) / (N_PROMPTS * N_PER_PROMPT)),
+}
+
+
+def concepts(world: World, habit: str, readings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """All habits by text rule, and the target by its latents and by a difference of means."""
+    return {
+        **{h.name: {"scorer": "text", "pattern": h.pattern} for h in HABITS},
+        f"{habit}_latents": {
+            "scorer": "features",
+            "features": readings[habit]["features"],
+            "sae": {"path": str(world.sae_path)},
+            "layer": world.layer,
+        },
+        f"{habit}_direction": {"scorer": "direction", "path": str(folder / f"direction-{habit}")},
+    }
+
+
+def prepared(folder: Path, seed: int) -> tuple[World, dict[str, Any]]:
+    """World, and readings of its concepts, made where they are not there yet."""
+    world = build_world(folder / "world", SIZE, seed)
+    readings = folder / "readings.json"
+    if not readings.is_file():
+        readings.write_text(json.dumps(read(world, folder)))
+    return world, json.loads(readings.read_text())
+
+
+def read(world: World, folder: Path) -> dict[str, Any]:
+    """Per target: its best latents over the pairs' responses, and a stored direction with the gap of its classes."""
+    from scipy.sparse import csr_array, vstack
+
+    from trl_anatomy.audit.config import AuditConfig
+    from trl_anatomy.audit.run import run_audit
+
+    config = AuditConfig(
+        model=str(world.model_path), dataset=None, sae=str(world.sae_path), out=str(folder / "audit"), max_length=128
+    )
+    dataset = world.dataset.select_columns(["prompt", "chosen", "rejected"])
+    audit = run_audit(config, dataset=dataset, progress=False)
+    data = world.dataset.select(audit.harvest.rows.tolist())
+    sides = ("chosen", "rejected")
+    fired = csr_array(vstack([audit.harvest.maximum(side) > 0 for side in sides]))
+    shows = {habit: np.concatenate([np.array(data[f"{side}_{habit}"]) for side in sides]) for habit in TARGETS}
+    model = AutoModelForCausalLM.from_pretrained(world.model_path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(world.model_path)
+    rows = Dataset.from_dict(
+        {
+            "prompt": list(data["prompt"]) * 2,
+            "response": [text for side in sides for text in data[side]],
+            "label": [0] * len(data) * 2,
+        }
+    )
+    hidden = None
+    found = {}
+    for habit, latent in habit_latents(fired, shows).items():
+        labelled = rows.remove_columns("label").add_column("label", shows[habit].astype(int).tolist())
+        examples = read_examples(labelled, tokenizer, max_length=128)
+        hidden = hidden or read_hidden(model, examples, [world.layer], progress=False)
+        scorer = fit_concept(
+            model, examples, scorer="direction", layers=[world.layer], read=hidden, progress=False
+        ).scorer
+        scorer.save(folder / f"direction-{habit}")
+        # What one unit of steering is: the difference of the classes' mean projections
+        states, bounds = hidden
+        projection = states[world.layer].double().numpy() @ scorer.tensors["direction"].double().numpy()
+        mean = np.add.reduceat(projection, bounds[:-1]) / np.diff(bounds)
+        gap = mean[shows[habit].astype(bool)].mean() - mean[~shows[habit].astype(bool)].mean()
+        found[habit] = {"features": [latent.feature], "phi": latent.phi, "gap": float(gap)}
+    return found
+
+
+def measure(model_path: Path, world: World) -> dict[str, Any]:
+    """Rates of all habits, and of right values, in rollouts on held-out prompts; and the same by topic."""
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(world.model_path)
+    prompts = world.prompts[:N_PROMPTS]
+    texts = rollouts(model, tokenizer, prompts, n_per_prompt=N_PER_PROMPT, max_new_tokens=MAX_NEW_TOKENS, seed=0)
+    said = [(prompt, text) for prompt, group in zip(prompts, texts, strict=True) for text in group]
+
+    def shares(said: list[tuple[str, str]]) -> dict[str, float]:
+        return {name: rate.share for name, rate in rates(*zip(*said, strict=True)).items() if rate.n}
+
+    topics = {topic: shares([row for row in said if question_of(row[0]).topic == topic]) for topic in TOPICS}
+    return {"rates": shares(said), "topics": topics}
+
+
+def kept_file(folder: Path, learning_rate: float, name: str) -> Path:
+    """Where the figures of a run are kept."""
+    return folder / f"runs-{learning_rate:g}" / f"{''.join(c if c.isalnum() else '-' for c in name)}.json"
+
+
+def run(
+    folder: Path, name: str, world: World, seed: int, learning_rate: float, policy: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Train (unless `policy` is the start model's empty dict), measure, and keep the figures."""
+    kept = kept_file(folder, learning_rate, name)
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    started = time.perf_counter()
+    told: dict[str, Any] = {}
+    if name == "start":
+        told |= measure(world.model_path, world)
+    else:
+        try:
+            plan = train(world, folder / "model", seed, learning_rate=learning_rate, concept_policy=policy)
+        except Exception as error:
+            # A rule that cannot run on this world is a finding, with its reason; the next one still runs.
+            told["refused"] = f"{type(error).__name__}: {str(error)[:300]}"
+        else:
+            told |= measure(folder / "model", world)
+            told["plan"] = None if plan is None else plan.rules
+    told["seconds"] = round(time.perf_counter() - started, 1)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(told, default=float))
+    print(f"{name}: {told['seconds']} s {told.get('refused', '')}", flush=True)
+    return told
+
+
+def start_and_dpo(folder: Path, world: World) -> list[dict[str, Any]]:
+    return [run(folder, name, world, world.seed, LEARNING_RATE, None) for name in ("start", "plain DPO")]
+
+
+def of_text(
+    kind: str, habit: str, rules: dict[str, list[dict[str, Any]]], folder: Path, world: World
+) -> dict[str, Any]:
+    """A study whose rules act on one habit by its text rule."""
+    start, dpo = start_and_dpo(folder, world)
+    told = {"start": start, "plain DPO": dpo}
+    pattern = next(h.pattern for h in HABITS if h.name == habit)
+    for name, rule in rules.items():
+        policy = {"version": 1, "concepts": {habit: {"scorer": "text", "pattern": pattern}}, "rules": rule}
+        told[name] = run(folder, f"{kind}: {name}", world, world.seed, LEARNING_RATE, policy)
+    return {"rows": {name: row(habit, one, dpo) for name, one in told.items()}}
+
+
+def row(habit: str, told: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """What is recorded of a trained model; `base` is the model that the other habits are compared with."""
+    now, was = told["rates"], base["rates"]
+    change = {name: now[name] - was[name] for name in NAMES if name != habit}
+    largest = max(change, key=lambda name: abs(change[name]))
+    return {
+        "rate": now[habit],
+        **(by_topic(told, habit) if "topics" in told else {}),
+        "right answers": now["correct"],
+        "other habits, mean absolute change": float(np.mean(np.abs(list(change.values())))),
+        "other habits, largest change": [largest, change[largest]],
+        "strength": told["plan"][0]["strength"] if told.get("plan") else None,
+    }
+
+
+def by_topic(told: dict[str, Any], habit: str) -> dict[str, float]:
+    """Rate of a habit in the topic, and its mean over the other topics."""
+    rates = {topic: shares[habit] for topic, shares in told["topics"].items()}
+    inside = rates.pop(TOPIC)
+    return {"in the topic": inside, "in the others": float(np.mean(list(rates.values())))}
+
+
+def correlations(world: World, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(d_sae,) share of the pairs' responses that a latent fires in; (habits + 1, d_sae) its phi with what they show.
+
+    The last row of phi is that with right answers. 0 where a latent always or never fires.
+    """
+    harvest = load_audit(folder / "audit").harvest
+    data = world.dataset.select(harvest.rows.tolist())
+    sides = ("chosen", "rejected")
+    fired = np.concatenate([(harvest.maximum(side) > 0).toarray() for side in sides]).astype(np.float64)
+    shown = np.stack([np.concatenate([data[f"{side}_{name}"] for side in sides]) for name in [*NAMES, "correct"]])
+    shown = shown - shown.mean(1, keepdims=True)
+    spread = np.sqrt((shown**2).mean(1))[:, None] * fired.std(0)
+    phi = np.divide(shown @ fired / fired.shape[0], spread, out=np.zeros_like(spread), where=spread > 0)
+    return fired.mean(0), phi
+
+
+def no_habit(rate: np.ndarray, phi: np.ndarray, target: int) -> int:
+    """The latent that fires most nearly as often as `target` among those whose phi with everything is below 0.1."""
+    distance = np.where(np.abs(phi).max(0) < 0.1, np.abs(rate - rate[target]), np.inf)
+    return int(distance.argmin())
+
+
+def made_by(command: str) -> dict[str, Any]:
+    """What every file of results begins with."""
+    return {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "device": f"CPU ({platform.machine()}), one thread",
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+
+
+def save(file: Path, results: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results, indent=1, default=float) + "\n", encoding="utf-8")
+
+
+def study(
+    name: str, about: str | None, of: Callable[[Path, World, dict[str, Any]], dict[str, Any]], columns: tuple[str, ...]
+) -> None:
+    """The command line of a study: `of` (folder, world, readings) for each seed, saved, and printed as a table."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--out", default="benchmark-studies", help="folder for worlds and runs; finished ones are kept")
+    parser.add_argument("--results", type=Path, default=RESULTS / f"{name}.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    found: dict[str, dict[str, Any]] = {}
+    for seed in args.seeds:
+        folder = Path(args.out) / str(seed)
+        found[str(seed)] = of(folder, *prepared(folder, seed))
+        made = made_by(f"python benchmarks/studies/{name}.py --seeds {' '.join(found)}")
+        save(args.results, made | {"standard error of a difference, at most": STANDARD_ERROR, "seeds": found})
+    print(markdown(name, columns, [one["rows"] for one in found.values()]), flush=True)
+
+
+def markdown(name: str, columns: tuple[str, ...], worlds: list[dict[str, Any]]) -> str:
+    """The table of benchmarks/README.md; a cell holds the figures of all worlds."""
+    lines = [f"| {name} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for row in worlds[0]:
+        cells = (", ".join(f"{100 * world[row][column]:.1f}" for world in worlds) for column in columns)
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
