@@ -1,0 +1,235 @@
+"""The page of plots of all studies on record, and the README's picture and tables.
+
+Reads the files of results and writes `benchmarks/results/studies.html` (plots within, no script), `docs/studies.svg`
+and, between its marks in README.md, the table of verbs; measures nothing. A test holds the README to the files.
+
+    python benchmarks/studies/page.py
+"""
+
+import argparse
+import base64
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PICTURE = ROOT / "docs" / "studies.svg"
+ROLES = {"rewarded": "#c2410c", "punished": "#1d4ed8", "neutral": "#6b7280", "of one topic": "#15803d"}
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Studies</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 980px; margin: 2em auto; padding: 0 1em }}
+body {{ color: #111; background: #fff }}
+img {{ max-width: 100% }} p.made {{ color: #555; font-size: 13px }}
+</style></head><body><h1>Studies</h1>
+<p>What the software can and cannot do, on cases with known truth. Each figure names the file of results that it shows
+and the command that made it; what the studies are, and tables: <a href="../README.md">benchmarks</a>; what fails and
+why: <a href="../../docs/limits.md">limits</a>. Drawn by <code>python benchmarks/studies/page.py</code>.</p>
+{body}
+</body></html>
+"""
+
+
+def scatter(axes: Axes, told: Any, seen: Any, **style: Any) -> None:
+    """Predicted against observed, with the line on which both are one."""
+    axes.scatter(told, seen, linewidths=0, **style)
+    axes.axline((0, 0), slope=1, color="#9ca3af", linewidth=0.8, zorder=0)
+    axes.axhline(0, color="#e5e7eb", linewidth=0.8, zorder=0)
+    axes.axvline(0, color="#e5e7eb", linewidth=0.8, zorder=0)
+
+
+def role_of(row: dict[str, Any]) -> str:
+    return "of one topic" if row["role"].startswith("in ") else row["role"]
+
+
+def predicted_habits(axes: Axes, found: dict[str, Any]) -> None:
+    """Planted habits of all worlds: shift of the best latent in the pairs, shift of the rate under plain DPO."""
+    for role, colour in ROLES.items():
+        rows = [row for seed in found["seeds"].values() for row in seed["rows"] if role_of(row) == role]
+        told = [100 * row["predicted"] for row in rows]
+        seen = [100 * (row["dpo"] - row["start"]) for row in rows]
+        scatter(axes, told, seen, color=colour, s=22, label=f"{role} ({len(rows)})")
+    axes.set_xlabel("the audit, before training: points, chosen − rejected")
+    axes.set_ylabel("plain DPO: points, after − before")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def recoveries(found: dict[str, Any]) -> dict[str, list[float]]:
+    """Rule -> recovery of every habit and world, the best rule (nearest to 1) last."""
+    rules: dict[str, list[float]] = {}
+    for seed in found["seeds"].values():
+        for rule, of in seed["rules"].items():
+            rules.setdefault(rule, []).extend(one["recovery"] for one in of.values() if "recovery" in one)
+    whole = max(map(len, rules.values()))
+    return dict(
+        sorted(
+            ((rule, values) for rule, values in rules.items() if 2 * len(values) >= whole),
+            key=lambda item: -abs(float(np.median(item[1])) - 1),
+        )
+    )
+
+
+def verbs(axes: Axes, found: dict[str, Any]) -> None:
+    """Recovery of each habit and world under each rule."""
+    rules = recoveries(found)
+    for y, values in enumerate(rules.values()):
+        axes.plot(values, [y] * len(values), "o", color="#c2410c", markersize=4, alpha=0.5, markeredgewidth=0)
+        axes.plot([float(np.median(values))], [y], "|", color="black", markersize=12)
+    axes.set_yticks(range(len(rules)), list(rules), fontsize=8)
+    axes.axvline(0, color="#9ca3af", linewidth=0.8, zorder=0)
+    axes.axvline(1, color="#15803d", linewidth=0.8, linestyle="--", zorder=0)
+    axes.set_xlabel("recovery: 0 plain DPO's rate, 1 the start model's")
+
+
+@contextmanager
+def drawn(width: float, height: float, columns: int = 1, **ratios: Any) -> Iterator[tuple[Figure, Any]]:
+    """A figure and its axes. Texts stay texts, and the same results give the same bytes."""
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "studies", "font.family": "sans-serif", "font.size": 9}
+    with matplotlib.rc_context(settings | {"axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.subplots(1, columns, **ratios)
+
+
+def svg(figure: Figure) -> str:
+    sink = io.StringIO()
+    figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None})
+    return "\n".join(line.rstrip() for line in sink.getvalue().splitlines()) + "\n"
+
+
+def prediction_figure(found: dict[str, Any]) -> str:
+    with drawn(9, 4.2, 2) as (figure, (left, right)):
+        predicted_habits(left, found)
+        left.set_title("planted habits")
+        names = {
+            "mean disparity": "mean disparity",
+            "start model tilted by the fitted reward": "start model, tilted",
+            "length-adjusted disparity": "length-adjusted",
+            "random clusters of the same sizes": "random clusters",
+            "ceiling by the noise of the rollouts": "ceiling by noise",
+            "baseline: correlation with the longer response": "baseline: length",
+            "baseline: how often the concept fires": "baseline: frequency",
+        }
+        for y, name in enumerate(names):
+            values = [seed["concepts"][name] for seed in found["seeds"].values()]
+            right.plot(values, [y] * len(values), "o", color="#c2410c", markersize=4, alpha=0.6, markeredgewidth=0)
+        right.set_yticks(range(len(names)), list(names.values()))
+        right.set_xlim(-0.03, 1.03)
+        right.set_xlabel("R² with the observed shift of the audit's concepts, a dot a world")
+        return svg(figure)
+
+
+def verbs_figure(found: dict[str, Any]) -> str:
+    with drawn(9, 0.28 * len(recoveries(found)) + 1) as (figure, axes):
+        verbs(axes, found)
+        return svg(figure)
+
+
+def picture() -> str:
+    """The README's: what was predicted and seen, and what the verbs take out."""
+    with drawn(9.5, 3.8, 2, width_ratios=[1, 1.1]) as (figure, (left, right)):
+        predicted_habits(left, read("prediction"))
+        left.set_title("what the data will teach, five worlds", loc="left", fontsize=10)
+        verbs(right, read("verbs"))
+        right.set_title("what each verb keeps out", loc="left", fontsize=10)
+        return svg(figure)
+
+
+# Title, name of the file of results, what is seen, figure
+FIGURES: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
+    (
+        "Predicted against observed",
+        "prediction",
+        "Left: each planted habit, the shift of its best latent between chosen and rejected against the shift that DPO "
+        "makes in its rate by text rule. Right: how well predictions of all concepts hold.",
+        prediction_figure,
+    ),
+    (
+        "Verbs",
+        "verbs",
+        "A dot is one habit of one world; the bar is the median. Rules nearest to 1 are on top.",
+        verbs_figure,
+    ),
+)
+
+
+def read(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def page() -> str:
+    parts = []
+    for title, name, caption, figure in FIGURES:
+        found = read(name)
+        image = base64.b64encode(figure(found).encode()).decode()
+        made = f"{found['command']} · {name}.json · {found['date']} · {found['device']}"
+        parts.append(
+            f"<h2>{escape(title)}</h2><p>{escape(caption)}</p>"
+            f'<img alt="{escape(title)}" src="data:image/svg+xml;base64,{image}">'
+            f'<p class="made">{escape(made)}</p>'
+        )
+    return PAGE.format(body="\n".join(parts))
+
+
+# The README's table: rule of the study -> how the README calls it
+SHOWN = {
+    "shape_reward, text rule, auto": "`shape_reward`, strength fitted on the pairs",
+    "mask_tokens, decision tokens": "`mask_tokens` where the habit is decided",
+    "residualize, instruction, auto": "`residualize` by an instruction",
+    "reweight_pairs, balanced, others held": "`reweight_pairs`, balanced",
+    "inoculate, both sides": "`inoculate`",
+    "filter_pairs, all that favour chosen": "`filter_pairs`, all pairs that favour it",
+    "steer, rejected": "`steer` at one layer",
+    "project_out, hidden states": "`project_out` at one layer",
+    "ablate_features": "`ablate_features` at one layer",
+}
+
+
+def signed(value: float) -> str:
+    """A difference with its sign, minus as a minus."""
+    return f"{value:+.1f}".replace("-", "−")
+
+
+def verbs_table() -> str:
+    """The README's table of verbs."""
+    lines = [
+        "| rule | recovery: 1 is the start model's rate, 0 plain DPO's; median (range) | right answers, change |",
+        "|---|---|---|",
+    ]
+    summary = read("verbs")["summary"]
+    for rule, name in SHOWN.items():
+        of = summary[rule]
+        median, low, high = (
+            f"{of[f'recovery, {which}']:.2f}".replace("-", "−") for which in ("median", "smallest", "largest")
+        )
+        lines.append(f"| {name} | {median} ({low} to {high}) | {signed(100 * of['quality, change'])} points |")
+    return "\n".join(lines)
+
+
+def readme(text: str) -> str:
+    """The README with its table as the results have it."""
+    marks = r"(<!-- verbs -->\n).*?(\n<!-- end -->)"
+    assert re.search(marks, text, re.DOTALL), "README.md has lost the marks of its table"
+    return re.sub(marks, lambda found: found[1] + verbs_table() + found[2], text, flags=re.DOTALL)
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    (RESULTS / "studies.html").write_text(page(), encoding="utf-8")
+    PICTURE.write_text(picture(), encoding="utf-8")
+    file = ROOT / "README.md"
+    file.write_text(readme(file.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
