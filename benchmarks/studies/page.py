@@ -124,13 +124,46 @@ def prediction_figure(found: dict[str, Any]) -> str:
             right.plot(values, [y] * len(values), "o", color="#c2410c", markersize=4, alpha=0.6, markeredgewidth=0)
         right.set_yticks(range(len(names)), list(names.values()))
         right.set_xlim(-0.03, 1.03)
-        right.set_xlabel("R² with the observed shift of the audit's concepts, a dot a world")
+        right.set_xlabel("R² over the audit's concepts; a dot a world")
         return svg(figure)
 
 
 def verbs_figure(found: dict[str, Any]) -> str:
     with drawn(9, 0.28 * len(recoveries(found)) + 1) as (figure, axes):
         verbs(axes, found)
+        return svg(figure)
+
+
+def real_data_figure(found: dict[str, Any]) -> str:
+    """Regular expressions against the audit, for each habit of each set that a concept stands for."""
+    verdicts = {"shows up": "#15803d", "quiet, as its counts are": "#6b7280", "missed": "#eab308"}
+    verdicts |= {"opposite sign": "#b91c1c", "reported, though its counts do not differ": "#7c3aed"}
+    with drawn(6.5, 4.4) as (figure, axes):
+        rows = [row for dataset in found["datasets"]["default"].values() for row in dataset["habits"]]
+        for verdict, colour in verdicts.items():
+            of = [row for row in rows if row["verdict"] == verdict]
+            told, seen = [100 * row["difference"] for row in of], [100 * row["predicted"] for row in of]
+            axes.scatter(told, seen, color=colour, s=22, linewidths=0, label=f"{verdict} ({len(of)})")
+        axes.axhline(0, color="#e5e7eb", linewidth=0.8, zorder=0)
+        axes.axvline(0, color="#e5e7eb", linewidth=0.8, zorder=0)
+        axes.set_xlabel("counted: points, chosen − rejected")
+        axes.set_ylabel("the audit's concept: points")
+        axes.legend(frameon=False, fontsize=8, loc="upper left")
+        return svg(figure)
+
+
+def null_figure(found: dict[str, Any]) -> str:
+    """How often anything is reported where there is nothing."""
+    with drawn(7, 2.2) as (figure, axes):
+        shares = found["shares"]
+        for y, of in enumerate(shares.values()):
+            axes.plot([100 * of["ci_low"], 100 * of["ci_high"]], [y, y], color="#c2410c")
+            axes.plot([100 * of["share"]], [y], "o", color="#c2410c", markersize=4)
+        axes.axvline(5, color="#15803d", linewidth=0.8, linestyle="--")
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xticks([0, 1, 5, 100], ["0", "1", "5", "100"])
+        axes.set_yticks(range(len(shares)), list(shares))
+        axes.set_xlabel("percent of runs, 95 % interval; dashed: nominal")
         return svg(figure)
 
 
@@ -159,6 +192,19 @@ FIGURES: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
         "A dot is one habit of one world; the bar is the median. Rules nearest to 1 are on top.",
         verbs_figure,
     ),
+    (
+        "The audit of real data",
+        "real_data",
+        "Habits of eight sets of real pairs: the difference of their counts by regular expression, and the shift of "
+        "the concept that stands for them.",
+        real_data_figure,
+    ),
+    (
+        "Where there is nothing to find",
+        "null",
+        "Share of runs that report anything on pairs with shuffled sides, and of contexts drawn at random.",
+        null_figure,
+    ),
 )
 
 
@@ -172,7 +218,7 @@ def page() -> str:
     for title, name, caption, figure in FIGURES:
         found = read(name)
         image = base64.b64encode(figure(found).encode()).decode()
-        made = f"{found['command']} · {name}.json · {found['date']} · {found['device']}"
+        made = f"{found['command']} · {name}.json · {found['date']} · {found.get('device', 'CPU')}"
         parts.append(
             f"<h2>{escape(title)}</h2><p>{escape(caption)}</p>"
             f'<img alt="{escape(title)}" src="data:image/svg+xml;base64,{image}">'
