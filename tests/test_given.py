@@ -1,6 +1,6 @@
 """Structured concepts: residuals against closed forms, what a policy may say, and what training then leaves alone."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from trl_anatomy.shaping.given import residualised
 from trl_anatomy.shaping.located import PolicyError
 from trl_anatomy.shaping.plan import plan_policy
 from trl_anatomy.shaping.policy import ConceptPolicy
+from trl_anatomy.shaping.settle import begin_policy
 
 NAMES = ("child", "parent", "sibling")
 
@@ -115,16 +116,17 @@ def make_pairs_of(n: int) -> Any:
     return make_pairs(raw, np.arange(n))
 
 
-def test_a_verb_that_does_not_act_on_scores_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from trl_anatomy.shaping.interventions.shape_reward import ShapeReward
-
-    class Elsewhere(ShapeReward):
-        stage: ClassVar[str] = "hidden states"
-
-    policy = made(child=["parent"])
-    changed = ConceptPolicy(policy.concepts, (Elsewhere("child", "explain_away"),), places=policy.places)
-    with pytest.raises(AnatomyError, match=r"rules\[0\].with: found shape_reward, but 'child' has given"):
-        residualised(changed, correlated())
+@pytest.mark.parametrize("rule", [{"with": "steer", "strength": 1.0}, {"with": "mask_tokens"}])
+def test_a_verb_that_does_not_act_on_scores_is_refused_before_any_score_is_read(rule: dict[str, Any]) -> None:
+    direction = {"scorer": "direction", "path": "nowhere", "given": ["parent"]}
+    policy = ConceptPolicy.load(
+        {
+            "concepts": {"child": direction, "parent": {"scorer": "text", "pattern": "a"}},
+            "rules": [{"explain_away": "child", **rule}],
+        }
+    )
+    with pytest.raises(AnatomyError, match=r"rules\[0\].with: found \w+, but 'child' has given"):
+        begin_policy(policy, make_pairs_of(3), lambda: pytest.fail("the model was asked for"))
 
 
 def test_policies_are_told_what_given_may_be() -> None:

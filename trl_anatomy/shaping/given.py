@@ -15,6 +15,18 @@ _ON_SCORES = ("rows", "weight", "margin")  # stages that read a response's score
 _NOTHING_LEFT = 1e-6  # of a concept's standard deviation: what rounding leaves of a linear function
 
 
+def check_given(policy: ConceptPolicy) -> None:
+    """Raise PolicyError for a rule on a concept with `given` whose verb does not act on scores."""
+    problems = [
+        f"{policy.place(f'rules[{i}].with')}: found {rule.verb}, but {rule.concept!r} has given, which changes "
+        "scores only, allowed: a verb that acts on scores of responses."
+        for i, rule in enumerate(policy.rules)
+        if rule.concept in _structured(policy) and rule.stage not in _ON_SCORES
+    ]
+    if problems:
+        raise PolicyError(problems)
+
+
 def residualised(policy: ConceptPolicy, scores: "Scores") -> "Scores":
     """The scores that the rules act on.
 
@@ -31,20 +43,12 @@ def residualised(policy: ConceptPolicy, scores: "Scores") -> "Scores":
         Scores of the same names; those without `given` are untouched.
 
     Raises:
-        PolicyError: a concept that is a linear function of those it is given, or a rule on one whose verb does not act
-            on scores.
+        PolicyError: a concept that is a linear function of those it is given.
 
     Source: method.md section 12.
     """
-    structured = {name: spec.given for name, spec in policy.used.items() if spec.given}
-    problems = [
-        f"{policy.place(f'rules[{i}].with')}: found {rule.verb}, but {rule.concept!r} has given, which changes "
-        "scores only, allowed: a verb that acts on scores of responses."
-        for i, rule in enumerate(policy.rules)
-        if rule.concept in structured and rule.stage not in _ON_SCORES
-    ]
-    chosen, rejected = dict(scores.chosen), dict(scores.rejected)
-    for name, others in structured.items():
+    chosen, rejected, problems = dict(scores.chosen), dict(scores.rejected), []
+    for name, others in _structured(policy).items():
         both = np.concatenate([scores.chosen[name], scores.rejected[name]])
         design = np.stack([np.concatenate([scores.chosen[other], scores.rejected[other]]) for other in others], axis=1)
         centred = design - design.mean(axis=0)
@@ -62,3 +66,7 @@ def residualised(policy: ConceptPolicy, scores: "Scores") -> "Scores":
     if problems:
         raise PolicyError(problems)
     return replace(scores, chosen=chosen, rejected=rejected)
+
+
+def _structured(policy: ConceptPolicy) -> dict[str, tuple[str, ...]]:
+    return {name: spec.given for name, spec in policy.used.items() if spec.given}

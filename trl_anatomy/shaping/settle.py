@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .given import residualised
+from .given import check_given, residualised
 from .hidden import acted_on_unscored, resolve_hidden
 from .interventions import Inoculate, Intervention, MaskTokens, Residualize
 from .plan import PolicyPlan, plan_policy, rule_gates
@@ -85,6 +85,7 @@ def begin_policy(
     cache_dir: Path | None = None,
 ) -> Begun:
     """Resolve what a policy names; arguments and errors as `settle_policy`."""
+    check_given(policy)
     gates = rule_gates(policy, pairs, audit)
     # An edit was fitted to one model's weights, and with others it would be no more than noise.
     fitted = any(spec.scorer == "reft" for spec in policy.used.values())
