@@ -6,6 +6,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -323,10 +324,9 @@ def _manifests_there(out: Path) -> dict[str, dict[str, Any]]:
         for name in storage.listed(out):
             copy = Path(folder) / name
             if name == _MANIFEST or fnmatch(name, _RANK_MANIFEST.format("*")):
-                storage.fetch(out / name, into=copy)
-                before = _read_manifest(copy, storage.shown(out / name))
-                if before is not None:
-                    found[name] = before
+                if storage.fetch(out / name, into=copy):
+                    with suppress(AnatomyError):  # cut short by a kill: its shards are read again
+                        found[name] = _read_manifest(copy) or {}
     return found
 
 
@@ -496,8 +496,7 @@ def _write_manifest(
     write_atomically(file, json.dumps({**manifest, "shards": shards}, indent=1).encode(), send=send)
 
 
-def _read_manifest(file: Path, name: str | None = None) -> dict[str, Any] | None:
-    """A manifest, checked, or None where there is none; `name` is what an error calls it instead of its path."""
+def _read_manifest(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
@@ -510,8 +509,7 @@ def _read_manifest(file: Path, name: str | None = None) -> dict[str, Any] | None
             problem = f"it names the shard {entry['file'][:40]!r}"
     if problem:
         raise AnatomyError(
-            f"{name or storage.shown(file)} is not a harvest's manifest ({problem}): delete the folder and run the "
-            "audit again."
+            f"{storage.shown(file)} is not a harvest's manifest ({problem}): delete the folder and run the audit again."
         )
     return manifest
 
