@@ -323,10 +323,10 @@ def _manifests_there(out: Path) -> dict[str, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         for name in storage.listed(out):
             copy = Path(folder) / name
-            if name == _MANIFEST or fnmatch(name, _RANK_MANIFEST.format("*")):
-                if storage.fetch(out / name, into=copy):
-                    with suppress(AnatomyError):  # cut short by a kill: its shards are read again
-                        found[name] = _read_manifest(copy) or {}
+            wanted = name == _MANIFEST or fnmatch(name, _RANK_MANIFEST.format("*"))
+            if wanted and storage.fetch(out / name, into=copy):
+                with suppress(AnatomyError):  # cut short by a kill: its shards are read again
+                    found[name] = _read_manifest(copy) or {}
     return found
 
 
