@@ -221,6 +221,7 @@ def run_audit(
     timings: dict[str, float] = {}
     ranks = Ranks.current()
     _require(config, model, dataset)
+    out = local(config.out)  # refuses a URL that fsspec cannot read
     with timed(timings, "load"):
         raw = load_dataset(config) if dataset is None else dataset
         tokenizer = _tokenizer(config, model, tokenizer)
@@ -237,7 +238,7 @@ def run_audit(
             model,
             sae,
             pairs,
-            local(config.out) / "harvest",
+            out / "harvest",
             layer=layer,
             batch_tokens=config.batch_tokens,
             shard_pairs=config.shard_pairs,
