@@ -305,7 +305,7 @@ def _settle(out: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     remove_partial(out)
     entries = {name: found[name] for name in sorted(found) if not _brought(out, found[name])}
     if mirror:  # shards that were not sent, or not whole
-        sent = {entry["file"]: entry["sha256"] for before in there.values() for entry in before["shards"]}
+        sent = {entry["file"]: entry["sha256"] for before in there.values() if before for entry in before["shards"]}
         sizes = storage.listed(out)
         for name, entry in entries.items():
             if (sent.get(name), sizes.get(name)) != (entry["sha256"], entry["bytes"]):
@@ -317,16 +317,16 @@ def _settle(out: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     return entries
 
 
-def _manifests_there(out: Path) -> dict[str, dict[str, Any]]:
+def _manifests_there(out: Path) -> dict[str, dict[str, Any] | None]:
     """The manifests at the URL that `out` mirrors, by name; those in `out` may tell of shards that were not sent."""
-    found = {}
+    found: dict[str, dict[str, Any] | None] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in storage.listed(out):
             copy = Path(folder) / name
             wanted = name == _MANIFEST or fnmatch(name, _RANK_MANIFEST.format("*"))
             if wanted and storage.fetch(out / name, into=copy):
                 with suppress(AnatomyError):  # cut short by a kill: its shards are read again
-                    found[name] = _read_manifest(copy) or {}
+                    found[name] = _read_manifest(copy)
     return found
 
 

@@ -104,11 +104,7 @@ def exists(path: str | Path) -> bool:
     url = url_of(path)
     if url is None:
         return os.path.exists(path)
-    fs, inside = _reached(url)
-    try:
-        return bool(fs.exists(inside))
-    except Exception as error:
-        raise _unreached(url, error) from error
+    return _kind(url) is not None
 
 
 def listed(folder: Path) -> dict[str, int]:
@@ -152,7 +148,6 @@ def fetch(file: Path, sha256: str | None = None, *, into: Path | None = None, ow
     if own and file.is_file() and _mark(file).exists():
         send(file)
         return True
-    fs, inside = _reached(url)
     copy = into or file
     partial = copy.with_name(f"{copy.name}.{os.getpid()}.partial")
     try:
@@ -160,18 +155,19 @@ def fetch(file: Path, sha256: str | None = None, *, into: Path | None = None, ow
         with FileLock(_root(file).parent / "lock"):
             if sha256 is not None and file.is_file() and _hash(file) == sha256:
                 return True
-            fs.get_file(inside, str(partial))
-            if partial.is_dir():  # what fsspec makes of a folder
+            if _kind(url) != "file":
                 return False
+            fs, inside = _reached(url)
+            fs.get_file(inside, str(partial))
             partial.replace(copy)
             return True
-    except FileNotFoundError:
-        return False
+    except AnatomyError:
+        raise
     except Exception as error:
         raise _unreached(url, error) from error
     finally:
         with suppress(OSError):
-            partial.rmdir() if partial.is_dir() else partial.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
 
 
 def mark(file: Path) -> None:
@@ -210,8 +206,10 @@ def remove(file: Path) -> None:
     if url is not None:
         fs, inside = _reached(url)
         try:
-            with suppress(FileNotFoundError):
+            if _kind(url) is not None:
                 fs.rm_file(inside)
+        except AnatomyError:
+            raise
         except Exception as error:
             raise AnatomyError(f"{url}: cannot be removed ({_reason(error)}); see to the permissions there.") from error
         _mark(file).unlink(missing_ok=True)
@@ -233,6 +231,17 @@ def _reached(url: str) -> tuple[Any, str]:
     except Exception as error:
         raise _unreached(url, error) from error
     return fs, inside
+
+
+def _kind(url: str) -> str | None:
+    """ "file" or "directory", or None where there is nothing. Not `fs.exists`, which takes any failure for nothing."""
+    fs, inside = _reached(url)
+    try:
+        return str(fs.info(inside)["type"])
+    except FileNotFoundError:
+        return None
+    except Exception as error:
+        raise _unreached(url, error) from error
 
 
 def _unreached(url: str, error: Exception) -> AnatomyError:
