@@ -56,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         return COMMANDS[argv[0]][0](argv[1:])
     except AnatomyError as error:
-        from .reading.storage import shown
-
-        print(f"trl-anatomy {argv[0]}: {shown(error)}", file=sys.stderr)
+        print(f"trl-anatomy {argv[0]}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted. Start the same command again: finished parts are kept.", file=sys.stderr)
