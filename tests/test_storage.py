@@ -86,7 +86,10 @@ def config_at(root: Path, url: str) -> AuditConfig:
 def at(url: str, to: Path) -> dict[str, str]:
     """Digests of what lies at a URL, as those of the folder `to` that it is copied to."""
     fs, inside = fsspec.url_to_fs(url)
-    fs.get(f"{inside}/", f"{to}/", recursive=True)
+    for name in fs.find(inside):
+        file = to / Path(name).relative_to(inside)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(fs.cat_file(name))
     for file in (to / "audit.json", to / "report.html"):
         file.write_bytes(file.read_bytes().replace(url.encode(), str(to).encode()))
     return digests(to)
@@ -105,7 +108,6 @@ def test_an_audit_at_a_url_is_that_in_a_folder(root: Path, alone: dict[str, str]
     assert local.path == root / "by-file/audit"
     page = (local.path / "report.html").read_text()
     assert str(local.path) in page
-    assert "file://" not in page
     assert {**digests(local.path), "audit.json": ""} == {**alone, "audit.json": ""}
 
 
@@ -297,8 +299,9 @@ def test_a_policy_at_a_url_acts_as_that_in_a_file(
         trained.append((trainer.plan, trainer.train_dataset))
     assert plans[0] == plans[1]
     (here, data), (there, same) = trained
-    assert np.array_equal(here.margin, there.margin)
-    assert np.any(here.margin)
+    for side in ("chosen_offset", "rejected_offset"):
+        assert np.array_equal(getattr(here, side), getattr(there, side))
+        assert np.any(getattr(here, side))
     assert data.column_names == same.column_names
     assert data.to_dict() == same.to_dict()
 
