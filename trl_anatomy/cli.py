@@ -199,6 +199,8 @@ def _refuse_unknown(from_config: list[str], from_line: list[str], parser: Any, e
 
 
 def _print_regions(audit: Audit) -> None:
+    from .reading.storage import shown
+
     _print_size(audit)
     labels = {row["concept"]: row["label"] for row in audit.labelled(audit.concepts).to_pylist()}
     alpha, regions = audit.info["settings"]["alpha"], audit.info["contexts"]
@@ -214,7 +216,7 @@ def _print_regions(audit: Audit) -> None:
             f"  {row['context']:<7} {row['concept']:<8} {row['mean_in']:7.3f} {row['mean_out']:7.3f}"
             f" {row['delta_length_adjusted']:+12.3f} {row['q']:9.2g}  {labels[row['concept']]}"
         )
-    print(f"Report: {audit.path / 'report.html'}")
+    print(f"Report: {shown(audit.path / 'report.html')}")
 
 
 def _print_size(audit: Audit) -> None:
@@ -227,6 +229,8 @@ def _print_size(audit: Audit) -> None:
 
 
 def _print_audit(audit: Audit) -> None:
+    from .reading.storage import shown
+
     _print_size(audit)
     rows = sorted(audit.labelled(audit.concepts).to_pylist(), key=lambda row: -abs(row["predicted"]))
     taught = [row for row in rows if row["verdict"] in ("rises", "falls")]
@@ -241,7 +245,7 @@ def _print_audit(audit: Audit) -> None:
             f"  {row['concept']:<8} {row['predicted']:+7.3f}  {interval:<18} {row['length_adjusted']:+12.3f}"
             f" {row['q']:9.2g}  {row['label']}"
         )
-    print(f"Report: {audit.path / 'report.html'}")
+    print(f"Report: {shown(audit.path / 'report.html')}")
 
 
 def _lines(summary: dict[str, Any]) -> str:
@@ -253,8 +257,10 @@ def _lines(summary: dict[str, Any]) -> str:
 
 def _plan(argv: list[str]) -> int:
     parser = _parser("plan", "trl-anatomy plan --audit audits/run1 --policy policy.yaml")
-    parser.add_argument("--audit", required=True, help="audit folder of the dataset that will be trained on")
-    parser.add_argument("--policy", required=True, help="concept policy (YAML)")
+    parser.add_argument(
+        "--audit", required=True, help="audit folder (or its URL) of the dataset that will be trained on"
+    )
+    parser.add_argument("--policy", required=True, help="concept policy (YAML; path or URL)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     args = parser.parse_args(argv)
 
@@ -285,11 +291,14 @@ class PolicyArguments:
     """What these commands add to TRL's own arguments."""
 
     concept_policy: str | None = dataclasses.field(
-        default=None, metadata={"help": "Concept policy (YAML): what the model may learn. None trains as TRL does."}
+        default=None,
+        metadata={"help": "Concept policy (YAML, or its URL): what the model may learn. None trains as TRL does."},
     )
     audit: str | None = dataclasses.field(
         default=None,
-        metadata={"help": "Audit folder of the training set: for clusters in the policy, and for logging."},
+        metadata={
+            "help": "Audit folder (or its URL) of the training set: for clusters in the policy, and for logging."
+        },
     )
 
 
@@ -297,6 +306,8 @@ def _train(kind: str, argv: list[str]) -> int:
     """Run TRL's own script with our trainer in the place of TRL's: its flags and YAML mean what they mean there."""
     from trl import TrlParser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    from .reading.storage import exists
 
     script = import_module(f"trl.scripts.{kind}")
     parser = TrlParser(
@@ -315,7 +326,7 @@ def _train(kind: str, argv: list[str]) -> int:
     _refuse_unknown(from_config, from_line, parser, extra=launch_options | {"--accelerate_config"})
     for name in ("concept_policy", "audit"):
         path = getattr(policy, name)
-        if path is not None and not Path(path).exists():
+        if path is not None and not exists(path):
             raise AnatomyError(f"--{name} names '{path}', which does not exist.")
 
     launch = resolve_accelerate_config_argument(from_config + from_line)
@@ -425,13 +436,13 @@ def _fit(argv: list[str]) -> int:
         "--max_new_tokens", type=int, help="length of a sampled response (default: 64 steered, 256 of a persona)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", required=True, help="folder of the stored concept")
+    parser.add_argument("--out", required=True, help="folder of the stored concept, or its URL")
     parser.add_argument("--json", action="store_true", help="print the card as JSON")
     args = parser.parse_args(argv)
 
     with redirect_stdout(sys.stderr):  # some libraries print notes, which would spoil the JSON
-        card, shown = _fitted(args)
-    print(card if args.json else shown, end="")
+        card, figures = _fitted(args)
+    print(card if args.json else figures, end="")
     return 0
 
 
@@ -446,6 +457,7 @@ def _fitted(args: argparse.Namespace) -> tuple[str, str]:
     from .reading.sae import load_sae
     from .reading.scorers.direction import DirectionScorer
     from .reading.scorers.reft import ReftScorer
+    from .reading.storage import local, shown
 
     if args.scorer not in KINDS:
         raise AnatomyError(
@@ -463,6 +475,7 @@ def _fitted(args: argparse.Namespace) -> tuple[str, str]:
         raise AnatomyError("--reduce, --per and --tokens do not go with --scorer reft, which gives no score.")
     if (args.scorer == "features") != (args.sae is not None):
         raise AnatomyError("--sae goes with --scorer features, which needs it.")
+    folder = local(args.out)  # refuses a URL that fsspec cannot read, before anything is fitted
     dose = _dose_settings(args)
     persona = _persona_settings(args)
     config = AuditConfig(
@@ -518,9 +531,9 @@ def _fitted(args: argparse.Namespace) -> tuple[str, str]:
             max_new_tokens=args.max_new_tokens or 64,
             seed=args.seed,
         )
-    out = scorer.save(args.out)
-    shown = fit_report(fitted, out) + dose_report(scorer.card.get("dose_response", []))
-    return (out / "card.json").read_text(), shown
+    out = scorer.save(folder)
+    figures = fit_report(fitted, out) + dose_report(scorer.card.get("dose_response", []))
+    return (out / "card.json").read_text(), shown(figures)
 
 
 def _persona_settings(args: argparse.Namespace) -> tuple[Persona, EndpointJudge, VllmRollouts | None] | None:
@@ -561,6 +574,7 @@ def _persona_rows(
 
     from .audit.run import load_model
     from .checking.persona import persona_rows
+    from .reading.storage import local
 
     # vLLM takes most of the GPU for as long as it samples.
     model = load_model(config if generate is None else dataclasses.replace(config, device="cpu"))
@@ -575,7 +589,7 @@ def _persona_rows(
         max_new_tokens=args.max_new_tokens or 256,
         seed=args.seed,
         generate=generate,
-        store=Path(args.out),
+        store=local(args.out),
     )
     if generate is not None:
         automatic = "cuda" if torch.cuda.is_available() else "cpu"
@@ -612,7 +626,7 @@ def _layers(text: str | None) -> list[int] | None:
 
 def _compare(argv: list[str]) -> int:
     parser = _parser("compare", "trl-anatomy compare --audit audits/run1 --before M --after out")
-    parser.add_argument("--audit", required=True, help="audit folder of the dataset that was trained on")
+    parser.add_argument("--audit", required=True, help="audit folder (or its URL) of the dataset that was trained on")
     parser.add_argument("--before", required=True, help="the start model (the one that was audited)")
     parser.add_argument(
         "--after",
@@ -631,18 +645,19 @@ def _compare(argv: list[str]) -> int:
     parser.add_argument("--max_new_tokens", type=int, default=256, help="length of a rollout (default 256)")
     parser.add_argument("--batch_size", type=int, default=64, help="rollouts at a time (default 64)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="folder for rollouts and compare.json (default: AUDIT/compare)")
+    parser.add_argument("--out", help="folder (or URL) for rollouts and compare.json (default: AUDIT/compare)")
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON")
     args = parser.parse_args(argv)
 
     from .audit.folder import load_audit
     from .checking.compare import compare, comparison_report, prompts_for
+    from .reading.storage import local, shown
 
     with redirect_stdout(sys.stderr):  # as in plan
         audit = load_audit(args.audit)
         audit.check_kind("compare")
         prompts = prompts_for(audit, args.prompts, args.n_prompts, args.seed) * args.n_per_prompt
-        out = Path(args.out) if args.out else audit.path / "compare"
+        out = local(args.out) if args.out else audit.path / "compare"
         comparison = compare(
             audit,
             args.before,
@@ -655,13 +670,13 @@ def _compare(argv: list[str]) -> int:
         )
     print(json.dumps(comparison, indent=2) if args.json else comparison_report(comparison))
     if not args.json:
-        print(f"\nPage: {out / 'compare.html'}")
+        print(f"\nPage: {shown(out / 'compare.html')}")
     return 0
 
 
 def _report(argv: list[str]) -> int:
     parser = _parser("report", "trl-anatomy report --audit audits/run1 --open")
-    parser.add_argument("--audit", required=True, help="audit folder")
+    parser.add_argument("--audit", required=True, help="audit folder, or its URL")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     for field in dataclasses.fields(_AuditFlags):
         if field.name.startswith("label_"):
@@ -672,6 +687,7 @@ def _report(argv: list[str]) -> int:
     from .audit.folder import REPORT, load_audit
     from .audit.reopen import reopen
     from .audit.report import write_report
+    from .reading.storage import shown
 
     audit = load_audit(args.audit)
     if args.label_model is not None:
@@ -680,7 +696,7 @@ def _report(argv: list[str]) -> int:
         page = audit.path / REPORT
     else:
         page = write_report(audit, reopen(audit).pairs.raw)
-    print(page)
+    print(shown(page))
     if args.open:
         import webbrowser
 
@@ -694,8 +710,11 @@ def _demo(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
+    from .reading.storage import is_url
     from .testbed.demo import run_demo
 
+    if is_url(args.out):
+        raise AnatomyError(f"--out is {args.out}; the demo is made in a folder of this machine.")
     run_demo(Path(args.out), seed=args.seed)
     return 0
 

@@ -49,13 +49,16 @@ class AuditConfig:
         default="", metadata={"help": "Start model: folder or hub name, loaded with AutoModelForCausalLM."}
     )
     dataset: str | None = field(
-        default=None, metadata={"help": "Preference data: hub name, folder, or .json/.jsonl(.gz)/.parquet file."}
+        default=None,
+        metadata={"help": "Preference data: hub name, folder, or .json/.jsonl(.gz)/.parquet file, or a URL."},
     )
     sae: str = field(default="", metadata={"help": "SAE: folder saved by sae-lens, or 'RELEASE:ID'."})
     layer: int | None = field(
         default=None, metadata={"help": "Decoder layer whose output the SAE reads. Default: the SAE's own."}
     )
-    out: str = field(default="audits/run", metadata={"help": "Audit folder to write; an interrupted run resumes."})
+    out: str = field(
+        default="audits/run", metadata={"help": "Audit folder to write, or its URL; an interrupted run resumes."}
+    )
     data_kind: str = field(
         default="pairs",
         metadata={

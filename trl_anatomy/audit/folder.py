@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from scipy import sparse
 
 from ..errors import AnatomyError
+from ..reading import storage
 from ..reading.files import make_folder, misfit, remove_partial, write_atomically
 from .config import AuditConfig
 from .predict import CO_FIRING, CONCEPTS, RESPONSE_GEOMETRY
@@ -68,7 +69,7 @@ class Audit:
     """One audit of one dataset. Get it from `load_audit` or `run_audit`.
 
     Attributes:
-        path: the audit folder.
+        path: the audit folder; the mirror of one at a URL.
         info: what was run (`audit.json`).
         hypotheses: a row per tested (context, concept).
         concepts: a row per concept T1, T2, ... (kind "co-firing").
@@ -90,8 +91,13 @@ class Audit:
         self.responses = concepts.filter(pc.equal(concepts["kind"], RESPONSE_GEOMETRY))
         self.pairs = pairs
 
+    @property
+    def name(self) -> str:
+        """The folder as its user knows it: the URL, if `path` is a mirror."""
+        return storage.shown(self.path)
+
     def __repr__(self) -> str:
-        return f"Audit({str(self.path)!r}, {self.pairs.num_rows} pairs, {self.concepts.num_rows} concepts)"
+        return f"Audit({self.name!r}, {self.pairs.num_rows} pairs, {self.concepts.num_rows} concepts)"
 
     @cached_property
     def harvest(self) -> "Harvest":
@@ -106,12 +112,12 @@ class Audit:
         n_latents = self.info["sae"]["d_sae"]
         if harvest.d_sae != n_latents:
             raise AnatomyError(
-                f"{self.path}: the harvest has {harvest.d_sae} latents, {INFO} says {n_latents}. Run the audit again "
+                f"{self.name}: the harvest has {harvest.d_sae} latents, {INFO} says {n_latents}. Run the audit again "
                 "in a new folder."
             )
         if not np.array_equal(harvest.rows, self.pairs["row"].to_numpy()):
             raise AnatomyError(
-                f"{self.path}: the harvest holds other pairs than pairs.parquet. Run the audit again in a new folder."
+                f"{self.name}: the harvest holds other pairs than pairs.parquet. Run the audit again in a new folder."
             )
         return harvest
 
@@ -130,8 +136,8 @@ class Audit:
         Raises:
             AnatomyError: the file is damaged.
         """
-        file = self.path / SAMPLE_FILE
-        return _read_table(file, SAMPLES, self.info.get("files", {})) if file.is_file() else None
+        file, hashes = self.path / SAMPLE_FILE, self.info.get("files", {})
+        return _read_table(file, SAMPLES, hashes) if storage.fetch(file, hashes.get(SAMPLE_FILE)) else None
 
     @cached_property
     def labels(self) -> dict[str, Label]:
@@ -177,7 +183,7 @@ class Audit:
         table = self.responses if concept.startswith("R") else self.concepts
         names = table["concept"].to_pylist()
         if concept not in names:
-            raise AnatomyError(f"{self.path}: found concept {concept!r}, allowed: {_listed(names)}.")
+            raise AnatomyError(f"{self.name}: found concept {concept!r}, allowed: {_listed(names)}.")
         return np.asarray(table["features"][names.index(concept)].as_py(), dtype=np.int64)
 
     def rows_in(self, context: str) -> np.ndarray:
@@ -194,7 +200,7 @@ class Audit:
             names = pc.unique(flat.flatten()).to_pylist()
             alike = [name for name in names if name[0] == context[:1]]
             names = sorted(alike or names, key=lambda name: (name[0], int(name[1:])))
-            raise AnatomyError(f"{self.path}: found context {context!r}, allowed: {_listed(names)}.")
+            raise AnatomyError(f"{self.name}: found context {context!r}, allowed: {_listed(names)}.")
         return np.sort(self.pairs["row"].to_numpy()[inside])
 
     def check_kind(self, command: str) -> None:
@@ -205,7 +211,7 @@ class Audit:
         """
         if self.info["settings"].get("data_kind") == "sft":
             raise AnatomyError(
-                f"{self.path}: an audit of SFT data predicts no shift, so there is nothing to {command}; audit "
+                f"{self.name}: an audit of SFT data predicts no shift, so there is nothing to {command}; audit "
                 "preference pairs."
             )
 
@@ -218,7 +224,7 @@ class Audit:
         data = self.info["data"]
         if data["fingerprint"] != pairs.fingerprint:
             raise AnatomyError(
-                f"{self.path}: this audit was made with other data ({data['name']}, {data['n_pairs']} pairs of "
+                f"{self.name}: this audit was made with other data ({data['name']}, {data['n_pairs']} pairs of "
                 f"{data['n_rows']} rows, max_length {self.info['settings']['max_length']}, truncation "
                 f"{self.info['settings']['truncation']}); found {len(pairs)} pairs of {len(pairs.raw)} rows, "
                 f"max_length {pairs.max_length}, truncation {pairs.truncation}. Audit this dataset with the same "
@@ -324,7 +330,7 @@ def write_audit(
     Every file is written beside its place and moved there. `audit.json` goes away first and comes back last, so an
     interrupted write leaves a folder that says that it is unfinished, never a mixture.
     """
-    path = Path(path)
+    path = storage.local(path)
     make_folder(path)
     remove_partial(path)
     tables = {"hypotheses": hypotheses, "concepts": concepts, "pairs": pairs}
@@ -332,8 +338,8 @@ def write_audit(
     audit = Audit(path, info, hypotheses, concepts, pairs)
     counted = {"hypotheses": hypotheses, "concepts": audit.concepts, "responses": audit.responses, "pairs": pairs}
     info["counts"] = {**info.get("counts", {}), **{name: table.num_rows for name, table in counted.items()}}
-    (path / INFO).unlink(missing_ok=True)
-    (path / SAMPLE_FILE).unlink(missing_ok=True)
+    storage.remove(path / INFO)
+    storage.remove(path / SAMPLE_FILE)
     files = {f"{name}.parquet": table for name, table in tables.items()}
     if samples is not None:
         files[SAMPLE_FILE] = samples
@@ -351,12 +357,16 @@ def write_audit(
 def load_audit(path: str | Path) -> Audit:
     """Open an audit folder and check it. The harvest is opened at first use.
 
+    Args:
+        path: the folder, or its URL; of that, files are fetched when they are asked for.
     Raises:
         AnatomyError: a file is missing, truncated, of another format, or the files do not belong together.
     """
-    path = Path(path)
-    if not os.path.isdir(path):  # unlike Path.is_dir, false for names that no folder can have
-        raise AnatomyError(f"{path}: no such audit folder. Make one with `trl-anatomy audit --out {path}`.")
+    path = storage.local(path)
+    # Unlike Path.is_dir, false for names that no folder can have
+    if not (storage.exists(path) if storage.url_of(path) else os.path.isdir(path)):
+        name = storage.shown(path)
+        raise AnatomyError(f"{name}: no such audit folder. Make one with `trl-anatomy audit --out {name}`.")
     info = _read_info(path)
     tables = {}
     for name, schema in TABLES.items():
@@ -371,8 +381,9 @@ def load_audit(path: str | Path) -> Audit:
 
 def _read_table(file: Path, schema: pa.Schema, hashes: Mapping[str, str], n_rows: int | None = None) -> pa.Table:
     """A table of the folder: whole, of its schema, without nulls, and the one that `audit.json` was written for."""
-    if not file.is_file():
-        raise AnatomyError(f"{file}: missing. Run the audit again; it resumes from the harvest.")
+    name = storage.shown(file)
+    if not storage.fetch(file, hashes.get(file.name)):
+        raise AnatomyError(f"{name}: missing. Run the audit again; it resumes from the harvest.")
     try:
         content = file.read_bytes()
         table = pq.read_table(pa.BufferReader(content))
@@ -380,30 +391,30 @@ def _read_table(file: Path, schema: pa.Schema, hashes: Mapping[str, str], n_rows
     except (pa.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise AnatomyError(
-            f"{file}: truncated or damaged ({reason}). Run the audit again; it resumes from the harvest."
+            f"{name}: truncated or damaged ({reason}). Run the audit again; it resumes from the harvest."
         ) from error
     for column in schema:
         if column.name not in table.column_names or not _same_type(table.schema.field(column.name).type, column.type):
             found = table.schema.field(column.name).type if column.name in table.column_names else "nothing"
             raise AnatomyError(
-                f"{file}: column {column.name!r} must be {column.type}, found {found}. The folder was written by "
+                f"{name}: column {column.name!r} must be {column.type}, found {found}. The folder was written by "
                 "another version; run the audit again."
             )
     if n_rows is not None and table.num_rows != n_rows:
         raise AnatomyError(
-            f"{file}: {table.num_rows} rows, but {INFO} counts {n_rows}: the files are of different audits. Run the "
+            f"{name}: {table.num_rows} rows, but {INFO} counts {n_rows}: the files are of different audits. Run the "
             "audit again."
         )
     if file.name in hashes and hashlib.sha256(content).hexdigest() != hashes[file.name]:
         raise AnatomyError(
-            f"{file}: changed since the audit wrote it: its SHA-256 is not the one in {INFO}. Run the audit again; it "
+            f"{name}: changed since the audit wrote it: its SHA-256 is not the one in {INFO}. Run the audit again; it "
             "resumes from the harvest."
         )
     # Numbers that there are not are null: a p-value without permutations, the rank of what was not kept.
     columns = [column.name for column in schema if not (pa.types.is_floating(column.type) or column.name == "rank")]
     empty = [name for name in columns if _has_null(table[name].combine_chunks())]
     if empty:
-        raise AnatomyError(f"{file}: column {empty[0]!r} lacks values. Run the audit again.")
+        raise AnatomyError(f"{name}: column {empty[0]!r} lacks values. Run the audit again.")
     return table
 
 
@@ -425,7 +436,7 @@ def _check_names(audit: Audit) -> None:
     def check(good: bool, file: str, column: str, allowed: str) -> None:
         if not good:
             raise AnatomyError(
-                f"{audit.path / file}: column {column!r} holds other than {allowed}. Run the audit again."
+                f"{audit.name}/{file}: column {column!r} holds other than {allowed}. Run the audit again."
             )
 
     pairs, table = audit.pairs, audit.hypotheses
@@ -473,18 +484,19 @@ def _same_type(found: pa.DataType, wanted: pa.DataType) -> bool:
 
 def _read_info(path: Path) -> dict[str, Any]:
     file = path / INFO
-    if not file.is_file():
-        raise AnatomyError(f"{file}: missing, so the audit is not finished. Run it again; it resumes.")
+    name = storage.shown(file)
+    if not storage.fetch(file):
+        raise AnatomyError(f"{name}: missing, so the audit is not finished. Run it again; it resumes.")
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise AnatomyError(f"{file}: not valid JSON ({error}). Run the audit again.") from error
+        raise AnatomyError(f"{name}: not valid JSON ({error}). Run the audit again.") from error
     missing = [key for key in _INFO_SHAPE if not isinstance(info, dict) or key not in info]
     if missing:
-        raise AnatomyError(f"{file}: lacks {', '.join(missing)}. Run the audit again.")
+        raise AnatomyError(f"{name}: lacks {', '.join(missing)}. Run the audit again.")
     if info["format"] != FORMAT:
         raise AnatomyError(
-            f"{file}: format {repr(info['format'])[:40]}, this version reads {FORMAT}. Run the audit again."
+            f"{name}: format {repr(info['format'])[:40]}, this version reads {FORMAT}. Run the audit again."
         )
     problem = misfit(info, _INFO_SHAPE) or misfit(info.get("contexts", {}), _CONTEXTS_SHAPE, "contexts")
     problem = problem or misfit(info.get("files", {}), {str: str}, "files")
@@ -493,5 +505,5 @@ def _read_info(path: Path) -> dict[str, Any]:
     except (TypeError, AnatomyError) as error:
         problem = problem or f"settings: {error}"
     if problem:
-        raise AnatomyError(f"{file}: {problem}. Run the audit again.")
+        raise AnatomyError(f"{name}: {problem}. Run the audit again.")
     return info

@@ -22,12 +22,13 @@ import pyarrow as pa
 from scipy.stats import hypergeom, mannwhitneyu
 
 from ..errors import AnatomyError
+from ..reading import storage
 from ..reading.chat import ChatEndpoint, LocalChat, TooLongError
 from .labels import TERM
 from .predict import FALLS, RISES
 from .prompt_view import prompt_scores
 from .samples import sample_table
-from .titles import Label, read_labels, tables_digest, write_labels
+from .titles import LABEL_FILE, Label, read_labels, tables_digest, write_labels
 
 if TYPE_CHECKING:
     from .folder import Audit
@@ -150,16 +151,20 @@ def label_audit(
         task for task in every if task.name not in found or (chat is not None and found[task.name].labeller != labeller)
     ]
 
-    def save() -> None:
-        write_labels(audit.path, digest, {task.name: found[task.name] for task in every if task.name in found})
+    def save(send: bool = True) -> None:
+        labels = {task.name: found[task.name] for task in every if task.name in found}
+        write_labels(audit.path, digest, labels, send=send)
 
     if chat is None:
         found |= {task.name: _by_terms(task, texts) for task in missing}
     save()  # of these tables now, also where nothing is missing
     if chat is not None:
-        for task, label in _asked(audit, tasks, missing, texts, chat, firings, progress):
-            found[task.name] = label
-            save()
+        try:
+            for task, label in _asked(audit, tasks, missing, texts, chat, firings, progress):
+                found[task.name] = label
+                save(send=False)
+        finally:
+            storage.send(audit.path / LABEL_FILE)
     audit.labels = found
     return found
 

@@ -34,7 +34,7 @@ class Source:
         try:
             return AutoConfig.from_pretrained(self._named("model"))
         except (OSError, ValueError) as error:
-            raise AnatomyError(f"{self.audit.path}: the model at {self.config.model} is not there any more.") from error
+            raise AnatomyError(f"{self.audit.name}: the model at {self.config.model} is not there any more.") from error
 
     @cached_property
     def model(self) -> Any:
@@ -45,7 +45,7 @@ class Source:
         model = load_model(self.config)
         if model_fingerprint(model) != self.audit.info["model"]["fingerprint"]:
             raise AnatomyError(
-                f"{self.audit.path}: the model at {self.config.model} has changed since the audit; audit again."
+                f"{self.audit.name}: the model at {self.config.model} has changed since the audit; audit again."
             )
         return model
 
@@ -69,7 +69,7 @@ class Source:
         name = getattr(self.config, what)
         if not name:
             raise AnatomyError(
-                f"{self.audit.path}: the audit was made with a {what} in memory, which cannot be loaded again; save "
+                f"{self.audit.name}: the audit was made with a {what} in memory, which cannot be loaded again; save "
                 f"the {what}, and audit it from there."
             )
         return name

@@ -3,8 +3,8 @@
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import pyarrow as pa
 from scipy import sparse
 
 from ..errors import AnatomyError
+from ..reading.storage import listed, local, url_of
 from . import stats
 from .communities import find_communities
 from .config import AuditConfig
@@ -50,21 +51,19 @@ def load_dataset(config: AuditConfig) -> "Dataset":
 
     if not config.dataset:
         raise AnatomyError("audit setting dataset: none given; name a dataset, a folder, or a file.")
-    path = Path(config.dataset)
+    path = local(config.dataset)
+    remote = url_of(path) is not None
     kind = next((kind for end, kind in _FILES.items() if path.name.removesuffix(".gz").endswith(end)), None)
     try:
-        if path.is_file():
+        if remote and kind is None:
+            return _split(datasets.load_from_disk(config.dataset), config)
+        if path.is_file() or remote:
             if kind is None:
                 raise AnatomyError(f"{path}: unknown kind of file, allowed: .json, .jsonl (also .gz), .parquet.")
             with _uncounted():
-                return datasets.load_dataset(kind, data_files=str(path), split="train")
+                return datasets.load_dataset(kind, data_files=config.dataset if remote else str(path), split="train")
         if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
-            found = datasets.load_from_disk(str(path))
-            if isinstance(found, datasets.Dataset):
-                return found
-            if config.dataset_split not in found:
-                raise AnatomyError(f"{path}: found splits {', '.join(found)}, not {config.dataset_split!r}.")
-            return found[config.dataset_split]
+            return _split(datasets.load_from_disk(str(path)), config)
         if kind is not None and not path.exists():
             raise AnatomyError(f"{path}: no such file.")
         return datasets.load_dataset(config.dataset, config.dataset_subset, split=config.dataset_split)
@@ -72,6 +71,17 @@ def load_dataset(config: AuditConfig) -> "Dataset":
         raise
     except Exception as error:
         raise AnatomyError(f"dataset {config.dataset}: cannot be loaded ({_first_line(error)}).") from error
+
+
+def _split(found: Any, config: AuditConfig) -> "Dataset":
+    """The split that is asked for, of what was loaded from disk."""
+    from datasets import Dataset
+
+    if isinstance(found, Dataset):
+        return found
+    if config.dataset_split not in found:
+        raise AnatomyError(f"{config.dataset}: found splits {', '.join(found)}, not {config.dataset_split!r}.")
+    return found[config.dataset_split]
 
 
 @contextmanager
@@ -178,7 +188,7 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
         },
         "longest": int(tokens[:, [0, 1, 3]].sum(axis=1).max()),
         "shards": shards,
-        "shards_done": len(list((Path(config.out) / "harvest").glob("shard-*.safetensors"))),
+        "shards_done": sum(fnmatch(name, "shard-*.safetensors") for name in listed(local(config.out) / "harvest")),
         "batch_tokens": config.batch_tokens,
         "layer": layer,
         "d_sae": sae.d_sae,
@@ -211,6 +221,7 @@ def run_audit(
     timings: dict[str, float] = {}
     ranks = Ranks.current()
     _require(config, model, dataset)
+    out = local(config.out)  # refuses a URL that fsspec cannot read
     with timed(timings, "load"):
         raw = load_dataset(config) if dataset is None else dataset
         tokenizer = _tokenizer(config, model, tokenizer)
@@ -227,7 +238,7 @@ def run_audit(
             model,
             sae,
             pairs,
-            Path(config.out) / "harvest",
+            out / "harvest",
             layer=layer,
             batch_tokens=config.batch_tokens,
             shard_pairs=config.shard_pairs,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AnatomyError
+from ..reading import storage
 from ..reading.files import write_atomically
 
 LABEL_FILE = "labels.json"
@@ -110,10 +111,14 @@ def tables_digest(folder: Path) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256((folder / name).read_bytes()).digest() for name in _OF)).hexdigest()
 
 
-def write_labels(folder: Path, digest: str, labels: Mapping[str, Label]) -> None:
-    """Write `labels.json`: `format`, `tables` (`tables_digest`) and `labels`, a Label for each name."""
+def write_labels(folder: Path, digest: str, labels: Mapping[str, Label], *, send: bool = True) -> None:
+    """Write `labels.json`: `format`, `tables` (`tables_digest`) and `labels`, a Label for each name.
+
+    Args:
+        send: False leaves the sending of a mirror's file to the caller.
+    """
     found = {"format": FORMAT, "tables": digest, "labels": {name: asdict(label) for name, label in labels.items()}}
-    write_atomically(folder / LABEL_FILE, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomically(folder / LABEL_FILE, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode(), send=send)
 
 
 def read_labels(folder: Path, *, stale: bool = False) -> dict[str, Label]:
@@ -127,7 +132,7 @@ def read_labels(folder: Path, *, stale: bool = False) -> dict[str, Label]:
         AnatomyError: the file is damaged.
     """
     file = folder / LABEL_FILE
-    if not file.is_file():
+    if not storage.fetch(file, own=stale):
         return {}
     try:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -140,5 +145,5 @@ def read_labels(folder: Path, *, stale: bool = False) -> dict[str, Label]:
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AnatomyError(
-            f"{file}: damaged ({type(error).__name__}: {error}). Remove it; labels are made again."
+            f"{storage.shown(file)}: damaged ({type(error).__name__}: {error}). Remove it; labels are made again."
         ) from error

@@ -31,11 +31,11 @@ def trace(audit: "Audit", view: str, context: str, concept: str) -> pa.Table:
         AnatomyError: no such view, context or concept, or the two are not of that view.
     """
     if view not in VIEWS:
-        raise AnatomyError(f"{audit.path}: found view {view!r}, allowed: {', '.join(VIEWS)}.")
+        raise AnatomyError(f"{audit.name}: found view {view!r}, allowed: {', '.join(VIEWS)}.")
     for name, letter, what in zip((context, concept), VIEWS[view], ("context", "concept"), strict=True):
         if not name.startswith(letter):
             raise AnatomyError(
-                f"{audit.path}: found {what} {name!r}, allowed in the {view} view: {letter}1, {letter}2, ..."
+                f"{audit.name}: found {what} {name!r}, allowed in the {view} view: {letter}1, {letter}2, ..."
             )
     inside = np.isin(audit.pairs["row"].to_numpy(), audit.rows_in(context))
     audit.features(concept)
@@ -45,7 +45,7 @@ def trace(audit: "Audit", view: str, context: str, concept: str) -> pa.Table:
         pool = np.array([names[:1] != ["B0"] for names in audit.pairs["contexts"].to_pylist()], dtype=bool)
     outside = pool & ~inside
     if not outside.any():
-        raise AnatomyError(f"{audit.path}: every pair is in context {context!r}, so there is nothing to compare with.")
+        raise AnatomyError(f"{audit.name}: every pair is in context {context!r}, so there is nothing to compare with.")
     contribution = (score[inside] - score[outside].mean()) / inside.sum()
     order = np.argsort(-np.sign(contribution.sum() or 1.0) * contribution, kind="stable")
     rows = audit.pairs["row"].to_numpy()[inside]
@@ -86,7 +86,7 @@ def hypotheses_of(
         return table.filter(pa.array(fit))
     at = np.flatnonzero(audit.pairs["row"].to_numpy() == row)
     if len(at) == 0:
-        raise AnatomyError(f"{audit.path}: row {row} belongs to no pair of this audit.")
+        raise AnatomyError(f"{audit.name}: row {row} belongs to no pair of this audit.")
     pair = int(at[0])
     fit &= np.isin(contexts, audit.pairs["contexts"][pair].as_py())
     found = table.filter(pa.array(fit))
@@ -109,7 +109,7 @@ def to_columns(audit: "Audit", dataset: "Dataset") -> "Dataset":
     """
     n_rows = audit.info["data"]["n_rows"]
     if len(dataset) != n_rows:
-        raise AnatomyError(f"{audit.path}: the audited dataset has {n_rows} rows, found one of {len(dataset)}.")
+        raise AnatomyError(f"{audit.name}: the audited dataset has {n_rows} rows, found one of {len(dataset)}.")
     there = [name for name in COLUMNS if name in dataset.column_names]
     if there:
         raise AnatomyError(f"to_columns: the dataset has the column {there[0]!r} already; remove or rename it.")

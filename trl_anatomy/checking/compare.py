@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import AnatomyError
+from ..reading.files import make_folder, write_atomically
+from ..reading.storage import fetch, local
 from ..trainers.card import put_comparison
 from .rates import TEXT_RULES, rate_interval, recovery, rule_hits, word_counts
 from .report import PAGE, write_comparison
@@ -55,7 +56,7 @@ def prompts_for(audit: Audit, path: str | None, n_prompts: int, seed: int) -> li
         prompts = list(rows["prompt"])
     unique = list({json.dumps(prompt, sort_keys=True): prompt for prompt in prompts if prompt}.values())
     if not unique:
-        raise AnatomyError(f"{path or audit.path} holds no prompt to sample responses to.")
+        raise AnatomyError(f"{path or audit.name} holds no prompt to sample responses to.")
     drawn = np.random.default_rng(seed).permutation(len(unique))[:n_prompts]
     return [unique[i] for i in sorted(drawn)]
 
@@ -126,7 +127,7 @@ def compare(
         )
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(_name(before))
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out := local(out))
     sampling = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
     responses = {"before": _sampled(start_model, tokenizer, prompts, out / "before.json", sampling)}
     for name, model in after.items():
@@ -177,7 +178,7 @@ def compare(
         }
 
     result = {
-        "audit": str(audit.path),
+        "audit": audit.name,
         "before": _name(before),
         "after": {name: _name(model) for name, model in after.items()},
         "sampling": {**sampling, "n_prompts": len(prompts)},
@@ -196,9 +197,7 @@ def compare(
         "rates": _rates(responses, list(after), rules),
         "words": {name: _mean_with_interval(word_counts(texts)) for name, texts in responses.items()},
     }
-    temporary = out / "compare.json.tmp"
-    temporary.write_text(json.dumps(result, indent=2))
-    os.replace(temporary, out / "compare.json")
+    write_atomically(out / "compare.json", json.dumps(result, indent=2).encode())
     write_comparison(result, out / PAGE)
     for name, model in after.items():
         if isinstance(model, str | Path):
@@ -326,14 +325,14 @@ def _sampled(
     from .rollouts import rollouts
 
     key = hash_json([model_fingerprint(model), list(prompts), dict(sampling)])
-    if file.is_file():
+    if fetch(file, own=True):
         kept = json.loads(file.read_text())
         if kept["key"] == key:
             return kept["responses"]
     responses = [group[0] for group in rollouts(model, tokenizer, prompts, **sampling)]
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"key": key, "prompts": list(prompts), "responses": responses}, indent=1))
-    os.replace(temporary, file)
+    write_atomically(
+        file, json.dumps({"key": key, "prompts": list(prompts), "responses": responses}, indent=1).encode()
+    )
     return responses
 
 

@@ -15,6 +15,7 @@ from ..errors import AnatomyError
 from ..reading.chat import ChatEndpoint
 from ..reading.files import write_atomically
 from ..reading.fingerprint import hash_json, model_key
+from ..reading.storage import fetch
 from .rollouts import rollouts
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ def _kept(file: Path | None, make: Callable[[], list[dict[str, Any]]]) -> list[d
     """Rows of a file, or those that `make` gives, which are then written there."""
     if file is None:
         return make()
+    fetch(file, own=True)
     try:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError):  # a file that is not there or broken costs the work again, nothing else

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AnatomyError
+from ..reading.storage import fetch, local, shown
 from ..shaping.fields import TEXT, Field
 from ..shaping.located import Problems, read_file
 
@@ -33,10 +34,10 @@ class Persona:
         Raises:
             AnatomyError: no such file, or what is wrong in it, all at once, each with its line and key.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise AnatomyError(f"Persona {str(path)!r}: no such file; give the path of a YAML file.")
-        problems = Problems(str(path))
+        path = local(path)
+        if not fetch(path):
+            raise AnatomyError(f"Persona {shown(path)!r}: no such file; give the path of a YAML file.")
+        problems = Problems(shown(path))
         root = read_file(path, problems)
         values: dict[str, Any] = {}
         if root is not None:
@@ -49,7 +50,7 @@ class Persona:
         problems.raise_if_any()
         missing = [key for key in _KEYS if key not in values]
         if missing:
-            raise AnatomyError(f"{path}: found no key {missing[0]!r}, allowed: {_KEYS[missing[0]].allowed}.")
+            raise AnatomyError(f"{shown(path)}: found no key {missing[0]!r}, allowed: {_KEYS[missing[0]].allowed}.")
         return cls(**values)
 
 

@@ -16,14 +16,17 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from ..errors import AnatomyError
+from . import storage
 
 # Larger arrays lie in a file without a name: the system may take their pages back, and nothing is left of a killed run.
 SCRATCH_BYTES = 128 << 20
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` beside `path`, flush it to the disk, and rename it into place.
+def write_atomically(path: Path, data: bytes, *, send: bool = True) -> None:
+    """Write `data` beside `path`, flush it to the disk, rename it into place, and send it if it is a file of a mirror.
 
+    Args:
+        send: False leaves the sending to the caller.
     Raises:
         AnatomyError: it cannot be written; what was there before is there still.
     """
@@ -33,12 +36,15 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        storage.mark(path)
         partial.replace(path)
     except OSError as error:
         raise AnatomyError(_unwritten(path, error)) from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+    if send:
+        storage.send(path)
 
 
 def make_folder(path: Path) -> None:
@@ -84,6 +90,8 @@ def sealed(tensors: Mapping[str, np.ndarray]) -> bytes:
 def unsealed(file: Path) -> dict[str, np.ndarray] | None:
     """What `sealed` wrote, or None where there is no such file or anything in it has changed."""
     try:
+        if not file.is_file():
+            storage.fetch(file)
         data = file.read_bytes()
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         tensors = load_tensors(data)

@@ -3,9 +3,12 @@
 import hashlib
 import json
 import re
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..errors import AnatomyError
+from . import storage
 from .files import make_folder, misfit, remove_partial, write_atomically
 from .fingerprint import hash_json, model_key
 from .forward import in_halves, length_sorted_batches, read_spans
@@ -160,22 +164,21 @@ class Harvest:
         Raises:
             AnatomyError: no harvest there, an unfinished one, or a missing, truncated or changed shard.
         """
-        path = Path(path)
-        manifest = _read_manifest(path / _MANIFEST)
+        path = storage.local(path)
+        manifest = _read_manifest(path / _MANIFEST) if storage.fetch(path / _MANIFEST) else None
         if manifest is None:
-            raise AnatomyError(f"No harvest in {str(path)!r}: {_MANIFEST} not found. Run the audit first.")
+            raise AnatomyError(f"No harvest in {storage.shown(path)!r}: {_MANIFEST} not found. Run the audit first.")
         done = sum(entry["pairs"] for entry in manifest["shards"])
         if not manifest["shards"] or done < manifest["n_pairs"]:
             raise AnatomyError(
-                f"The harvest in {str(path)!r} is unfinished: {done} of {manifest['n_pairs']} pairs. Run the audit "
-                "again; it goes on from there."
+                f"The harvest in {storage.shown(path)!r} is unfinished: {done} of {manifest['n_pairs']} pairs. Run the "
+                "audit again; it goes on from there."
             )
         for entry in manifest["shards"]:
-            problem = _problem(path, entry)
+            problem = _brought(path, entry)
             if problem:
-                raise AnatomyError(
-                    f"{path / entry['file']}: {problem}. Run the audit again; it keeps the other shards."
-                )
+                file = storage.shown(path / entry["file"])
+                raise AnatomyError(f"{file}: {problem}. Run the audit again; it keeps the other shards.")
         return cls(path, manifest)
 
 
@@ -200,7 +203,7 @@ def harvest(
         model: the frozen start model.
         sae: its SAE; moved to the model's device.
         pairs: tokenised pairs.
-        out: folder of the harvest.
+        out: folder of the harvest, or its URL (`reading.storage`).
         layer: layer to read, from 0 (`check_sae` gives it).
         batch_tokens: padded tokens of one forward pass.
         shard_pairs: pairs of one file.
@@ -211,7 +214,7 @@ def harvest(
         AnatomyError: the folder holds a harvest of something else, or the model gives NaN or infinity.
     """
     ranks = ranks or Ranks()
-    out = Path(out)
+    out = storage.local(out)
     key = {
         "format": _FORMAT,
         "version": __version__,
@@ -236,6 +239,7 @@ def harvest(
     sae.to(next(model.parameters()).device)
 
     def read_mine() -> dict[str, dict[str, Any]]:
+        make_folder(out)  # on another machine than the main process's
         made: dict[str, dict[str, Any]] = {}
         initial = sum(entry["pairs"] for entry in entries.values()) if ranks.size == 1 else 0
         silent = not progress or not ranks.main
@@ -246,7 +250,9 @@ def harvest(
                 made[name] = _write_shard(out, name, tensors)
                 # Until the end each process notes its own shards; the main one notes those of earlier runs too.
                 file = _MANIFEST if ranks.main else _RANK_MANIFEST.format(ranks.index)
-                _write_manifest(out / file, manifest, {**(entries if ranks.main else {}), **made})
+                _write_manifest(out / file, manifest, {**(entries if ranks.main else {}), **made}, send=False)
+                storage.send(out / name)
+                storage.send(out / file)
         return made
 
     made = ranks.together(read_mine)
@@ -256,11 +262,19 @@ def harvest(
     def merge() -> None:
         if any(made[1:]):
             _write_manifest(out / _MANIFEST, manifest, entries)
-        for file in [*out.glob(_RANK_MANIFEST.format("*")), *out.glob(_SHARD.format("*"))]:
-            if file.name not in entries:  # the second kind: of a run with shards of another size
-                file.unlink()
+        for name in {*storage.listed(out), *(file.name for file in out.iterdir())}:
+            # The second kind: of a run with shards of another size
+            if name not in entries and any(fnmatch(name, of.format("*")) for of in (_RANK_MANIFEST, _SHARD)):
+                storage.remove(out / name)
+
+    def bring() -> None:
+        """Fetch what other machines have read."""
+        for name in entries if storage.url_of(out) is not None and ranks.size > 1 else ():
+            if name not in made[ranks.index] and (problem := _brought(out, entries[name])):
+                raise AnatomyError(f"{storage.shown(out / name)}: {problem}. Run the audit again.")
 
     ranks.in_main(merge)
+    ranks.together(bring)
     return Harvest(out, {**manifest, "shards": [entries[name] for name in shards]})
 
 
@@ -271,26 +285,56 @@ def _settle(out: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     """
     found: dict[str, dict[str, Any]] = {}
     parts = sorted(out.glob(_RANK_MANIFEST.format("*")))
-    for file in (out / _MANIFEST, *parts):
-        before = _read_manifest(file)
+    mirror = storage.url_of(out) is not None
+    there = _manifests_there(out) if mirror else {}
+    notes = [(_read_manifest(file), mirror) for file in (out / _MANIFEST, *parts)]
+    for before, old in [*notes, *((before, False) for before in there.values())]:
         if before is None:
             continue
         if before["key"] != manifest["key"]:
+            if old:  # a copy of what lay at the URL once; what lies there now counts
+                continue
             changed = [name for name, value in manifest["key"].items() if before["key"].get(name) != value]
             raise AnatomyError(
-                f"{str(out)!r} holds a harvest of something else (different: {', '.join(changed)}): choose another "
-                "folder or delete that one."
+                f"{storage.shown(out)!r} holds a harvest of something else (different: {', '.join(changed)}): choose "
+                "another folder or delete that one."
             )
         if before["shard_pairs"] == manifest["shard_pairs"]:
             found |= {entry["file"]: entry for entry in before["shards"]}
     make_folder(out)
     remove_partial(out)
-    entries = {name: found[name] for name in sorted(found) if not _problem(out, found[name])}
-    if parts:
+    entries = {name: found[name] for name in sorted(found) if not _brought(out, found[name])}
+    if mirror:  # shards that were not sent, or not whole
+        sent = {entry["file"]: entry["sha256"] for before in there.values() if before for entry in before["shards"]}
+        sizes = storage.listed(out)
+        for name, entry in entries.items():
+            if (sent.get(name), sizes.get(name)) != (entry["sha256"], entry["bytes"]):
+                storage.send(out / name)
+    if parts or mirror:  # at a URL also to find out, before the pass, whether it can be written
         _write_manifest(out / _MANIFEST, manifest, entries)
-        for file in parts:
-            file.unlink()
+        for name in {file.name for file in parts} | (there.keys() - {_MANIFEST}):
+            storage.remove(out / name)
     return entries
+
+
+def _manifests_there(out: Path) -> dict[str, dict[str, Any] | None]:
+    """The manifests at the URL that `out` mirrors, by name; those in `out` may tell of shards that were not sent."""
+    found: dict[str, dict[str, Any] | None] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in storage.listed(out):
+            copy = Path(folder) / name
+            wanted = name == _MANIFEST or fnmatch(name, _RANK_MANIFEST.format("*"))
+            if wanted and storage.fetch(out / name, into=copy):
+                with suppress(AnatomyError):  # cut short by a kill: its shards are read again
+                    found[name] = _read_manifest(copy)
+    return found
+
+
+def _brought(out: Path, entry: Mapping[str, Any]) -> str | None:
+    """What is wrong with a shard, or None; of a mirror, it is fetched first unless it is there and whole."""
+    if storage.url_of(out) is not None:
+        storage.fetch(out / entry["file"], entry["sha256"])
+    return _problem(out, entry)
 
 
 def write_harvest(
@@ -344,7 +388,7 @@ def stream_harvest(
         key: what it was made from.
         n_pairs: pairs of all shards; `shard_pairs` of each but the last.
     """
-    out = Path(out)
+    out = storage.local(out)
     out.mkdir(parents=True, exist_ok=True)
     shards = []
     for number, (spans, rows) in enumerate(parts):
@@ -357,6 +401,7 @@ def stream_harvest(
                 raise AnatomyError(f"write_harvest: maximum and count of {span!r} are stored at different places.")
             blocks[span] = (fired.indptr, fired.indices, largest.data, fired.data, length)
         shards.append(_write_shard(out, _shard_name(number), _pack(blocks, rows, d_sae)))
+        storage.send(out / _shard_name(number))
     manifest = {"key": dict(key), "n_pairs": n_pairs, "d_sae": d_sae, "shard_pairs": shard_pairs}
     _write_manifest(out / _MANIFEST, manifest, {entry["file"]: entry for entry in shards})
     return Harvest(out, {**manifest, "shards": shards})
@@ -440,13 +485,15 @@ def _shard_name(number: int) -> str:
 
 def _write_shard(out: Path, name: str, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     data = save_tensors(tensors)
-    write_atomically(out / name, data)
+    write_atomically(out / name, data, send=False)
     return {"file": name, "pairs": len(tensors["rows"]), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _write_manifest(file: Path, manifest: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> None:
+def _write_manifest(
+    file: Path, manifest: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]], *, send: bool = True
+) -> None:
     shards = [entries[name] for name in sorted(entries)]
-    write_atomically(file, json.dumps({**manifest, "shards": shards}, indent=1).encode())
+    write_atomically(file, json.dumps({**manifest, "shards": shards}, indent=1).encode(), send=send)
 
 
 def _read_manifest(file: Path) -> dict[str, Any] | None:
@@ -462,7 +509,7 @@ def _read_manifest(file: Path) -> dict[str, Any] | None:
             problem = f"it names the shard {entry['file'][:40]!r}"
     if problem:
         raise AnatomyError(
-            f"{file} is not a harvest's manifest ({problem}): delete the folder and run the audit again."
+            f"{storage.shown(file)} is not a harvest's manifest ({problem}): delete the folder and run the audit again."
         )
     return manifest
 

@@ -16,6 +16,7 @@ from ..errors import AnatomyError
 from ..ops.span_harvest import span_harvest, span_harvest_threshold, span_harvest_topk
 from .fingerprint import hash_json, hash_tensors
 from .locate import decoder_layers, hidden_size, layer_of_hook
+from .storage import is_url
 
 # Activations of these depend on each latent alone, so single latents need not be encoded with all others.
 _SEPARATE = ("standard", "jumprelu")
@@ -274,9 +275,12 @@ def load_sae(source: str | Path | Mapping[str, str], *, device: torch.device | s
         The SAE in float32. Weights are read as safetensors, or by torch as weights only: nothing in them is executed.
 
     Raises:
-        AnatomyError: nothing there, unreadable, an architecture that cannot be used, a release out of reach, or
+        AnatomyError: nothing there, a URL, unreadable, an architecture that cannot be used, a release out of reach, or
             torch told to unpickle without restriction.
     """
+    place = source.get("path", "") if isinstance(source, Mapping) else source
+    if is_url(place):
+        raise AnatomyError(f"sae: found {str(place)!r}, allowed: a folder of this machine, or 'RELEASE:ID' on the hub.")
     if isinstance(source, Mapping):
         if set(source) == {"path"}:
             return _from_folder(Path(source["path"]), str(device))

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from ..errors import AnatomyError
+from ..reading.storage import fetch, shown
 from .fields import Field, found, hint
 
 MAX_BYTES = 256 * 1024
@@ -120,14 +121,14 @@ def read_file(path: Path, problems: Problems) -> Located | None:
     Raises:
         AnatomyError: there is no such file, or it cannot be read.
     """
-    if not os.path.isfile(path):  # unlike Path.is_file, false for names that no file can have
+    if not fetch(path):
         what = "a folder" if os.path.isdir(path) else "no such file"
-        raise AnatomyError(f"Policy {found(str(path))}: {what}; give the path of a YAML file, or a dict.")
+        raise AnatomyError(f"Policy {found(shown(path))}: {what}; give the path of a YAML file, or a dict.")
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise AnatomyError(f"Policy {found(str(path))} cannot be read: {error.strerror}.") from None
+        raise AnatomyError(f"Policy {found(shown(path))} cannot be read: {error.strerror}.") from None
     if len(content) > MAX_BYTES:
         problems.add(None, "", f"found more than {MAX_BYTES // 1024} KiB, allowed: a policy file below that size.")
         return None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..errors import AnatomyError
+from ..reading.storage import joined, local, url_of
 from .fields import FEATURES, LAYER, NAMES, PATTERN, TEXT, Field, found, name_like, one_of
 from .interventions import VERBS, Intervention, ReweightPairs
 from .located import Located, PolicyError, Problems, from_python, read_file
@@ -114,8 +115,8 @@ class ConceptPolicy:
         """Read a policy.
 
         Args:
-            source: path of a YAML file, a dict of the same form, a ConceptPolicy (returned as it is), or None for the
-                empty policy. YAML text is not taken as a string: a string is always a path.
+            source: path or URL of a YAML file, a dict of the same form, a ConceptPolicy (returned as it is), or None
+                for the empty policy. YAML text is not taken as a string: a string is always a path.
 
         Returns:
             The policy; falsy when it has no rules. Relative paths in a file are resolved against its folder.
@@ -129,9 +130,11 @@ class ConceptPolicy:
         if source is None:
             return cls()
         if isinstance(source, str | Path):
-            path = Path(os.path.expanduser(source))
+            path = local(os.path.expanduser(source))
             problems = Problems(str(source))
-            root, folder = read_file(path, problems), path.parent
+            url = url_of(path)
+            folder = path.parent if url is None else url.rpartition("/")[0]
+            root = read_file(path, problems)
         elif isinstance(source, Mapping):
             problems, folder = Problems("policy"), Path()
             root = from_python(source, problems)
@@ -197,7 +200,7 @@ class ConceptPolicy:
 class _Reader:
     """Turns located values into a ConceptPolicy; what does not fit is noted and left out."""
 
-    def __init__(self, problems: Problems, folder: Path) -> None:
+    def __init__(self, problems: Problems, folder: Path | str) -> None:
         self.problems, self.folder = problems, folder
         self.places: dict[str, str] = {}
 
@@ -259,7 +262,7 @@ class _Reader:
 
     def resolved(self, path: str) -> str:
         """A path of the policy, relative ones seen from the policy file's folder."""
-        return str(self.folder / os.path.expanduser(path))
+        return joined(self.folder, path)
 
     def concept(self, name: str, value: Located) -> ConceptSpec | None:
         path = f"concepts.{name[:100]}"
@@ -430,4 +433,4 @@ class _Reader:
 def _yaml_text(source: str | Path | Mapping[str, Any]) -> str:
     if isinstance(source, Mapping):  # by way of JSON, which knows no paths, tuples or numpy's numbers
         return yaml.safe_dump(json.loads(json.dumps(dict(source), default=str)), sort_keys=False, allow_unicode=True)
-    return Path(os.path.expanduser(source)).read_text(encoding="utf-8", errors="replace")
+    return local(os.path.expanduser(source)).read_text(encoding="utf-8", errors="replace")

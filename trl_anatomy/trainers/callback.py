@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..reading.storage import fetch, listed
 from .card import OBSERVED, Cells, concept_cells, fence, hypothesis_cells, observed, observed_cells
 
 if TYPE_CHECKING:
@@ -121,13 +122,13 @@ class AuditCallback(TrainerCallback):
             payload[f"audit/hypotheses/step_{step}"] = _arrow_table(audit.hypotheses, first="rank")
             payload[f"audit/concepts/step_{step}"] = _arrow_table(audit.labelled(audit.concepts))
             page = Path(audit.path) / "report.html"
-            if page.is_file():
+            if fetch(page):
                 payload[f"audit/report/step_{step}"] = wandb.Html(str(page), inject=False)
         run.log(payload)
         if audit is not None:
             artifact = wandb.Artifact(f"audit-{run.id}", type="audit", metadata=audit.info)
-            for file in sorted(Path(audit.path).iterdir()):
-                if file.is_file():
+            for name in listed(Path(audit.path)):
+                if fetch(file := Path(audit.path) / name):
                     artifact.add_file(str(file))
             run.log_artifact(artifact)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import AnatomyError
 from ...reading.files import write_atomically
+from ...reading.storage import local
 from ..folder import REPORT, Audit
 from ..labels import neuronpedia_url
 from ..predict import FALLS, NO_EVIDENCE, RISES, TOO_FEW
@@ -48,7 +49,7 @@ def write_report(audit: Audit, raw_dataset: "Dataset | None" = None, out: str | 
     Raises:
         AnatomyError: `raw_dataset` has another number of rows than the audited one.
     """
-    path = audit.path / REPORT if out is None else Path(out)
+    path = audit.path / REPORT if out is None else local(out)
     write_atomically(path, render(audit, raw_dataset).encode())
     return path
 
@@ -61,7 +62,7 @@ def render(audit: Audit, raw_dataset: "Dataset | None" = None) -> str:
     """
     n_rows = audit.info["data"]["n_rows"]
     if raw_dataset is not None and len(raw_dataset) != n_rows:
-        raise AnatomyError(f"{audit.path}: the audited dataset has {n_rows} rows, found one of {len(raw_dataset)}.")
+        raise AnatomyError(f"{audit.name}: the audited dataset has {n_rows} rows, found one of {len(raw_dataset)}.")
     if audit.info["settings"].get("data_kind") == "sft":  # regions are listed, and there are no pairs to explore
         return render_page("page.html", __package__, [], {}, **_view(audit, raw_dataset, {}))
     samples = sample_views(audit)
@@ -258,7 +259,7 @@ def snippet(audit: Audit, concept: str, contexts: list[str] | None = None, gate:
         gate: what the rule's `where` says; without it the rule acts everywhere.
     """
     # A JSON string is a YAML string, whatever the path holds.
-    path = json.dumps(re.sub(r"[\x00-\x1f]", "", str(audit.path)), ensure_ascii=False)
+    path = json.dumps(re.sub(r"[\x00-\x1f]", "", audit.name), ensure_ascii=False)
     name = f"habit_{concept.lower()}"
     rule = f"explain_away: {name}, with: shape_reward, strength: auto"
     lines = [

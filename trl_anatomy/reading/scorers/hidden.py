@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -15,6 +14,7 @@ from ...errors import AnatomyError
 from ..files import make_folder, write_atomically
 from ..fingerprint import layer_fingerprint
 from ..locate import hidden_size, layer_module
+from ..storage import fetch, local, shown
 
 REDUCTIONS = ("max", "mean", "sum", "last")
 
@@ -130,8 +130,8 @@ class HiddenScorer:
         }
 
     def save(self, path: str | Path) -> Path:
-        """Write ``concept.safetensors`` and ``card.json`` into the folder `path`; returns it."""
-        path = Path(path)
+        """Write ``concept.safetensors`` and ``card.json`` into the folder (or URL) `path`; returns the local folder."""
+        path = local(path)
         make_folder(path)
         own = {"kind": self.kind, "layer": self.layer, "d_model": self.d_model, "reduce": self.reduce}
         write_atomically(path / _TENSOR_FILE, save(self.tensors))
@@ -145,7 +145,7 @@ class HiddenScorer:
         """Load a stored concept of this kind.
 
         Args:
-            path: folder that `save` or ``trl-anatomy fit`` wrote.
+            path: folder (or its URL) that `save` or ``trl-anatomy fit`` wrote.
             layer: must be the layer it was fitted at, if given.
             reduce: instead of the stored reduction.
 
@@ -153,11 +153,12 @@ class HiddenScorer:
             AnatomyError: files missing or unreadable, another kind, or the card says something else than the tensors or
                 `layer`.
         """
-        tensors, card = cls._stored(Path(path), layer)
+        folder = local(path)
+        tensors, card = cls._stored(folder, layer)
         scorer = cls._restored(tensors, card, reduce or card.get("reduce", "max"))
         if card.get("d_model") != scorer.d_model:
             raise AnatomyError(
-                f"{Path(path) / _CARD_FILE} says d_model {card.get('d_model')}, the stored {scorer.label} has width "
+                f"{shown(folder / _CARD_FILE)} says d_model {card.get('d_model')}, the stored {scorer.label} has width "
                 f"{scorer.d_model}."
             )
         return scorer
@@ -171,22 +172,22 @@ class HiddenScorer:
     @classmethod
     def _stored(cls, path: Path, layer: int | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
         label = cls.kind.replace("_", " ")
-        missing = [name for name in (_TENSOR_FILE, _CARD_FILE) if not os.path.isfile(path / name)]
+        missing = [name for name in (_TENSOR_FILE, _CARD_FILE) if not fetch(path / name)]
         if missing:
-            raise AnatomyError(f"No {label} in {str(path)!r}: {' and '.join(missing)} not found.")
+            raise AnatomyError(f"No {label} in {shown(path)!r}: {' and '.join(missing)} not found.")
         try:
             card = json.loads((path / _CARD_FILE).read_text())
             tensors = load_file(path / _TENSOR_FILE)
         except Exception as error:  # whatever the two readers raise on a broken file
-            raise AnatomyError(f"The {label} in {str(path)!r} cannot be read: {error}.") from error
+            raise AnatomyError(f"The {label} in {shown(path)!r} cannot be read: {error}.") from error
         if not isinstance(card, dict) or card.get("kind") != cls.kind or not isinstance(card.get("layer"), int):
             kind = card.get("kind") if isinstance(card, dict) else None
-            raise AnatomyError(f"{path / _CARD_FILE} is not the card of a {label}: it says kind {kind!r}.")
+            raise AnatomyError(f"{shown(path / _CARD_FILE)} is not the card of a {label}: it says kind {kind!r}.")
         if not set(cls.names) <= set(tensors):
-            raise AnatomyError(f"{path / _TENSOR_FILE} is not a {label}: it needs {', '.join(cls.names)}.")
+            raise AnatomyError(f"{shown(path / _TENSOR_FILE)} is not a {label}: it needs {', '.join(cls.names)}.")
         if layer is not None and layer != card["layer"]:
             raise AnatomyError(
-                f"layer is {layer}, but the {label} in {str(path)!r} was fitted at layer {card['layer']}: leave "
+                f"layer is {layer}, but the {label} in {shown(path)!r} was fitted at layer {card['layer']}: leave "
                 "layer out."
             )
         return tensors, card
