@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import AnatomyError
+from ..reading.files import write_atomically
 from ..trainers.card import put_comparison
 from .rates import TEXT_RULES, rate_interval, recovery, rule_hits, word_counts
 from .report import PAGE, write_comparison
@@ -196,9 +196,7 @@ def compare(
         "rates": _rates(responses, list(after), rules),
         "words": {name: _mean_with_interval(word_counts(texts)) for name, texts in responses.items()},
     }
-    temporary = out / "compare.json.tmp"
-    temporary.write_text(json.dumps(result, indent=2))
-    os.replace(temporary, out / "compare.json")
+    write_atomically(out / "compare.json", json.dumps(result, indent=2).encode())
     write_comparison(result, out / PAGE)
     for name, model in after.items():
         if isinstance(model, str | Path):
@@ -327,13 +325,15 @@ def _sampled(
 
     key = hash_json([model_fingerprint(model), list(prompts), dict(sampling)])
     if file.is_file():
-        kept = json.loads(file.read_text())
-        if kept["key"] == key:
+        try:
+            kept = json.loads(file.read_bytes())
+        except ValueError:  # cut short by a crash: sampled again
+            kept = None
+        if isinstance(kept, dict) and kept.get("key") == key:
             return kept["responses"]
     responses = [group[0] for group in rollouts(model, tokenizer, prompts, **sampling)]
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"key": key, "prompts": list(prompts), "responses": responses}, indent=1))
-    os.replace(temporary, file)
+    kept = {"key": key, "prompts": list(prompts), "responses": responses}
+    write_atomically(file, json.dumps(kept, indent=1).encode())
     return responses
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ...errors import AnatomyError
@@ -133,8 +133,10 @@ class HiddenScorer:
         """Write ``concept.safetensors`` and ``card.json`` into the folder `path`; returns it."""
         path = Path(path)
         make_folder(path)
+        data = save(self.tensors)
+        write_atomically(path / _TENSOR_FILE, data)
         own = {"kind": self.kind, "layer": self.layer, "d_model": self.d_model, "reduce": self.reduce}
-        write_atomically(path / _TENSOR_FILE, save(self.tensors))
+        own["sha256"] = hashlib.sha256(data).hexdigest()  # so that a kill here leaves no card beside other tensors
         write_atomically(path / _CARD_FILE, (json.dumps({**self.card, **own}, indent=1) + "\n").encode())
         return path
 
@@ -176,7 +178,8 @@ class HiddenScorer:
             raise AnatomyError(f"No {label} in {str(path)!r}: {' and '.join(missing)} not found.")
         try:
             card = json.loads((path / _CARD_FILE).read_text())
-            tensors = load_file(path / _TENSOR_FILE)
+            data = (path / _TENSOR_FILE).read_bytes()
+            tensors = load(data)
         except Exception as error:  # whatever the two readers raise on a broken file
             raise AnatomyError(f"The {label} in {str(path)!r} cannot be read: {error}.") from error
         if not isinstance(card, dict) or card.get("kind") != cls.kind or not isinstance(card.get("layer"), int):
@@ -184,6 +187,11 @@ class HiddenScorer:
             raise AnatomyError(f"{path / _CARD_FILE} is not the card of a {label}: it says kind {kind!r}.")
         if not set(cls.names) <= set(tensors):
             raise AnatomyError(f"{path / _TENSOR_FILE} is not a {label}: it needs {', '.join(cls.names)}.")
+        if "sha256" in card and card["sha256"] != hashlib.sha256(data).hexdigest():
+            raise AnatomyError(
+                f"{path}: {_TENSOR_FILE} is not the one that {_CARD_FILE} tells of (a fit was interrupted, or a "
+                "file was changed): fit the concept again."
+            )
         if layer is not None and layer != card["layer"]:
             raise AnatomyError(
                 f"layer is {layer}, but the {label} in {str(path)!r} was fitted at layer {card['layer']}: leave "
