@@ -51,7 +51,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="pieces of work; the others stay as they were recorded")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = json.loads(RESULT.read_text())["work"] if args.only else {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         every = works(start_model(root / "model-to-train"))
@@ -60,18 +59,17 @@ def main() -> None:
             start, before = time.monotonic(), cpu_seconds()
             record = interrupt(every[name](root / name), root / name, args.kills, args.seed, name)
             spent = {"seconds": round(time.monotonic() - start), "cpu_seconds": round(cpu_seconds() - before)}
-            found[name] = {**vars(record), **spent}
-            print(name, json.dumps(found[name]), flush=True)
+            found = {**vars(record), **spent, "date": datetime.date.today().isoformat(), "seed": args.seed}
+            print(name, json.dumps(found), flush=True)
             shutil.rmtree(root / name)
-            write({name: found[name] for name in every if name in found}, args.seed)
+            recorded = json.loads(RESULT.read_text())["work"] | {name: found}
+            write({name: recorded[name] for name in every if name in recorded})
 
 
-def write(found: dict[str, Any], seed: int) -> None:
+def write(found: dict[str, Any]) -> None:
     packages = ("torch", "trl", "transformers", "datasets")
     made = {
-        "date": datetime.date.today().isoformat(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "seed": seed,
         "work": found,
     }
     RESULT.write_text(json.dumps(made, indent=1) + "\n")
