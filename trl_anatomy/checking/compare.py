@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import AnatomyError
-from ..reading.files import write_atomically
+from ..reading.files import make_folder, remove_partial, write_atomically
 from ..trainers.card import put_comparison
 from .rates import TEXT_RULES, rate_interval, recovery, rule_hits, word_counts
 from .report import PAGE, write_comparison
@@ -126,7 +126,8 @@ def compare(
         )
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(_name(before))
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
+    remove_partial(out)
     sampling = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
     responses = {"before": _sampled(start_model, tokenizer, prompts, out / "before.json", sampling)}
     for name, model in after.items():

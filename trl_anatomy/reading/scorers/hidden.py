@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ...errors import AnatomyError
-from ..files import make_folder, write_atomically
+from ..files import make_folder, remove_partial, write_atomically
 from ..fingerprint import layer_fingerprint
 from ..locate import hidden_size, layer_module
 
@@ -133,6 +133,7 @@ class HiddenScorer:
         """Write ``concept.safetensors`` and ``card.json`` into the folder `path`; returns it."""
         path = Path(path)
         make_folder(path)
+        remove_partial(path)
         data = save(self.tensors)
         write_atomically(path / _TENSOR_FILE, data)
         own = {"kind": self.kind, "layer": self.layer, "d_model": self.d_model, "reduce": self.reduce}
