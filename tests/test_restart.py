@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from audit_files import config_for, digests, write_inputs
+from tqdm import tqdm
 
 from trl_anatomy.audit import run
 from trl_anatomy.audit.config import AuditConfig
@@ -22,6 +24,7 @@ def in_a_process(work: Callable[[], None]) -> int:
     if child == 0:
         status = 1
         try:
+            tqdm.set_lock(threading.RLock())  # its own is shared between processes, and stays locked by a killed one
             work()
             status = 0
         except BaseException:
