@@ -9,10 +9,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# `accelerate launch` with two processes of a CPU: its own `--cpu` starts one, and `--multi_gpu` asks for no GPU where
+# ACCELERATE_USE_CPU is set. Port 0 is a free one.
+TWO_PROCESSES = [sys.executable, "-m", "accelerate.commands.launch"]
+TWO_PROCESSES += ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+TWO_PROCESSES += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 
 WORDS = [f"w{i}" for i in range(40)] + ["**bold**", "-", "yes", "no"]
 CHAT_TEMPLATE = (

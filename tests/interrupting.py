@@ -1,35 +1,66 @@
 """Work that is killed at a random moment again and again until it is finished, in a process of its own."""
 
+import ctypes
+import gzip
 import hashlib
 import json
 import os
 import random
 import shutil
 import signal
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+import yaml
+from accelerate import PartialState
 from audit_files import config_for, digests, write_inputs
+from conftest import build_tokenizer as chat_tokenizer
 from conftest import preference_rows
 from datasets import Dataset, load_from_disk
 from hidden_world import policy, rule
 from parity import EXACT
 from reading_world import build_tokenizer, dataset, tiny_model
+from test_audit_folder import word_pairs
+from test_fit import labelled
 from test_restart import ended, in_a_process
-from trl import DPOConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from trl import DPOConfig, RewardConfig
 
-from trl_anatomy import AnatomyDPOTrainer
-from trl_anatomy.audit import run
+from trl_anatomy import AnatomyDPOTrainer, AnatomyRewardTrainer
+from trl_anatomy.audit import labelling, run
+from trl_anatomy.audit import report as audit_report
+from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.folder import load_audit
 from trl_anatomy.audit.report import write_report
+from trl_anatomy.checking import compare as comparing
+from trl_anatomy.cli import main
+from trl_anatomy.reading import fit as fitting
+from trl_anatomy.reading import harvest as harvesting
 from trl_anatomy.reading import score
 from trl_anatomy.reading.scorers.direction import DirectionScorer
 from trl_anatomy.reading.spans import read_pairs
+from trl_anatomy.trainers.checkpoints import flaw, last_whole
+
+PR_SET_PDEATHSIG = 1
+
+
+def half_written(folder: Path) -> set[str]:
+    """Files that are being written under a name of their own."""
+    return {path.name.split(".partial")[0] for path in folder.rglob("*.partial")}
+
+
+def half_checkpoints(folder: Path) -> set[str]:
+    return half_written(folder) | {
+        path.name for path in folder.glob("out/checkpoint-*") if not (path / "trainer_state.json").is_file()
+    }
 
 
 @dataclass(frozen=True)
@@ -39,12 +70,14 @@ class Work:
     Attributes:
         do: folder -> nothing; goes on from what is in the folder.
         result: folder -> file -> hash, of all that must not depend on interruptions.
-        stage: folder -> how far the work had come.
+        victims: process of the work, random numbers -> whom to kill.
+        writing: folder -> what is being written into it.
     """
 
     do: Callable[[Path], Any]
     result: Callable[[Path], dict[str, str]]
-    stage: Callable[[Path], str]
+    victims: Callable[[int, random.Random], list[int]] = lambda child, rng: [child]
+    writing: Callable[[Path], set[str]] = half_written
 
 
 @dataclass
@@ -54,16 +87,18 @@ class Record:
     Attributes:
         undisturbed_seconds: what the work takes.
         kills: how often it was killed.
+        aimed: how many of these were aimed at the moment in which a file is written.
         finishes: how often it was then finished.
         different: finishes whose result was not the undisturbed one.
         failures: restarts that ended in an error.
+        half_written: kills that left a file half written (under a name of its own), or a checkpoint.
         stages: where it was killed.
         changed: files that differed.
-        half_written: files that a kill left under a name of their own (`*.partial`).
     """
 
     undisturbed_seconds: float = 0.0
     kills: int = 0
+    aimed: int = 0
     finishes: int = 0
     different: int = 0
     failures: int = 0
@@ -77,87 +112,280 @@ def hashed(folder: Path, pattern: str) -> dict[str, str]:
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def interrupt(work: Work, root: Path, kills: int, seed: int, name: str) -> Record:
-    """Do `work` undisturbed once; then kill it at least `kills` times, each time between start and where it ends.
+def stage_file(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".stage")
 
-    A run that ends before its moment comes is a finish, and the next one begins in an empty folder.
+
+def tell(folder: Path, *places: tuple[Any, str, str]) -> None:
+    """From now on in this process, calls of functions (owner, name, stage) tell what stage the work is in."""
+    file, before = stage_file(folder), ["starting"]
+
+    def wrap(owner: Any, name: str, stage: str) -> None:
+        real = getattr(owner, name)
+
+        def told(*args: Any, **kwargs: Any) -> Any:
+            before.append(stage)
+            file.write_text(stage)
+            try:
+                return real(*args, **kwargs)
+            finally:
+                before.pop()
+                file.write_text(before[-1])
+
+        setattr(owner, name, told)
+
+    file.write_text(before[-1])
+    for place in places:
+        wrap(*place)
+
+
+def interrupt(work: Work, root: Path, kills: int, seed: int, name: str, aimed: float = 0.5) -> Record:
+    """Do `work` undisturbed once; then kill it at least `kills` times, and compare what each finish leaves.
+
+    A share `aimed` of the kills falls as soon as one of the next writes (up to the eighth) of a file is seen, the
+    others between start and where the undisturbed work ends, evenly. A run that ends before its moment comes is a
+    finish, and the next one begins in an empty folder. `*.partial` files, which nothing reads, are not compared.
     """
-    rng, record = random.Random(seed), Record()
+    rng, record, most = random.Random(seed), Record(), 1
     straight = root / f"{name}-undisturbed"
     start = time.monotonic()
-    assert ended(in_a_process(partial(work.do, straight))) == 0, f"{name} fails undisturbed"
+    seen: set[str] = set()
+    child = in_a_process(partial(work.do, straight))
+    while not (found := os.waitpid(child, os.WNOHANG))[0]:
+        most = max(1, min(8, _writes_seen(work, straight, seen)))
+        time.sleep(0.001)
+    assert found[1] == 0, f"{name} fails undisturbed"
     record.undisturbed_seconds = round(time.monotonic() - start, 2)
     expected = work.result(straight)
     assert expected, f"{name} leaves nothing to compare"
     folder = root / f"{name}-killed"
     while record.kills < kills or folder.exists():
-        moment = rng.uniform(0, record.undisturbed_seconds) if record.kills < kills else float("inf")
+        moment, writes = float("inf"), 0
+        if record.kills < kills and rng.random() < aimed:
+            writes = rng.randint(1, most)
+        elif record.kills < kills:
+            moment = rng.uniform(0, record.undisturbed_seconds)
+        seen = work.writing(folder)
+        stage_file(folder).unlink(missing_ok=True)
         child = in_a_process(partial(work.do, folder))
-        start, status = time.monotonic(), None
+        start, status, killed = time.monotonic(), None, False
         while status is None:
             found, code = os.waitpid(child, os.WNOHANG)
             if found:
                 status = os.waitstatus_to_exitcode(code)
-            elif time.monotonic() - start > moment:
-                os.kill(child, signal.SIGKILL)
-                status = ended(child)
+            elif time.monotonic() - start > moment or (writes and _writes_seen(work, folder, seen) >= writes):
+                for victim in work.victims(child, rng):
+                    os.kill(victim, signal.SIGKILL)
+                status, killed = ended(child), True
             else:
-                time.sleep(0.002)
-        if status == -signal.SIGKILL:
+                time.sleep(0.001 if writes else 0.002)
+        if killed and status != 0:
             record.kills += 1
-            record.stages[work.stage(folder)] += 1
-            record.half_written += len(list(folder.rglob("*.partial")))
+            record.aimed += bool(writes)
+            stage = stage_file(folder)
+            record.stages[(stage.read_text() if stage.exists() else "") or "starting"] += 1
+            record.half_written += bool(work.writing(folder))
             continue
         record.finishes += 1
         record.failures += status != 0
         found_files = work.result(folder) if status == 0 else expected
-        changed = {name for name in {*expected, *found_files} if found_files.get(name) != expected.get(name)}
+        names = {name for name in {*expected, *found_files} if not name.endswith(".partial")}
+        changed = {name for name in names if found_files.get(name) != expected.get(name)}
         record.different += bool(changed)
         record.changed.update(changed)
         shutil.rmtree(folder, ignore_errors=True)
     return record
 
 
+def _writes_seen(work: Work, folder: Path, seen: set[str]) -> int:
+    """How many writes began since the work did; `seen` is extended by them, and begins with what earlier kills left."""
+    seen |= {f"+{name}" for name in work.writing(folder) if name not in seen}
+    return sum(name.startswith("+") for name in seen)
+
+
 # The pieces of work
+
+AUDIT_STAGES = (
+    (run, "find_communities", "communities"),
+    (run, "feature_view", "tests by response"),
+    (run, "prompt_view", "prompt clusters"),
+    (run, "_describe", "terms"),
+    (run, "concept_table", "predicted shifts"),
+    (run, "sample_table", "samples"),
+    (run, "write_audit", "tables"),
+    (labelling, "label_audit", "labels"),
+    (audit_report, "write_report", "page"),
+    (harvesting, "harvest", "harvest"),
+    (harvesting, "_write_shard", "writing a shard"),
+)
+
+
+def inputs_for(root: Path) -> Callable[[str], AuditConfig]:
+    """Inputs with 800 pairs, so that the statistics take as long as the pass."""
+    write_inputs(root)
+    with gzip.open(root / "pairs.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in word_pairs(800))
+    return lambda name: config_for(root, name)
 
 
 def audit(root: Path) -> Work:
     """From pairs, model and SAE on disk to the page."""
+    config = inputs_for(root)
+
+    def do(folder: Path) -> None:
+        tell(folder, *AUDIT_STAGES)
+        run.run_audit(config(folder.name), progress=False)
+
+    return Work(do, lambda folder: digests(folder / "audit"))
+
+
+def audit_by_two(root: Path) -> Work:
+    """The same by two processes, of which one or both are killed; then the other is ended too, as a launcher does."""
+    config = inputs_for(root)
+
+    def do(folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+        def rank(index: int) -> None:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody is left behind
+            PartialState._reset_state()
+            os.environ |= {**common, "RANK": str(index), "LOCAL_RANK": str(index), "ACCELERATE_USE_CPU": "true"}
+            if index == 0:
+                tell(folder, *AUDIT_STAGES)
+            run.run_audit(config(folder.name), progress=False)
+
+        ranks = [in_a_process(partial(rank, index)) for index in (0, 1)]
+        first, code = os.wait()
+        other = ranks[0] if first == ranks[1] else ranks[1]
+        if code:
+            os.kill(other, signal.SIGKILL)
+        codes = [code, os.waitpid(other, 0)[1]]
+        assert codes == [0, 0], codes
+
+    def victims(child: int, rng: random.Random) -> list[int]:
+        found = Path(f"/proc/{child}/task/{child}/children").read_text().split()
+        ranks = [int(pid) for pid in found]
+        return rng.choice([ranks[:1], ranks[1:], ranks]) or [child]
+
+    return Work(do, lambda folder: digests(folder / "audit"), victims)
+
+
+def finished_audit(root: Path) -> AuditConfig:
     write_inputs(root)
+    config = config_for(root, "finished")
+    assert ended(in_a_process(lambda: run.run_audit(config, progress=False) and None)) == 0
+    return config
 
-    def stage(folder: Path) -> str:
-        out = folder / "audit"
-        if list(out.rglob("*.partial")):
-            return "writing a file"
-        if (out / "audit.json").exists():
-            return "page"
-        if (out / "hypotheses.parquet").exists():
-            return "tables"
-        shards = len(list((out / "harvest").glob("shard-*")))
-        return "before the first shard" if not shards else "harvest" if shards < 5 else "statistics"
 
-    return Work(
-        do=lambda folder: run.run_audit(config_for(root, folder.name), progress=False),
-        result=lambda folder: digests(folder / "audit"),
-        stage=stage,
-    )
+def copied(config: AuditConfig, folder: Path) -> Path:
+    """A copy of a finished audit in `folder`, whole or not there."""
+    if not (folder / "audit").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(config.out, folder / "copying")
+        (folder / "copying").rename(folder / "audit")
+    return folder / "audit"
 
 
 def page(root: Path) -> Work:
     """The page of a finished audit, written anew."""
-    write_inputs(root)
-    config = config_for(root, "finished")
-    assert ended(in_a_process(lambda: run.run_audit(config, progress=False) and None)) == 0
+    config = finished_audit(root)
 
     def do(folder: Path) -> None:
+        tell(folder, (audit_report.page, "render", "making the page"))
         folder.mkdir(exist_ok=True)
         write_report(load_audit(config.out), run.load_dataset(config), folder / "report.html")
 
-    def stage(folder: Path) -> str:
-        written = list(folder.glob("*.partial"))
-        return "writing the page" if written else "written" if (folder / "report.html").exists() else "making the page"
+    return Work(do, lambda folder: hashed(folder, "*.html"))
 
-    return Work(do, lambda folder: hashed(folder, "*.html"), stage)
+
+def naming(root: Path) -> Work:
+    """`report` with names by a local chat model, which answers at random but always the same."""
+    config = finished_audit(root)
+    tokenizer = chat_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "max_position_embeddings": 8192}
+    LlamaForCausalLM(
+        LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, vocab_size=len(tokenizer))
+    ).save_pretrained(root / "namer")
+    tokenizer.save_pretrained(root / "namer")
+
+    def do(folder: Path) -> None:
+        out = copied(config, folder)
+        tell(folder, (labelling, "label_audit", "names"), (audit_report, "write_report", "page"))
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            assert main(["report", "--audit", str(out), "--label_model", str(root / "namer")]) == 0
+
+    return Work(do, lambda folder: digests(folder / "audit"))
+
+
+def planning(root: Path) -> Work:
+    """`plan` of a policy on hidden states, whose scores are saved after every batch."""
+    config = finished_audit(root)
+    generator = torch.Generator().manual_seed(0)
+    DirectionScorer(torch.randn(32, generator=generator), 1).save(root / "concept")
+    concepts = {"v": {"scorer": "direction", "path": str(root / "concept")}}
+    rules = [rule("v", "shape_reward"), rule("v", "filter_pairs", fraction=0.1)]
+    (root / "policy.yaml").write_text(yaml.safe_dump({"version": 1, "concepts": concepts, "rules": rules}))
+
+    def do(folder: Path) -> None:
+        score._SAVE_SECONDS = -1.0
+        out = copied(config, folder)
+        tell(folder, (score, "score_pairs", "scoring"), (score, "keep", "saving scores"))
+        with open(folder / "plan.json", "w") as file, redirect_stdout(file):
+            assert main(["plan", "--audit", str(out), "--policy", str(root / "policy.yaml"), "--json"]) == 0
+        plan = json.loads((folder / "plan.json").read_text())
+        (folder / "plan.json").write_text(json.dumps(plan).replace(str(folder), "OUT"))
+
+    return Work(do, lambda folder: {**hashed(folder, "plan.json"), **digests(folder / "audit")})
+
+
+def compared(root: Path) -> Work:
+    """`compare`: responses of two models, read by the start model."""
+    config = finished_audit(root)
+    changed = AutoModelForCausalLM.from_pretrained(root / "model")
+    with torch.no_grad():
+        changed.get_input_embeddings().weight[5:9] *= 3
+    changed.save_pretrained(root / "after")
+
+    def do(folder: Path) -> None:
+        stages = (
+            (comparing, "_sampled", "responses"),
+            (comparing, "cheap_predictions", "cheap predictions"),
+            (comparing, "_random_features", "random clusters"),
+            (comparing, "write_comparison", "page"),
+            (harvesting, "harvest", "harvest"),
+        )
+        tell(folder, *stages)
+        words = ["compare", "--audit", config.out, "--before", str(root / "model"), "--after", str(root / "after")]
+        sizes = ["--n_prompts", "60", "--max_new_tokens", "12", "--batch_size", "20", "--out", str(folder / "out")]
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            assert main([*words, *sizes]) == 0
+
+    return Work(do, lambda folder: digests(folder / "out"))
+
+
+def fitted(root: Path) -> Work:
+    """`fit` of a probe, stored over one of another layer."""
+    tiny_model().save_pretrained(root / "model")
+    build_tokenizer().save_pretrained(root / "model")
+    Dataset.from_dict(labelled(120)).to_json(str(root / "texts.jsonl"))
+
+    def do(folder: Path) -> None:
+        out = folder / "concept"
+        tell(folder, (fitting, "fit_concept", "fit"), (fitting, "read_hidden", "hidden states"))
+        words = ["fit", "--model", str(root / "model"), "--dataset", str(root / "texts.jsonl"), "--scorer", "probe"]
+        words += ["--layers", "1"]
+        if not out.exists():  # a concept of another model's width and layer, which this fit replaces
+            folder.mkdir(exist_ok=True)
+            DirectionScorer(torch.ones(8), 0).save(folder / "before")
+            (folder / "before").rename(out)
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            assert main([*words, "--out", str(out)]) == 0
+
+    return Work(do, lambda folder: hashed(folder, "*"))
 
 
 def scoring(root: Path) -> Work:
@@ -168,50 +396,51 @@ def scoring(root: Path) -> Work:
 
     def do(folder: Path) -> None:
         score._SAVE_SECONDS = -1.0
+        tell(folder, (score, "score_pairs", "scoring"), (score, "keep", "saving scores"))
         scorers = {"a": DirectionScorer(vector, 1), "b": DirectionScorer(-vector, 2, "mean")}
         found = score.score_pairs(pairs, scorers, model, cache_dir=folder, progress=False, batch_tokens=2000)
         (folder / "gaps.txt").write_text("".join(str(found.gap(name).tolist()) for name in "ab"))
 
-    def stage(folder: Path) -> str:
-        if list(folder.glob("*.partial")):
-            return "writing a file"
-        return "scoring" if list(folder.glob("scores-*")) else "before the first save"
+    def result(folder: Path) -> dict[str, str]:
+        return {**hashed(folder, "scores-*.safetensors"), **hashed(folder, "gaps.txt")}
 
-    return Work(do, lambda folder: {**hashed(folder, "scores-*.safetensors"), **hashed(folder, "gaps.txt")}, stage)
+    return Work(do, result)
 
 
-def training(root: Path, model_dir: Path) -> Work:
-    """Eight steps of DPO with a policy, a checkpoint after each; goes on from the last whole one."""
+def training(root: Path, model_dir: Path, reward: bool = False, precompute: bool = False) -> Work:
+    """Eight steps with a policy, a checkpoint after each; goes on from the last whole one."""
     Dataset.from_list(preference_rows(24)).save_to_disk(root / "pairs")
     shaped = policy(root / "concepts", rule("v", "shape_reward"), rule("t", "filter_pairs", fraction=0.1))
+    cls, config = (AnatomyRewardTrainer, RewardConfig) if reward else (AnatomyDPOTrainer, DPOConfig)
 
     def do(folder: Path) -> None:
         settings = {**EXACT, "save_strategy": "steps", "save_steps": 1, "max_steps": 8, "save_only_model": False}
-        data = folder / "pairs"
+        if precompute:
+            settings["precompute_ref_log_probs"] = True
+        data, out = folder / "pairs", folder / "out"
         if not data.exists():  # a copy, since the score cache lies beside the data
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(root / "pairs", folder / "copying")
             (folder / "copying").rename(data)
-        trainer = AnatomyDPOTrainer(
+        stages = [(cls, "_precompute_ref_logps", "reference pass")] if precompute else []
+        stages += [(cls, "__init__", "scores"), (cls, "training_step", "a step"), (cls, "train", "between steps")]
+        tell(folder, *stages, (cls, "_save_checkpoint", "writing a checkpoint"))
+        trainer = cls(
             model=str(model_dir),
-            args=DPOConfig(output_dir=str(folder / "out"), **settings),
+            args=config(output_dir=str(out), **settings),
             train_dataset=load_from_disk(str(data)),
             concept_policy=shaped,
         )
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder / "out"))
+        trainer.train(resume_from_checkpoint=last_whole(out)[0] is not None)
         trainer.save_model(str(folder / "final"))
         (folder / "final" / "log.json").write_text(json.dumps(log(trainer), sort_keys=True))
 
-    def stage(folder: Path) -> str:
-        steps = sorted(folder.glob("out/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        if not steps:
-            return "before the first checkpoint"
-        return "training" if whole(steps[-1]) else "writing a checkpoint"
-
     def result(folder: Path) -> dict[str, str]:
+        whole = [path.name for path in (folder / "out").glob("checkpoint-*") if flaw(path) is None]
+        assert len(whole) == 8, whole
         return {**hashed(folder / "final", "*.safetensors"), **hashed(folder / "final", "log.json")}
 
-    return Work(do, result, stage)
+    return Work(do, result, writing=half_checkpoints)
 
 
 def log(trainer: Any) -> list[dict[str, Any]]:
@@ -220,14 +449,18 @@ def log(trainer: Any) -> list[dict[str, Any]]:
     return [{key: value for key, value in entry.items() if key != "num_tokens"} for entry in steps]
 
 
-def whole(checkpoint: Path) -> bool:
-    """Whether the trainer finished writing it: `trainer_state.json` is its last file."""
-    try:
-        return bool(json.loads((checkpoint / "trainer_state.json").read_text()))
-    except (OSError, ValueError):
-        return False
-
-
-def last_checkpoint(out: Path) -> str | None:
-    found = [path for path in out.glob("checkpoint-*") if whole(path)]
-    return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
+def works(model_dir: Path) -> dict[str, Callable[[Path], Work]]:
+    """Every piece of work; `model_dir` holds the model that is trained."""
+    return {
+        "audit": audit,
+        "audit by two processes": audit_by_two,
+        "page": page,
+        "names": naming,
+        "plan": planning,
+        "scoring": scoring,
+        "compare": compared,
+        "fit": fitted,
+        "training": lambda root: training(root, model_dir),
+        "training, reference precomputed": lambda root: training(root, model_dir, precompute=True),
+        "reward training": lambda root: training(root, model_dir, reward=True),
+    }

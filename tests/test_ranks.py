@@ -4,11 +4,11 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from audit_files import config_for, digests, write_inputs
+from conftest import TWO_PROCESSES
 
 from trl_anatomy.audit import run
 from trl_anatomy.audit.config import AuditConfig
@@ -72,10 +72,8 @@ def two_processes(root: Path, config: AuditConfig) -> tuple[list[dict], str]:
         "PYTHONPATH": str(TESTS.parent),
         "HF_DATASETS_CACHE": str(root / "cache"),
     }
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, str(script), str(root), *flags(config)], env=environment, capture_output=True, text=True, timeout=150
-    )
+    words = [*TWO_PROCESSES, str(script), str(root), *flags(config)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((root / f"rank{i}.json").read_text()) for i in (0, 1)], done.stdout
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from audit_files import config_for, digests, write_inputs
+from tqdm import tqdm
 
 from trl_anatomy.audit import run
 from trl_anatomy.audit.config import AuditConfig
@@ -22,6 +24,7 @@ def in_a_process(work: Callable[[], None]) -> int:
     if child == 0:
         status = 1
         try:
+            tqdm.set_lock(threading.RLock())  # its own is shared between processes, and stays locked by a killed one
             work()
             status = 0
         except BaseException:
@@ -37,8 +40,8 @@ def ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def killed_at_call(name: str, count: int, config: AuditConfig) -> int:
-    """Run an audit that the kernel kills when it calls `os.<name>` for the `count`-th time (before it acts)."""
+def killed_at_call(name: str, count: int, do: Callable[[], object]) -> int:
+    """Do what the kernel kills when it calls `os.<name>` for the `count`-th time (before it acts)."""
 
     def work() -> None:
         calls, real = 0, getattr(os, name)
@@ -51,7 +54,7 @@ def killed_at_call(name: str, count: int, config: AuditConfig) -> int:
             return real(*args, **kwargs)
 
         setattr(os, name, counted)
-        run.run_audit(config, progress=False)
+        do()
 
     return ended(in_a_process(work))
 
@@ -100,7 +103,7 @@ def test_killed_again_and_again_while_it_writes(
 ) -> None:
     config = config_for(root, f"{name}-{'-'.join(map(str, calls))}")
     for count in calls:
-        assert killed_at_call(name, count, config) == -signal.SIGKILL
+        assert killed_at_call(name, count, lambda: run.run_audit(config, progress=False)) == -signal.SIGKILL
         assert list(Path(config.out).rglob("*.partial"))
     assert finish(config) == undisturbed
 
@@ -125,7 +128,7 @@ def test_killed_at_any_moment(
 def test_a_shard_that_a_crash_cut_short_is_read_again(root: Path, undisturbed: dict[str, str]) -> None:
     """A power cut may leave a file whose name is there and whose end is not."""
     config = config_for(root, "cut")
-    assert killed_at_call("fsync", 8, config) == -signal.SIGKILL
+    assert killed_at_call("fsync", 8, lambda: run.run_audit(config, progress=False)) == -signal.SIGKILL
     shard = Path(config.out) / "harvest/shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
     (shard.parent / "shard-00004.safetensors.77.partial").write_bytes(b"half")

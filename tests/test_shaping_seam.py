@@ -3,7 +3,6 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import preference_rows
+from conftest import TWO_PROCESSES, preference_rows
 from datasets import IterableDataset
 from explicit_dpo import (
     BETA,
@@ -591,7 +590,7 @@ def test_two_ranks_train_as_one(tiny_model_dir: Path, tmp_path: Path) -> None:
     script.write_text(TWO_RANKS)
     arguments = [str(script), str(Path(__file__).parent), str(tiny_model_dir), str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments, "2"]
+    launch = [*TWO_PROCESSES, *arguments, "2"]
     run = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=150)
     assert run.returncode == 0, run.stderr[-3000:]
     single = dpo(

@@ -38,6 +38,9 @@ def parameters(function: Any) -> list[str]:
         (DPOTrainer.training_step, ["self", "args", "kwargs"]),
         (Trainer.training_step, ["self", "model", "inputs", "num_items_in_batch"]),
         (Trainer._save, ["self", "output_dir", "state_dict"]),
+        (Trainer._save_checkpoint, ["self", "model", "trial"]),
+        (Trainer._save_rng_state, ["self", "output_dir"]),
+        (Trainer._get_output_dir, ["self", "trial"]),
         (RewardTrainer._set_signature_columns_if_needed, ["self"]),
     ],
 )
@@ -84,6 +87,22 @@ def test_a_training_step_holds_its_backward() -> None:
     """Edits of hidden states live as long as `training_step`; a backward after it would see none of them."""
     assert "self.accelerator.backward(" in inspect.getsource(Trainer.training_step)
     assert "self._save(" in inspect.getsource(Trainer.save_model), "edits that a reward model keeps are saved in _save"
+
+
+def test_the_state_of_the_trainer_is_the_last_file_of_a_checkpoint() -> None:
+    assert parameters(Trainer.train)[:2] == ["self", "resume_from_checkpoint"]
+    source = inspect.getsource(Trainer._save_checkpoint)
+    order = [
+        "self.save_model(",
+        "self._save_optimizer_and_scheduler(",
+        "self._save_scaler(",
+        "self._save_rng_state(",
+        "self.state.save_to_json(",
+    ]
+    places = [source.index(call) for call in order]
+    assert places == sorted(places), (
+        "trl_anatomy.trainers.checkpoints takes a checkpoint with this file for a whole one"
+    )
 
 
 def test_trainer_sets_the_collator_as_an_attribute_in_init() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import AnatomyError
-from ..reading.files import make_folder, write_atomically
+from ..reading.files import make_folder, remove_partial, write_atomically
 from ..reading.storage import fetch, local
 from ..trainers.card import put_comparison
 from .rates import TEXT_RULES, rate_interval, recovery, rule_hits, word_counts
@@ -128,6 +128,7 @@ def compare(
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(_name(before))
     make_folder(out := local(out))
+    remove_partial(out)
     sampling = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
     responses = {"before": _sampled(start_model, tokenizer, prompts, out / "before.json", sampling)}
     for name, model in after.items():
@@ -326,13 +327,15 @@ def _sampled(
 
     key = hash_json([model_fingerprint(model), list(prompts), dict(sampling)])
     if fetch(file, own=True):
-        kept = json.loads(file.read_text())
-        if kept["key"] == key:
+        try:
+            kept = json.loads(file.read_bytes())
+        except ValueError:  # cut short by a crash: sampled again
+            kept = None
+        if isinstance(kept, dict) and kept.get("key") == key:
             return kept["responses"]
     responses = [group[0] for group in rollouts(model, tokenizer, prompts, **sampling)]
-    write_atomically(
-        file, json.dumps({"key": key, "prompts": list(prompts), "responses": responses}, indent=1).encode()
-    )
+    kept = {"key": key, "prompts": list(prompts), "responses": responses}
+    write_atomically(file, json.dumps(kept, indent=1).encode())
     return responses
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .card import append_section, card_section
+from .checkpoints import WholeCheckpoints
 
 if TYPE_CHECKING:
     from ..audit.folder import Audit
@@ -172,7 +173,7 @@ def weigh_gradient(values: Tensor, weight: Tensor) -> Tensor:
     return weighed
 
 
-class ShapedSeams:
+class ShapedSeams(WholeCheckpoints):
     """Mixin in front of a TRL trainer: seams that let columns through, inert unless a rule acts inside the step.
 
     `_acts` says whether the dataset carries columns of ours; `_logged_concepts` holds the names of the concepts whose

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ...errors import AnatomyError
-from ..files import make_folder, write_atomically
+from ..files import make_folder, remove_partial, write_atomically
 from ..fingerprint import layer_fingerprint
 from ..locate import hidden_size, layer_module
 from ..storage import fetch, local, shown
@@ -133,8 +133,11 @@ class HiddenScorer:
         """Write ``concept.safetensors`` and ``card.json`` into the folder (or URL) `path`; returns the local folder."""
         path = local(path)
         make_folder(path)
+        remove_partial(path)
+        data = save(self.tensors)
+        write_atomically(path / _TENSOR_FILE, data)
         own = {"kind": self.kind, "layer": self.layer, "d_model": self.d_model, "reduce": self.reduce}
-        write_atomically(path / _TENSOR_FILE, save(self.tensors))
+        own["sha256"] = hashlib.sha256(data).hexdigest()  # so that a kill here leaves no card beside other tensors
         write_atomically(path / _CARD_FILE, (json.dumps({**self.card, **own}, indent=1) + "\n").encode())
         return path
 
@@ -177,7 +180,8 @@ class HiddenScorer:
             raise AnatomyError(f"No {label} in {shown(path)!r}: {' and '.join(missing)} not found.")
         try:
             card = json.loads((path / _CARD_FILE).read_text())
-            tensors = load_file(path / _TENSOR_FILE)
+            data = (path / _TENSOR_FILE).read_bytes()
+            tensors = load(data)
         except Exception as error:  # whatever the two readers raise on a broken file
             raise AnatomyError(f"The {label} in {shown(path)!r} cannot be read: {error}.") from error
         if not isinstance(card, dict) or card.get("kind") != cls.kind or not isinstance(card.get("layer"), int):
@@ -185,6 +189,11 @@ class HiddenScorer:
             raise AnatomyError(f"{shown(path / _CARD_FILE)} is not the card of a {label}: it says kind {kind!r}.")
         if not set(cls.names) <= set(tensors):
             raise AnatomyError(f"{shown(path / _TENSOR_FILE)} is not a {label}: it needs {', '.join(cls.names)}.")
+        if "sha256" in card and card["sha256"] != hashlib.sha256(data).hexdigest():
+            raise AnatomyError(
+                f"{shown(path)}: {_TENSOR_FILE} is not the one that {_CARD_FILE} tells of (a fit was interrupted, or a "
+                "file was changed): fit the concept again."
+            )
         if layer is not None and layer != card["layer"]:
             raise AnatomyError(
                 f"layer is {layer}, but the {label} in {shown(path)!r} was fitted at layer {card['layer']}: leave "
