@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SAMPLE_PAIRS = 300
 # Pairs that show a hypothesis, looked for among those where its concept is one of the strongest.
 PAIRS_A_HYPOTHESIS = 2
+_ROWS_AT_ONCE = 4096
 
 _SPAN = pa.list_(pa.string())
 _FIRED = pa.list_(
@@ -73,7 +74,7 @@ def _behind(hypotheses: pa.Table, pairs: pa.Table, n: int) -> list[tuple[int, st
         (h["context"], h["concept"], h["lean"]): [] for h in kept
     }
     columns = ("row", "contexts", "concepts", "scores")
-    for batch in pairs.select(columns).to_batches(max_chunksize=4096):  # as Python objects they are large
+    for batch in pairs.select(columns).to_batches(max_chunksize=_ROWS_AT_ONCE):  # as Python objects they are large
         for row, contexts, names, scores in zip(*(batch[name].to_pylist() for name in columns), strict=True):
             for name, score in zip(names, scores, strict=True):
                 place = best.get((contexts[0], name, "chosen" if score > 0 else "rejected"))
