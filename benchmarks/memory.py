@@ -25,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "memory.json"
-SIZES = (4096, 16384)
+SIZES = (2048, 8192)
 PROMPT, RESPONSE = (8, 24), (20, 60)  # words, which are tokens of this model
 SHARD = 512
 TRAIN = "--max_steps 1 --per_device_train_batch_size 2 --bf16 false --use_cpu --report_to none --save_strategy no"
@@ -157,6 +157,7 @@ def main() -> None:
                 raise SystemExit(f"{name}, {size} pairs: {done.stderr[-2000:]}")
             return json.loads(done.stdout.splitlines()[-1]) if name != "data" else {}
 
+        before = json.loads(RESULT.read_text())["commands"] if RESULT.exists() else {}
         measured: dict[str, Any] = {}
         for size in sizes:
             if not (root / f"pairs-{size}.jsonl").exists():
@@ -173,7 +174,11 @@ def main() -> None:
                 "anonymous_bytes_per_pair": slope(pairs, [figures["anonymous"] for figures in found]),
             }
             print(name, json.dumps(measured[name]), flush=True)
-    before = json.loads(RESULT.read_text())["commands"] if RESULT.exists() else {}
+            write_results({**before, **measured})
+    return None
+
+
+def write_results(commands: dict[str, Any]) -> None:
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     packages = ("torch", "transformers", "trl", "datasets", "pyarrow", "numpy")
     result = {
@@ -188,10 +193,9 @@ def main() -> None:
             "live_latents_per_token": 6,
             "shard_pairs": SHARD,
         },
-        "commands": {name: {**before, **measured}[name] for name in COMMANDS if name in {**before, **measured}},
+        "commands": {name: commands[name] for name in COMMANDS if name in commands},
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    return None
 
 
 if __name__ == "__main__":
