@@ -1,12 +1,14 @@
 import html
+import json
 import re
 
 import numpy as np
 import pytest
 from audit_world import make_audit, make_world
 
-from trl_anatomy.checking.compare import _split_half_reliability, cheap_predictions, comparison_report
+from trl_anatomy.checking.compare import _split_half_reliability, cheap_predictions, comparison_report, prompts_for
 from trl_anatomy.checking.report import render_comparison
+from trl_anatomy.errors import AnatomyError
 
 
 def test_reliability_matches_its_expectation():
@@ -130,3 +132,17 @@ def test_page_shows_figures_that_are_not_known():
     assert "+50.0 n/a … n/a unknown" in text
     assert "Sizes agree with R² 0.50 0.25 … 0.75 ; how much could be seen is unknown." in text
     assert "by length" in text
+
+
+def test_prompts_are_drawn_from_those_that_differ(tmp_path):
+    """Repeated and empty prompts count once and not at all; the draw is of the others, in the order of the file."""
+    turns = [[{"role": "user", "content": f"say {i % 7}"}] for i in range(40)]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt, "other": 1}) + "\n" for prompt in [*turns, []]))
+    audit = make_audit(tmp_path / "audit", make_world(400))
+    assert prompts_for(audit, str(file), 100, 0) == turns[:7]
+    drawn = np.random.default_rng(3).permutation(7)[:4]
+    assert prompts_for(audit, str(file), 4, 3) == [turns[i] for i in sorted(drawn)]
+    file.write_text('{"prompt": ""}\n')
+    with pytest.raises(AnatomyError, match="holds no prompt"):
+        prompts_for(audit, str(file), 4, 3)

@@ -1,16 +1,11 @@
-"""Hostile and odd input ends in one documented error, and nothing here reaches for the network unasked."""
+"""Hostile and odd input ends in one documented error."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from audit_files import write_inputs
 from datasets import Dataset
 from fuzz_targets import CORPUS, STRICT, TARGETS, read_dataset, tokenizer
 from hypothesis import HealthCheck, given, settings
@@ -216,66 +211,3 @@ def test_an_sae_of_wrong_shapes_is_refused(architecture: str, damage: str, tmp_p
     save_file(weights, file)
     with pytest.raises(AnatomyError, match=r"The SAE at .* (cannot be read|holds NaN or infinity)"):
         load_sae(tmp_path)
-
-
-# The network
-
-_CLOSED = """
-import json, socket, sys, traceback
-from pathlib import Path
-tried = []
-def closed(name):
-    def refuse(*args, **kwargs):
-        if name == "connect" and args[0].family == socket.AF_UNIX:
-            return real(*args)
-        frames = [f"{Path(f.filename).name}:{f.name}" for f in traceback.extract_stack()]
-        tried.append(f"{name} {args[-1] if name == 'connect' else args[0]} from {' > '.join(frames)}")
-        raise OSError("the network is closed")
-    real = getattr(socket.socket, name, None)
-    return refuse
-socket.socket.connect = closed("connect")
-socket.socket.connect_ex = closed("connect_ex")
-socket.socket.sendto = closed("sendto")
-socket.getaddrinfo = closed("getaddrinfo")
-root, tests = sys.argv[1:]
-sys.path.insert(0, tests)
-from audit_files import config_for
-from trl_anatomy.audit.reopen import reopen
-from trl_anatomy.audit.run import run_audit
-from trl_anatomy.shaping.policy import ConceptPolicy
-from trl_anatomy.shaping.settle import settle_policy
-audit = run_audit(config_for(Path(root), "closed"), progress=False)
-policy = ConceptPolicy.load({
-    "concepts": {"habit": {"scorer": "features", "audit": str(audit.path), "cluster": "T1"}},
-    "rules": [{"explain_away": "habit", "with": "shape_reward"}],
-})
-source = reopen(audit)
-settle_policy(policy, source.pairs, lambda: source.model, audit=audit, cache_dir=audit.path / "scores")
-from trl import DPOConfig
-from trl_anatomy import AnatomyDPOTrainer
-trainer = AnatomyDPOTrainer(
-    model=audit.info["settings"]["model"],
-    args=DPOConfig(output_dir=root + "/trained", max_steps=1, bf16=False, use_cpu=True, report_to="none"),
-    train_dataset=source.pairs.raw,
-    processing_class=source.tokenizer,
-    concept_policy=policy,
-    audit=audit,
-)
-trainer.train()
-trainer.save_model(root + "/trained")
-print("TRIED " + json.dumps(tried))
-"""
-
-
-def test_audit_plan_and_training_with_the_network_closed(tmp_path: Path) -> None:
-    """Not offline mode, which forbids it to the libraries: every attempt to reach another machine would be seen."""
-    write_inputs(tmp_path)
-    tests = Path(__file__).parent
-    shut = ("HF_HUB_OFFLINE", "WANDB_MODE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
-    environment = {key: value for key, value in os.environ.items() if key not in shut}
-    environment["PYTHONPATH"] = str(tests.parent)
-    environment["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL's own trainers tell the hub of their use
-    command = [sys.executable, "-c", _CLOSED, str(tmp_path), str(tests)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout.split("TRIED ")[1]) == []

@@ -566,11 +566,28 @@ def test_report_asks_an_endpoint(root: Path, endpoint: Any, capsys: pytest.Captu
     }
 
 
+def write_model(folder: Path, *, chats: bool = True, speaks: bool = True) -> Path:
+    from reading_world import build_tokenizer, tiny_model
+
+    tiny_model().config.save_pretrained(folder)
+    if speaks:
+        tokenizer = build_tokenizer()
+        tokenizer.chat_template = tokenizer.chat_template if chats else None
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
 def test_what_cannot_work_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for flags, message in (
         (["--label_url", "http://localhost:1/v1"], "--label_url needs --label_model"),
         (["--label_model", "m", "--label_key_variable", "K"], "goes with --label_url"),
         (["--label_url", "ftp://x", "--label_model", "m"], "begins with http"),
+        (["--label_url", "http://", "--label_model", "m"], "names a host"),
+        (["--label_url", "http://x:port/v1", "--label_model", "m"], "names a host"),
+        (["--label_url", "http://x y/v1", "--label_model", "m"], "names a host"),
+        (["--label_model", str(tmp_path / "none")], "cannot be loaded"),
+        (["--label_model", str(write_model(tmp_path / "silent", chats=False))], "no chat_template"),
+        (["--label_model", str(write_model(tmp_path / "words", speaks=False))], "its tokenizer cannot be loaded"),
         (["--label_url", "http://x/v1", "--label_model", "m", "--label_key_variable", "NOT_SET"], "is not set"),
     ):
         for command in (["report", "--audit", str(tmp_path)], ["audit", "--out", str(tmp_path / "out")]):

@@ -335,3 +335,14 @@ def test_numbers_are_readable():
     assert probability(1e-9) == "< 0.0001"
     assert probability(0.0312) == "0.031"
     assert clean("tab\tand\nline \x7f\ud800") == "tab\tand\nline [U+007F][U+D800]"
+
+
+def test_hypotheses_come_kept_first_by_rank_then_by_size(audit, monkeypatch):
+    tested = audit.hypotheses.to_pylist()
+    assert {h["kept"] for h in tested} == {True, False}
+    order = sorted(tested, key=lambda h: (not h["kept"], h["rank"] or 0, -abs(h["delta"])))
+    monkeypatch.setattr(explore, "N_HYPOTHESES", len(order) - 3)
+    found = explore.explore_data(audit, {})
+    assert found["n_hypotheses"] == len(order)
+    wanted = [[h[key] for key in explore.HYPOTHESIS] for h in order[:-3]]
+    assert repr(found["hypotheses"]["rows"]) == repr(wanted)  # NaN equals NaN

@@ -148,7 +148,8 @@ def _audit(argv: list[str]) -> int:
 
 def _check_labeller(flags: Any) -> None:
     """Refuse what can not work before long work."""
-    from .reading.chat import ChatEndpoint
+    from .audit.run import empty_model, load_tokenizer
+    from .reading.chat import ChatEndpoint, LocalChat
 
     if flags.label_url is not None and flags.label_model is None:
         raise AnatomyError("--label_url needs --label_model, the name of the model there.")
@@ -156,6 +157,9 @@ def _check_labeller(flags: Any) -> None:
         raise AnatomyError("--label_key_variable goes with --label_url.")
     if flags.label_url is not None:
         ChatEndpoint(flags.label_url, flags.label_model, flags.label_key_variable).check()
+    elif flags.label_model is not None:
+        empty_model(flags.label_model)
+        LocalChat.check(load_tokenizer(flags.label_model), flags.label_model)
 
 
 def _name_concepts(audit: Audit, flags: Any) -> None:
@@ -204,7 +208,7 @@ def _print_regions(audit: Audit) -> None:
     _print_size(audit)
     labels = {row["concept"]: row["label"] for row in audit.labelled(audit.concepts).to_pylist()}
     alpha, regions = audit.info["settings"]["alpha"], audit.info["contexts"]
-    found = [row for row in audit.hypotheses.to_pylist() if row["kept"] and row["q"] <= alpha]
+    found = [row for row in audit.hypotheses.filter(audit.hypotheses["kept"]).to_pylist() if row["q"] <= alpha]
     print("These rows have no pairs: no shift is predicted, only what sets one region of the corpus apart.")
     if not found:
         print(f"No evidence that responses in any region ({len(regions)}) differ from the rest.")

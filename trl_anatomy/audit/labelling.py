@@ -212,8 +212,9 @@ class _Tasks:
         concepts = {row["concept"]: (row, k) for table in tables for k, row in enumerate(table)}
         evident = [row for row in tables[0] if row["verdict"] in (RISES, FALLS)]
         order = [row["concept"] for row in sorted(evident, key=lambda row: -abs(row["predicted"]))]
-        tested = self.audit.hypotheses.select(["context", "concept", "kept", "rank"]).to_pylist()
-        for row in sorted((row for row in tested if row["kept"]), key=lambda row: row["rank"]):
+        tested = self.audit.hypotheses
+        kept = tested.filter(tested["kept"]).select(["context", "concept", "rank"]).to_pylist()
+        for row in sorted(kept, key=lambda row: row["rank"]):
             order += [row["context"], row["concept"]]
         for name in dict.fromkeys([*order, *concepts, *self.described]):
             if name in concepts:

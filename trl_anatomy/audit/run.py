@@ -107,6 +107,18 @@ def load_tokenizer(name: str) -> Any:
         raise AnatomyError(f"model {name}: its tokenizer cannot be loaded ({_first_line(error)}).") from error
 
 
+def empty_model(name: str) -> Any:
+    """A causal language model without its weights, and without remote code: whether it can be loaded at all."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+    except Exception as error:
+        raise AnatomyError(f"model {name}: cannot be loaded ({_first_line(error)}).") from error
+
+
 def load_model(config: AuditConfig) -> Any:
     """The start model in evaluation mode on its device, without remote code."""
     import torch
@@ -149,9 +161,6 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
     Raises:
         AnatomyError: as `run_audit` would.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     from ..reading.sae import check_sae, load_sae
     from ..reading.sft import read_rows
     from .region_view import region_rows
@@ -167,12 +176,7 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
     )
     if config.region is not None:
         region_rows(pairs, config.region)
-    if model is None:
-        try:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model))
-        except Exception as error:
-            raise AnatomyError(f"model {config.model}: cannot be loaded ({_first_line(error)}).") from error
+    model = empty_model(config.model) if model is None else model
     sae = load_sae(config.sae)
     layer = check_sae(sae, model, config.layer)
     tokens = np.array([[len(part) for part in pairs.tokens(i)] for i in range(len(pairs))])

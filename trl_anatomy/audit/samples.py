@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from .predict import NO_EVIDENCE, TOO_FEW
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 SAMPLE_PAIRS = 300
 # Pairs that show a hypothesis, looked for among those where its concept is one of the strongest.
 PAIRS_A_HYPOTHESIS = 2
+_ROWS_AT_ONCE = 4096
 
 _SPAN = pa.list_(pa.string())
 _FIRED = pa.list_(
@@ -50,7 +52,6 @@ def sample_rows(
     evident = [c for c in table if c["verdict"] not in (NO_EVIDENCE, TOO_FEW)]
     asked = [(row, c["concept"]) for c in evident for row in c["telling_rows"][:1]]
     asked += [(row, c["concept"]) for c in evident for row in c["telling_rows"][1:]]
-    own = dict(zip(pairs["row"].to_pylist(), pairs["concepts"].to_pylist(), strict=True))
     asked += _behind(hypotheses, pairs, n_pairs)
     asked += [(row, c["concept"]) for c in table[len(evident) :] for row in c["telling_rows"][:1]]
     found: dict[int, list[str]] = {}
@@ -60,26 +61,27 @@ def sample_rows(
         names = found.setdefault(row, [])
         if concept not in names:
             names.append(concept)
+    of_found = pairs.filter(pc.is_in(pairs["row"], pa.array(list(found), pa.int64())))
+    own = dict(zip(of_found["row"].to_pylist(), of_found["concepts"].to_pylist(), strict=True))
     return {row: [*names, *(name for name in own[row] if name not in names)] for row, names in found.items()}
 
 
 def _behind(hypotheses: pa.Table, pairs: pa.Table, n: int) -> list[tuple[int, str]]:
     """Rows with the largest score on the side of each kept hypothesis of the feature view."""
-    kept = [
-        h
-        for h in hypotheses.select(["view", "context", "concept", "lean", "kept", "rank"]).to_pylist()
-        if h["kept"] and h["view"] == "feature"
-    ]
-    kept = sorted(kept, key=lambda h: h["rank"])[:n]
+    table = hypotheses.filter(hypotheses["kept"]).select(["view", "context", "concept", "lean", "rank"])
+    kept = sorted((h for h in table.to_pylist() if h["view"] == "feature"), key=lambda h: h["rank"])[:n]
     best: dict[tuple[str, str, str], list[tuple[float, int]]] = {
         (h["context"], h["concept"], h["lean"]): [] for h in kept
     }
-    columns = (pairs[name].to_pylist() for name in ("row", "contexts", "concepts", "scores"))
-    for row, contexts, names, scores in zip(*columns, strict=True):
-        for name, score in zip(names, scores, strict=True):
-            place = best.get((contexts[0], name, "chosen" if score > 0 else "rejected"))
-            if place is not None:
-                place.append((-abs(score), row))
+    columns = ("row", "contexts", "concepts", "scores")
+    for batch in pairs.select(columns).to_batches(max_chunksize=_ROWS_AT_ONCE):  # as Python objects they are large
+        for row, contexts, names, scores in zip(*(batch[name].to_pylist() for name in columns), strict=True):
+            for name, score in zip(names, scores, strict=True):
+                place = best.get((contexts[0], name, "chosen" if score > 0 else "rejected"))
+                if place is not None:
+                    place.append((-abs(score), row))
+        for place in best.values():
+            place[:] = sorted(place)[:PAIRS_A_HYPOTHESIS]
     return [(row, concept) for (_, concept, _), found in best.items() for _, row in sorted(found)[:PAIRS_A_HYPOTHESIS]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ Prompt = str | list[dict[str, Any]]
 
 # Pairs whose likelihood is read for the baseline.
 LIKELIHOOD_PAIRS = 2000
+_TEXTS_AT_ONCE = 1000
 
 
 def prompts_for(audit: Audit, path: str | None, n_prompts: int, seed: int) -> list[Prompt]:
@@ -48,17 +50,27 @@ def prompts_for(audit: Audit, path: str | None, n_prompts: int, seed: int) -> li
 
     if path is None:
         pairs = reopen(audit).pairs
-        prompts = [split_row(pairs.raw[int(row)])["prompt"] for row in pairs.rows]
+        raw, rows = pairs.raw, pairs.rows.tolist()
     else:
-        rows = load_dataset(AuditConfig(dataset=path))
-        if "prompt" not in rows.column_names:
-            raise AnatomyError(f"{path} has no 'prompt' column (found: {', '.join(rows.column_names)}).")
-        prompts = list(rows["prompt"])
-    unique = list({json.dumps(prompt, sort_keys=True): prompt for prompt in prompts if prompt}.values())
+        raw = load_dataset(AuditConfig(dataset=path))
+        if "prompt" not in raw.column_names:
+            raise AnatomyError(f"{path} has no 'prompt' column (found: {', '.join(raw.column_names)}).")
+        raw = raw.select_columns(["prompt"])
+        rows = list(range(len(raw)))
+
+    def prompt_of(row: int) -> Prompt:
+        return split_row(raw[row])["prompt"]
+
+    # Not the prompts themselves, which are as large as the dataset.
+    unique: dict[bytes, int] = {}
+    for row in rows:
+        if prompt := prompt_of(row):
+            unique.setdefault(hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).digest(), row)
     if not unique:
         raise AnatomyError(f"{path or audit.name} holds no prompt to sample responses to.")
     drawn = np.random.default_rng(seed).permutation(len(unique))[:n_prompts]
-    return [unique[i] for i in sorted(drawn)]
+    kept = list(unique.values())
+    return [prompt_of(kept[i]) for i in sorted(drawn)]
 
 
 def compare(
@@ -159,15 +171,15 @@ def compare(
         read = harvest(
             start_model, sae, pairs, out / f"harvest-{_slug(name)}", layer=audit.info["sae"]["layer"], progress=progress
         )
-        chosen, rejected = read.frequency("chosen"), read.frequency("rejected")
-        observed[name] = _disparity(chosen, rejected, features, settings["tau"])
+        chosen, rejected = _activities(read, features, settings["tau"])
+        observed[name] = chosen - rejected
         shift = observed[name].mean(axis=0)
-        control_shift = _disparity(chosen, rejected, control, settings["tau"]).mean(axis=0)
+        control_shift = np.subtract(*_activities(read, control, settings["tau"])).mean(axis=0)
         agreements[name] = {
             **agreement(predicted, shift, seed=seed).to_dict(),
             "noise_ceiling_r2": _split_half_reliability(observed[name], seed),
             "random_clusters_r2": agreement(control_predicted, control_shift, seed=seed).to_dict()["r2"],
-            "tilt_r2": _tilt_agreement(disparity, chosen, rejected, features, settings["tau"], pairs.prompt_groups),
+            "tilt_r2": _tilt_agreement(disparity, chosen, rejected, pairs.prompt_groups),
             "baselines_r2": {
                 measure: None
                 if told is None
@@ -233,10 +245,13 @@ def cheap_predictions(
     }
     if pairs is None:
         return found
-    texts = [pairs.texts(i) for i in range(len(pairs))]
-    hits = [rule_hits([text[side] for text in texts], rules) for side in (1, 2)]
     if rules:
-        gaps = np.column_stack([hits[0][rule].astype(np.float64) - hits[1][rule] for rule in rules])
+        gaps = np.empty((len(pairs), len(rules)))
+        for start in range(0, len(pairs), _TEXTS_AT_ONCE):
+            texts = [pairs.texts(i) for i in range(start, min(start + _TEXTS_AT_ONCE, len(pairs)))]
+            hits = [rule_hits([text[side] for text in texts], rules) for side in (1, 2)]
+            for k, rule in enumerate(rules):
+                gaps[start : start + len(texts), k] = hits[0][rule].astype(np.float64) - hits[1][rule]
         found["text rules"] = explained_shift(u, gaps)
     drawn = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:LIKELIHOOD_PAIRS])
     likelihood = log_likelihoods(start_model, pairs, drawn.tolist())
@@ -350,6 +365,16 @@ def _as_pairs(prompts: Sequence[Prompt], after: Sequence[str], before: Sequence[
     return datasets.Dataset.from_dict({"prompt": list(prompts), "chosen": side(after), "rejected": side(before)})
 
 
+def _activities(read: Harvest, features: Sequence[np.ndarray], tau: float) -> list[np.ndarray]:
+    """(n, K) share of each cluster's features that fire in chosen, and in rejected; read shard by shard."""
+    from ..audit.views import concept_activity
+
+    return [
+        np.concatenate([concept_activity(shard.frequency(span), features, tau) for shard in read.shards()])
+        for span in ("chosen", "rejected")
+    ]
+
+
 def _disparity(chosen: sp.csr_array, rejected: sp.csr_array, features: Sequence[np.ndarray], tau: float) -> np.ndarray:
     """u, (n, K): share of each cluster's features that fire in `chosen`, minus the same for `rejected`."""
     from ..audit.views import concept_activity
@@ -376,22 +401,18 @@ def _random_features(read: Harvest, features: Sequence[np.ndarray], tau: float, 
 
 
 def _tilt_agreement(
-    disparity: np.ndarray,
-    after: sp.csr_array,
-    before: sp.csr_array,
-    features: Sequence[np.ndarray],
-    tau: float,
-    prompt_groups: np.ndarray,
+    disparity: np.ndarray, trained: np.ndarray, start: np.ndarray, prompt_groups: np.ndarray
 ) -> float | None:
     """R² of the other prediction, the start model's own responses tilted by the reward fitted on the pairs.
 
     Tilt and observed shift come from different prompts, since both hold the start model's mean and would share its
     noise: half the prompts predict the other half, both ways, and the mean is given. None below three concepts.
+
+    Args:
+        trained, start: (n, K) activity in the responses of either model.
     """
     from ..audit.predict import agreement, tilted_shift
-    from ..audit.views import concept_activity
 
-    start, trained = (concept_activity(frequency, features, tau) for frequency in (before, after))
     half = np.unique(prompt_groups, return_inverse=True)[1] % 2 == 0
     found = []
     for told, seen in ((half, ~half), (~half, half)):

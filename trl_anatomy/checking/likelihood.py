@@ -57,16 +57,19 @@ def log_likelihoods(
     Returns:
         (len(indices), 2) float64, in nats per token.
     """
-    from ..reading.forward import frozen, length_sorted_batches
+    from ..reading.forward import frozen, in_halves, length_sorted_batches
 
     place = {index: at for at, index in enumerate(indices)}
     found = np.empty((len(indices), 2))
+
+    def read(batch: list[int]) -> None:
+        sides = [pairs.arrays(i) for i in batch]
+        for side in (0, 1):
+            sequences = [(side_of[2 * side], side_of[2 * side + 1]) for side_of in sides]
+            total = log_probs(model, sequences, pairs.pad_token_id).cpu().double().numpy()
+            lengths = np.array([len(response) for _, response in sequences])
+            found[[place[i] for i in batch], side] = total / np.maximum(1, lengths)
+
     with frozen(model):
-        for batch in length_sorted_batches(pairs, indices, batch_tokens):
-            sides = [pairs.arrays(i) for i in batch]
-            for side in (0, 1):
-                sequences = [(side_of[2 * side], side_of[2 * side + 1]) for side_of in sides]
-                total = log_probs(model, sequences, pairs.pad_token_id).cpu().double().numpy()
-                lengths = np.array([len(response) for _, response in sequences])
-                found[[place[i] for i in batch], side] = total / np.maximum(1, lengths)
+        in_halves(length_sorted_batches(pairs, indices, batch_tokens), read)
     return found

@@ -30,6 +30,11 @@ def rollouts(
     so that rates of different models can be compared. A text prompt is tokenised as it stands, a conversation by the
     tokenizer's chat template. The caller's random state and the model's mode are left as they were found.
 
+    Where the device runs out of memory, the batch is sampled in halves, and so are those after it. What had been drawn
+    for it is drawn again, so the same batch running out in the same place gives the same responses; but each batch goes
+    on in one stream of random numbers, so they are others than with enough memory, as they are with another
+    `batch_size` (greedy ones are the same up to rounding).
+
     Args:
         model: Any causal language model of transformers.
         tokenizer: Its tokenizer. Its padding side does not matter: the padding is done here, on the left.
@@ -42,7 +47,12 @@ def rollouts(
 
     Returns:
         For each prompt, in the order given, its `n_per_prompt` response texts without special tokens.
+
+    Raises:
+        AnatomyError: there is not enough memory for a single response.
     """
+    from ..reading.forward import each_in_halves
+
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     jobs = [i for i in range(len(prompts)) for _ in range(n_per_prompt)]
     jobs.sort(key=lambda i: len(encoded[i]))
@@ -52,30 +62,38 @@ def rollouts(
     was_training = model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
+
+    def sample(batch: list[int]) -> list[str]:
+        longest = max(len(encoded[i]) for i in batch)
+        rows = [[pad] * (longest - len(encoded[i])) + encoded[i] for i in batch]
+        mask = [[0] * (longest - len(encoded[i])) + [1] * len(encoded[i]) for i in batch]
+        states = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
+        try:
+            output = model.generate(
+                input_ids=torch.tensor(rows, device=model.device),
+                attention_mask=torch.tensor(mask, device=model.device),
+                max_new_tokens=max_new_tokens,
+                top_k=0,
+                top_p=1.0,
+                repetition_penalty=1.0,
+                use_cache=True,
+                pad_token_id=pad,
+                eos_token_id=_stop_ids(model, tokenizer),
+                **sampling,
+            )
+        except torch.OutOfMemoryError:  # after as many draws as it had memory for
+            torch.set_rng_state(states[0])
+            for device, state in zip(devices, states[1], strict=True):
+                torch.cuda.set_rng_state(state, device)
+            raise
+        return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    batches = (jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size))
     try:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
-            for start in range(0, len(jobs), batch_size):
-                batch = jobs[start : start + batch_size]
-                longest = max(len(encoded[i]) for i in batch)
-                rows = [[pad] * (longest - len(encoded[i])) + encoded[i] for i in batch]
-                mask = [[0] * (longest - len(encoded[i])) + [1] * len(encoded[i]) for i in batch]
-                output = model.generate(
-                    input_ids=torch.tensor(rows, device=model.device),
-                    attention_mask=torch.tensor(mask, device=model.device),
-                    max_new_tokens=max_new_tokens,
-                    top_k=0,
-                    top_p=1.0,
-                    repetition_penalty=1.0,
-                    use_cache=True,
-                    pad_token_id=pad,
-                    eos_token_id=_stop_ids(model, tokenizer),
-                    **sampling,
-                )
-                decoded = tokenizer.batch_decode(
-                    output[:, longest:], skip_special_tokens=True, clean_up_tokenization_spaces=False
-                )
-                for i, text in zip(batch, decoded, strict=True):
+            for batch, answers in each_in_halves(batches, sample, one="response: lower max_new_tokens, or free memory"):
+                for i, text in zip(batch, answers, strict=True):
                     texts[i].append(text)
     finally:
         model.train(was_training)

@@ -8,6 +8,7 @@ import os
 import re
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -64,10 +65,13 @@ class ChatEndpoint:
         """Make sure that it can be asked at all.
 
         Raises:
-            AnatomyError: an address that is not http(s), or a variable for the key that is not set.
+            AnatomyError: an address that is not http(s), or not of a host, or a variable for the key that is not set.
         """
-        if not re.match(r"https?://", self.url):
-            raise AnatomyError(f"The endpoint's url is {self.url!r}; it begins with http:// or https://.")
+        if not _is_address(self.url):
+            raise AnatomyError(
+                f"The endpoint's url is {self.url!r}; it begins with http:// or https:// and names a host, such as "
+                "http://localhost:8000/v1."
+            )
         if self.key_variable is not None and not self._key():
             raise AnatomyError(f"The environment variable {self.key_variable}, which is to hold the key, is not set.")
 
@@ -131,6 +135,20 @@ class ChatEndpoint:
         return " ".join("".join(c if c.isprintable() else " " for c in told).split())[:200]
 
 
+def _is_address(url: str) -> bool:
+    """Whether this is an address of a host behind http(s).
+
+    >>> [_is_address(url) for url in ("https://h/v1", "h:80", "http://:80", "http://h:x", "http://a b")]
+    [True, False, False, False, False]
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+        _ = parts.port  # raises for one that is no number
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and re.search(r"[\s\x00-\x1f]", url) is None
+
+
 def _asked_wait(retry_after: str | None, otherwise: float) -> float:
     """Seconds that a Retry-After header asks to wait, at most a minute; it holds seconds or a date.
 
@@ -166,9 +184,14 @@ class LocalChat:
     workers = 1
 
     def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+        self.check(tokenizer, name)
+        self._lm, self._tokenizer, self.model = model, tokenizer, name
+
+    @staticmethod
+    def check(tokenizer: Any, name: str) -> None:
+        """Raise AnatomyError where a model with this tokenizer cannot be asked."""
         if tokenizer.chat_template is None:
             raise AnatomyError(f"model {name}: its tokenizer has no chat_template, so it cannot be asked anything.")
-        self._lm, self._tokenizer, self.model = model, tokenizer, name
 
     def ask(self, text: str, *, max_tokens: int, temperature: float = 0.0, seed: int | None = None) -> str:
         """What the model answers to a user turn. Global random state is left alone.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .forward import length_sorted_batches, read_spans
+from .forward import in_halves, length_sorted_batches, read_spans
 from .spans import SPANS
 
 # Tokens before a token that are decoded with it: a character has four bytes at most.
@@ -44,7 +44,8 @@ def token_firings(
         Index of a pair -> span -> (n_tokens, n_groups) float32 in [0, 1], for the tokens of `span_tokens`.
     """
     found: dict[int, dict[str, np.ndarray]] = {}
-    for batch in length_sorted_batches(pairs, wanted, batch_tokens):
+
+    def fire(batch: list[int]) -> None:
         read = read_spans(model, pairs, batch, [layer])
         for j, pair in enumerate(batch):
             groups = [np.asarray(group, dtype=np.int64) for group in wanted[pair]]
@@ -58,6 +59,8 @@ def token_firings(
             share = np.stack([fires[:, columns].mean(axis=1) for columns in at], axis=1) if at else fires[:, :0]
             cuts = [bound - bounds[0] for bound in bounds[1:-1]]
             found[pair] = dict(zip(SPANS, np.split(share, cuts), strict=True))
+
+    in_halves(length_sorted_batches(pairs, wanted, batch_tokens), fire)
     return found
 
 

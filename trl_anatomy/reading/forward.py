@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ..errors import AnatomyError
 from .locate import attention_window, decoder, layer_module, shares_prompt
 from .spans import Pairs
+
+Result = TypeVar("Result")
 
 # A shared row needs an explicit (tokens x tokens) mask: above this many bytes the two sequences are read apart.
 _MASK_BYTES = 512 << 20
@@ -186,13 +188,16 @@ def read_texts(
     """
     device = next(model.parameters()).device
     lengths = np.array([len(sequence) for sequence in sequences])
-    for batch in token_batches(lengths, range(len(sequences)), batch_tokens):
+
+    def read(batch: list[int]) -> dict[int, Tensor]:
         width = max(1, int(lengths[batch].max()))
         ids = torch.full((len(batch), width), pad_token_id)
         for row, i in enumerate(batch):
             ids[row, : lengths[i]] = torch.tensor(sequences[i], dtype=torch.long)
         mask = (torch.arange(width) < torch.from_numpy(lengths[batch])[:, None]).long()
-        hidden = read_layers(model, layers, input_ids=ids.to(device), attention_mask=mask.to(device))
+        return read_layers(model, layers, input_ids=ids.to(device), attention_mask=mask.to(device))
+
+    for batch, hidden in each_in_halves(token_batches(lengths, range(len(sequences)), batch_tokens), read, one=TEXT):
         for row, i in enumerate(batch):
             yield i, {layer: states[row, : lengths[i]] for layer, states in hidden.items()}
 
@@ -217,7 +222,7 @@ def token_batches(lengths: np.ndarray, indices: Iterable[int], max_tokens: int) 
         yield batch
 
 
-def in_halves(batches: Iterable[list[int]], do: Callable[[list[int]], None]) -> None:
+def in_halves(batches: Iterable[list[int]], do: Callable[[list[int]], object]) -> None:
     """Do something with every batch; where the device runs out of memory, with halves of it, and of those after it.
 
     Args:
@@ -227,20 +232,39 @@ def in_halves(batches: Iterable[list[int]], do: Callable[[list[int]], None]) -> 
     Raises:
         AnatomyError: there is not enough memory for a single pair.
     """
+    for _ in each_in_halves(batches, do):
+        pass
+
+
+PAIR = "pair: lower max_length, or free memory"
+TEXT = "text: lower the longest length that is read, or free memory"
+
+
+def each_in_halves(
+    batches: Iterable[list[int]], do: Callable[[list[int]], Result], *, one: str = PAIR
+) -> Iterator[tuple[list[int], Result]]:
+    """As `in_halves`, and gives what was made of every batch, or of each part of it.
+
+    Args:
+        one: what a batch is made of, and what helps where there is no room for a single one; for the error.
+
+    Yields:
+        (the batch or a part of it, what `do` gave), in the order of the batches.
+    """
     parts = 1
     for batch in batches:
         rest = batch
         while rest:
             part = rest[: max(1, len(batch) // parts)]
             try:
-                do(part)
+                made = do(part)
             except torch.OutOfMemoryError as error:
                 if len(part) == 1:
-                    raise AnatomyError(
-                        f"The device has not enough memory for one pair: lower max_length, or free memory ({error})."
-                    ) from error
+                    raise AnatomyError(f"The device has not enough memory for one {one} ({error}).") from error
                 parts *= 2
             else:
+                yield part, made
+                del made  # before the next is made
                 rest = rest[len(part) :]
                 continue
             torch.cuda.empty_cache()  # out here, where the error's frames no longer hold what they had made

@@ -17,7 +17,7 @@ from .. import __version__
 from ..errors import AnatomyError
 from .files import keep, unsealed
 from .fingerprint import hash_json, model_key
-from .forward import frozen, token_batches
+from .forward import TEXT, each_in_halves, frozen, token_batches
 from .locate import decoder, layer_module
 from .spans import SPANS, Pairs
 
@@ -187,34 +187,39 @@ def read_responses(
     device = next(model.parameters()).device
     parts = [_sequence(pairs, i, side, prompts) for i, side in product(indices, (0, 1))]
     lengths = np.array([len(prompt) + len(response) for prompt, response in parts], dtype=np.int64)
+
+    def read_batch(batch: list[int]) -> list[np.ndarray]:
+        width = max(1, int(lengths[batch].max()))
+        ids = np.full((len(batch), width), pairs.pad_token_id, dtype=np.int64)
+        where, targets, counts = [], [], []
+        for row, k in enumerate(batch):
+            prompt, response = parts[k]
+            ids[row, : lengths[k]] = np.concatenate([prompt, response])
+            seen = response[1:] if not len(prompt) else response
+            where.append(row * width + lengths[k] - len(seen) - 1 + np.arange(len(seen)))
+            targets.append(seen)
+            counts.append(len(seen))
+        inputs = torch.from_numpy(ids).to(device)
+        mask = (torch.arange(width) < torch.from_numpy(lengths[batch])[:, None]).long().to(device)
+        with _shifted(model, shift, inputs, pairs.bos_token_id):
+            hidden = decoder(model)(input_ids=inputs, attention_mask=mask, use_cache=False).last_hidden_state
+        flat = hidden.flatten(0, 1)[torch.from_numpy(np.concatenate(where)).to(device)]
+        token = torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(device)
+        piece = max(1, _LOGITS_BYTES // (4 * head.weight.shape[0]))
+        found = []
+        for h, t in zip(flat.split(piece), token.split(piece), strict=True):
+            logits = head(h)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            found.append(read(logits, t).cpu())
+        values = torch.cat(found).numpy() if found else np.zeros(0, np.float32)
+        return np.split(values, np.cumsum(counts)[:-1])
+
     with frozen(model), tqdm(total=len(parts), desc="Log-probabilities", unit="resp", disable=not progress) as bar:
-        for batch in token_batches(lengths, range(len(parts)), batch_tokens):
-            width = max(1, int(lengths[batch].max()))
-            ids = np.full((len(batch), width), pairs.pad_token_id, dtype=np.int64)
-            where, targets, counts = [], [], []
-            for row, k in enumerate(batch):
-                prompt, response = parts[k]
-                ids[row, : lengths[k]] = np.concatenate([prompt, response])
-                seen = response[1:] if not len(prompt) else response
-                where.append(row * width + lengths[k] - len(seen) - 1 + np.arange(len(seen)))
-                targets.append(seen)
-                counts.append(len(seen))
-            inputs = torch.from_numpy(ids).to(device)
-            mask = (torch.arange(width) < torch.from_numpy(lengths[batch])[:, None]).long().to(device)
-            with _shifted(model, shift, inputs, pairs.bos_token_id):
-                hidden = decoder(model)(input_ids=inputs, attention_mask=mask, use_cache=False).last_hidden_state
-            flat = hidden.flatten(0, 1)[torch.from_numpy(np.concatenate(where)).to(device)]
-            token = torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(device)
-            piece = max(1, _LOGITS_BYTES // (4 * head.weight.shape[0]))
-            found = []
-            for h, t in zip(flat.split(piece), token.split(piece), strict=True):
-                logits = head(h)
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                if softcap is not None:
-                    logits = softcap * torch.tanh(logits / softcap)
-                found.append(read(logits, t).cpu())
-            values = torch.cat(found).numpy() if found else np.zeros(0, np.float32)
-            for k, part in zip(batch, np.split(values, np.cumsum(counts)[:-1]), strict=True):
+        batches = token_batches(lengths, range(len(parts)), batch_tokens)
+        for batch, each in each_in_halves(batches, read_batch, one=TEXT):
+            for k, part in zip(batch, each, strict=True):
                 front = np.zeros(len(parts[k][1]) - len(part), np.float32)
                 yield indices[k // 2], k % 2, np.concatenate([front, part])
             bar.update(len(batch))

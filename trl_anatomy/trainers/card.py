@@ -269,7 +269,7 @@ def _compared(result: Mapping[str, Any], name: str) -> str:
 
 def _standing(audit: "Audit") -> list[dict[str, Any]]:
     alpha = audit.info["settings"]["alpha"]
-    return [row for row in audit.hypotheses.to_pylist() if row["kept"] and row["q"] <= alpha]
+    return [row for row in audit.hypotheses.filter(audit.hypotheses["kept"]).to_pylist() if row["q"] <= alpha]
 
 
 def _named(name: str) -> str:

@@ -116,7 +116,8 @@ def plan_columns(plan: "PolicyPlan") -> dict[str, list[Any]]:
     if plan.kept_tokens:
         nothing = np.zeros(0, np.int8), np.zeros(0, np.int8)
         for side, name in enumerate((CHOSEN_KEPT, REJECTED_KEPT)):
-            columns[name] = [plan.kept_tokens.get(row, nothing)[side].tolist() for row in range(len(plan.keep))]
+            # As arrays they become bytes in the dataset; of lists, Arrow would make eight bytes for every token.
+            columns[name] = [plan.kept_tokens.get(row, nothing)[side] for row in range(len(plan.keep))]
     if plan.prompts:
         for side, name in enumerate((CHOSEN_PROMPT, REJECTED_PROMPT)):
             columns[name] = [plan.prompts.get(row, ([], []))[side] for row in range(len(plan.keep))]

@@ -44,8 +44,10 @@ def explore_data(audit: Audit, snippets: dict[str, str]) -> dict[str, Any]:
     """
     places = audit.info.get("maps", {})
     described = audit.info.get("contexts", {})
-    hypotheses = audit.hypotheses.select([*HYPOTHESIS, "rank"]).to_pylist()
-    hypotheses.sort(key=lambda h: (not h["kept"], h["rank"] or 0, -abs(h["delta"])))
+    tested = audit.hypotheses
+    kept, rank, delta = (tested[name].to_numpy() for name in ("kept", "rank", "delta"))
+    order = np.lexsort((-np.abs(delta), np.nan_to_num(rank), ~kept))[:N_HYPOTHESES]
+    hypotheses = tested.take(order).select(HYPOTHESIS).to_pylist()
     # The two kinds have different units, so each is in the order of its own shifts.
     concepts = [
         concept
@@ -55,7 +57,7 @@ def explore_data(audit: Audit, snippets: dict[str, str]) -> dict[str, Any]:
     return {
         "n_pairs": audit.pairs.num_rows,
         "alpha": audit.info["settings"]["alpha"],
-        "n_hypotheses": len(hypotheses),
+        "n_hypotheses": tested.num_rows,
         "concepts": {
             "columns": (*CONCEPT, *_NAMED),
             "rows": [[*(c[key] for key in CONCEPT), *_named(audit, c["concept"], c["terms"])] for c in concepts],
@@ -69,7 +71,7 @@ def explore_data(audit: Audit, snippets: dict[str, str]) -> dict[str, Any]:
         },
         "hypotheses": {
             "columns": HYPOTHESIS,
-            "rows": [[h[key] for key in HYPOTHESIS] for h in hypotheses[:N_HYPOTHESES]],
+            "rows": [[h[key] for key in HYPOTHESIS] for h in hypotheses],
         },
         "places": places,
         "snippets": snippets,

@@ -95,7 +95,7 @@ def _view(audit: Audit, raw: "Dataset | None", samples: dict[int, dict[str, Any]
         concept["only_length"] = known and (low <= 0 <= high or concept["length_adjusted"] * concept["predicted"] < 0)
 
     by_name |= {concept["concept"]: concept for concept in audit.labelled(audit.responses).to_pylist()}
-    all_kept = sorted((h for h in audit.hypotheses.to_pylist() if h["kept"]), key=lambda h: h["rank"])
+    all_kept = sorted(audit.hypotheses.filter(audit.hypotheses["kept"]).to_pylist(), key=lambda h: h["rank"])
     for hypothesis in all_kept:
         hypothesis["about"] = audit.about(hypothesis["context"])
         hypothesis["label"] = by_name[hypothesis["concept"]]["label"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...errors import AnatomyError
-from ..forward import frozen, token_batches
+from ..forward import TEXT, each_in_halves, frozen, token_batches
 from ..locate import decoder, layer_module
 from ..logprobs import language_head
 from ..removal import output_hook
@@ -241,12 +241,16 @@ class ReftScorer(HiddenScorer):
         edit = (self.layers, self.tensors, self.ends, 0.0)
         totals = [0.0, 0.0]
         lengths = np.array([len(ids) for ids in sequences])
+
+        def read(batch: list[int]) -> list[float]:
+            texts, where = [sequences[i] for i in batch], [spans[i] for i in batch]
+            told = (surprise(model, texts, where, pad_token_id=pad_token_id, edit=how) for how in (None, edit))
+            return [float(nats.double().sum()) for nats in told]
+
         with frozen(model):
-            for batch in token_batches(lengths, range(len(sequences)), batch_tokens):
-                texts, where = [sequences[i] for i in batch], [spans[i] for i in batch]
-                for which, how in enumerate((None, edit)):
-                    told = surprise(model, texts, where, pad_token_id=pad_token_id, edit=how)
-                    totals[which] += float(told.double().sum())
+            batches = token_batches(lengths, range(len(sequences)), batch_tokens)
+            for _, told in each_in_halves(batches, read, one=TEXT):
+                totals = [total + more for total, more in zip(totals, told, strict=True)]
         count = max(1, sum(map(predicted, spans)))
         return totals[0] / count, totals[1] / count
 
