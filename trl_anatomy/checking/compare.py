@@ -95,11 +95,12 @@ def compare(
 
     Returns:
         What `compare.json` holds: per concept the predicted and observed shifts; per trained model how well they agree
-        (R² and rank correlation with intervals, a permutation p-value, the noise floor from split prompts, the same for
-        size-matched random clusters, R² of the start model's tilt as the other prediction, and R² of what cheap
-        measures predict: length, text rules, likelihood under the start model; None for the last two if the audited
-        dataset is not to be found); per text rule the rates before and after with intervals, and recovery; words per
-        response with an interval.
+        (R² and rank correlation with intervals, a permutation p-value, the noise floor of the responses, and of
+        responses and pairs, from split prompts, the same for size-matched random clusters, the prompt-conditioned view
+        by `prompt_shift.prompt_view_agreement`, R² of the start model's tilt as the other prediction, and R² of what
+        cheap measures predict: length, text rules, likelihood under the start model; None for the last two if the
+        audited dataset is not to be found); per text rule the rates before and after with intervals, and
+        recovery; words per response with an interval.
 
     Raises:
         AnatomyError: no prompt, no trained model, a model that cannot be loaded or is not the one audited.
@@ -112,6 +113,7 @@ def compare(
     from ..reading.harvest import harvest
     from ..reading.sae import load_sae
     from ..reading.spans import read_pairs
+    from .prompt_shift import prompt_view_agreement
 
     if not prompts:
         raise AnatomyError("compare needs at least one prompt.")
@@ -138,6 +140,7 @@ def compare(
     control = _random_features(audit.harvest, features, settings["tau"], seed)
     control_predicted = _mean_disparity(audit.harvest, control, settings["tau"])
     disparity, _ = audit.disparity()
+    pairs_ceiling = _split_half_reliability(disparity, seed, audit.pairs["prompt_group"].to_numpy())
     rules = TEXT_RULES if rules is None else rules
     try:
         audited = reopen(audit).pairs
@@ -163,7 +166,8 @@ def compare(
         control_shift = _disparity(chosen, rejected, control, settings["tau"]).mean(axis=0)
         agreements[name] = {
             **agreement(predicted, shift, seed=seed).to_dict(),
-            "noise_ceiling_r2": _split_half_reliability(observed[name], seed),
+            "noise_ceiling_r2": (ceiling := _split_half_reliability(observed[name], seed, pairs.prompt_groups)),
+            "noise_ceiling_both_r2": None if None in (ceiling, pairs_ceiling) else ceiling * pairs_ceiling,
             "random_clusters_r2": agreement(control_predicted, control_shift, seed=seed).to_dict()["r2"],
             "tilt_r2": _tilt_agreement(disparity, chosen, rejected, features, settings["tau"], pairs.prompt_groups),
             "baselines_r2": {
@@ -172,6 +176,7 @@ def compare(
                 else agreement(told, shift, n_bootstrap=1, n_permutations=1).to_dict()["r2"]
                 for measure, told in baselines.items()
             },
+            "prompt_view": prompt_view_agreement(audit, read, pairs.prompt_groups, seed=seed),
             "n_prompts": len(pairs),
             "left_out": pairs.left_out,
         }
@@ -272,6 +277,7 @@ def comparison_report(result: Mapping[str, Any]) -> str:
             + ", ".join(f"{measure} {_shown(r2)}" for measure, r2 in figures["baselines_r2"].items())
             + "."
         )
+        lines.append(f"{name}, by what is asked: {prompt_view_told(figures['prompt_view'])}")
     lines.append("\nShare of responses in which a text rule holds:")
     lines.append(f"  {'rule':<16} {'before':>7} " + " ".join(f"{name[:14]:>14}" for name in names))
     for row in result["rates"]:
@@ -291,6 +297,24 @@ def comparison_report(result: Mapping[str, Any]) -> str:
     words = ", ".join(f"{name} {interval[0]:.1f}" for name, interval in result["words"].items())
     lines.append(f"Words per response: {words}.")
     return "\n".join(lines)
+
+
+def prompt_view_told(view: Mapping[str, Any]) -> str:
+    """The agreement of the prompt-conditioned view (`prompt_shift.prompt_view_agreement`) as a sentence."""
+    if view["reason"] is not None:
+        return f"unknown, {view['reason']}."
+    told = []
+    for name, cells in (("reported", "reported hypotheses"), ("tested", "tested ones")):
+        here, beyond = view["inside"][name], view["difference"][name]
+        told.append(
+            f"over {here['n']} {cells} R² {_shown(here['r2'])} (at most {_shown(here['noise_ceiling_r2'])} can be seen;"
+            f" without knowing the prompt {_shown(here['without_context_r2'])}), of what the prompt adds"
+            f" {_shown(beyond['r2'])} (at most {_shown(beyond['noise_ceiling_r2'])})"
+        )
+    return (
+        f"{'; '.join(told)}. {view['n_contexts_seen']} of {view['n_contexts']} prompt contexts were seen, each in"
+        f" {view['prompts_per_context']:.0f} prompts (median)."
+    )
 
 
 def _shown(value: float | None) -> str:
@@ -400,28 +424,26 @@ def _tilt_agreement(
     return None if np.isnan(found).any() else float(np.mean(found))
 
 
-def _split_half_reliability(u: np.ndarray, seed: int) -> float | None:
-    """R² that a perfect prediction would reach: reliability of the mean over prompts, from random halves.
+def _split_half_reliability(u: np.ndarray, seed: int, groups: np.ndarray | None = None) -> float | None:
+    """R² that a perfect prediction would reach: reliability of the mean over rows, from random halves of the prompts.
 
     The correlation over concepts of the two halves' shifts, stepped up by Spearman-Brown; the median of 50 splits.
 
     Args:
-        u: (n_prompts, K) observed disparity.
+        u: (n, K) disparity.
+        groups: (n,) prompt of each row, which stays in one half; default every row its own.
 
     Returns:
         In [0, 1], or None below four prompts or three concepts.
     """
-    n, n_concepts = u.shape
-    if n < 4 or n_concepts < 3:
+    from ..audit.stats import half_masks, stepped_up
+
+    groups = np.arange(len(u)) if groups is None else groups
+    if len(np.unique(groups)) < 4:
         return None
-    rng, found = np.random.default_rng(seed), []
-    for _ in range(50):
-        order = rng.permutation(n)
-        first, second = u[order[: n // 2]].mean(axis=0), u[order[n // 2 :]].mean(axis=0)
-        if np.ptp(first) == 0 or np.ptp(second) == 0:
-            continue
-        r = float(np.corrcoef(first, second)[0, 1])
-        found.append(max(0.0, 2 * r / (1 + r)) if r > -1 else 0.0)
+    masks = half_masks(groups, 50, seed)
+    halves = [mask.astype(np.float64) @ u / mask.sum(axis=1)[:, None] for mask in (masks, ~masks)]
+    found = [stepped for pair in zip(*halves, strict=True) if (stepped := stepped_up(*pair)) is not None]
     return float(np.median(found)) if found else None
 
 
