@@ -3,14 +3,16 @@
 from itertools import permutations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from audit_world import make_audit, make_world, save_harvest
+from scipy import sparse
 
 from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.folder import Audit, write_audit
 from trl_anatomy.audit.stats import half_masks, stepped_up
 from trl_anatomy.checking.compare import _split_half_reliability, prompt_view_told
-from trl_anatomy.checking.prompt_shift import agreement_of_cells, prompt_view_agreement
+from trl_anatomy.checking.prompt_shift import agreement_of_cells, prompt_view_agreement, shifts, shrunk
 
 N_ROLLOUTS = 400
 TWICE = np.arange(N_ROLLOUTS) // 2  # two rollouts to each prompt
@@ -131,6 +133,24 @@ def test_cells_of_a_column_are_drawn_and_permuted_together():
     assert (found["r2_low"], found["r2_high"]) == pytest.approx((low, high), rel=1e-6)
 
 
+def test_contexts_that_differ_by_noise_alone_are_told_what_all_pairs_say():
+    """Of two columns one depends on the context: there the weight is that of its variance, elsewhere near zero."""
+    rng = np.random.default_rng(9)
+    n_contexts, size, spread, noise = 80, 100, 0.3, 1.0
+    members = sparse.csr_array(np.kron(np.eye(n_contexts), np.ones(size)))
+    own = rng.normal(0, spread, n_contexts)
+    u = noise * rng.normal(size=(n_contexts * size, 2)) + 0.5
+    u[:, 0] += np.repeat(own, size)
+    found = shrunk(u, members)["inside"]
+    plain = shifts(u, members)["inside"]
+    expected = spread**2 / (spread**2 + noise**2 / size)
+    slope = np.polyfit(plain[:, 0], found[:, 0], 1)[0]
+    assert slope == pytest.approx(expected, abs=0.03)
+    assert np.abs(found[:, 1] - u[:, 1].mean()).mean() < 0.3 * np.abs(plain[:, 1] - u[:, 1].mean()).mean()
+    error = [np.square(of[:, 0] - 0.5 - own).mean() for of in (found, plain)]
+    assert error[0] < error[1]
+
+
 def test_rows_of_contexts_that_were_not_seen_do_not_count():
     rng = np.random.default_rng(5)
     x = rng.normal(size=(4, 6))
@@ -171,7 +191,5 @@ def test_reasons_why_there_is_nothing_to_tell(audit, worlds, tmp_path):
     assert "audit again" in prompt_view_agreement(table, read, TWICE)["reason"]
 
 
-def all_concepts(audit: Audit):
-    import pyarrow as pa
-
+def all_concepts(audit: Audit) -> pa.Table:
     return pa.concat_tables([audit.concepts, audit.responses])

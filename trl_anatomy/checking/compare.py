@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,18 +97,20 @@ def compare(
         What `compare.json` holds: per concept the predicted and observed shifts; per trained model how well they agree
         (R² and rank correlation with intervals, a permutation p-value, the noise floor of the responses, and of
         responses and pairs, from split prompts, the same for size-matched random clusters, the prompt-conditioned view
-        by `prompt_shift.prompt_view_agreement`, R² of the start model's tilt as the other prediction, and R² of what
-        cheap measures predict: length, text rules, likelihood under the start model; None for the last two if the
-        audited dataset is not to be found); per text rule the rates before and after with intervals, and
-        recovery; words per response with an interval.
+        by `prompt_shift.prompt_view_agreement`, R² of the two other predictions, which read the start model's
+        responses too: its tilt, and the pairs' change of log-odds from its rates; and R² of what cheap measures
+        predict: length, text rules, likelihood under the start model; None for the last two if the audited dataset is
+        not to be found); per text rule the rates before and after with intervals, and recovery; words per response
+        with an interval.
 
     Raises:
         AnatomyError: no prompt, no trained model, a model that cannot be loaded or is not the one audited.
     """
     from transformers import AutoTokenizer
 
-    from ..audit.predict import agreement
+    from ..audit.predict import agreement, concept_means, odds_shift, tilted_shift
     from ..audit.reopen import reopen
+    from ..audit.views import concept_activity
     from ..reading.fingerprint import model_fingerprint
     from ..reading.harvest import harvest
     from ..reading.sae import load_sae
@@ -135,10 +137,12 @@ def compare(
         responses[name] = _sampled(_load(model), tokenizer, prompts, out / f"{_slug(name)}.json", sampling)
 
     settings, concepts = audit.info["settings"], audit.labelled(audit.concepts).to_pylist()
+    tau = settings["tau"]
     features = [np.asarray(row["features"], dtype=np.int64) for row in concepts]
     predicted = np.array([row["predicted"] for row in concepts], dtype=np.float64)
-    control = _random_features(audit.harvest, features, settings["tau"], seed)
-    control_predicted = _mean_disparity(audit.harvest, control, settings["tau"])
+    fired = [fired_counts(audit.harvest, side, tau) for side in ("chosen", "rejected")]
+    control = _random_features(audit.harvest, features, tau, seed)
+    control_predicted = _mean_disparity(audit.harvest, control, tau)
     disparity, _ = audit.disparity()
     pairs_ceiling = _split_half_reliability(disparity, seed, audit.pairs["prompt_group"].to_numpy())
     rules = TEXT_RULES if rules is None else rules
@@ -161,15 +165,29 @@ def compare(
             start_model, sae, pairs, out / f"harvest-{_slug(name)}", layer=audit.info["sae"]["layer"], progress=progress
         )
         chosen, rejected = read.frequency("chosen"), read.frequency("rejected")
-        observed[name] = _disparity(chosen, rejected, features, settings["tau"])
+        start = concept_activity(rejected, features, tau)
+        observed[name] = concept_activity(chosen, features, tau) - start
         shift = observed[name].mean(axis=0)
-        control_shift = _disparity(chosen, rejected, control, settings["tau"]).mean(axis=0)
+        control_shift = _disparity(chosen, rejected, control, tau).mean(axis=0)
         agreements[name] = {
             **agreement(predicted, shift, seed=seed).to_dict(),
             "noise_ceiling_r2": (ceiling := _split_half_reliability(observed[name], seed, pairs.prompt_groups)),
-            "noise_ceiling_both_r2": None if None in (ceiling, pairs_ceiling) else ceiling * pairs_ceiling,
+            "noise_ceiling_both_r2": _product(ceiling, pairs_ceiling),
             "random_clusters_r2": agreement(control_predicted, control_shift, seed=seed).to_dict()["r2"],
-            "tilt_r2": _tilt_agreement(disparity, chosen, rejected, features, settings["tau"], pairs.prompt_groups),
+            "tilt_r2": _by_start_model(
+                lambda rows, start=start, groups=pairs.prompt_groups: tilted_shift(
+                    disparity, start[rows], groups[rows]
+                ),
+                observed[name],
+                pairs.prompt_groups,
+            ),
+            "odds_r2": _by_start_model(
+                lambda rows, of=rejected: concept_means(
+                    odds_shift(*fired, audit.harvest.n_pairs, _counts(of[rows], tau) / rows.sum()), features
+                ),
+                observed[name],
+                pairs.prompt_groups,
+            ),
             "baselines_r2": {
                 measure: None
                 if told is None
@@ -272,7 +290,8 @@ def comparison_report(result: Mapping[str, Any]) -> str:
             f" rank correlation {figures['spearman']:.2f}, permutation p {figures['p']:.2g}, {figures['n']} concepts;"
             f" at most {_shown(figures['noise_ceiling_r2'])} can be seen with {figures['n_prompts']} prompts;"
             f" random clusters of the same sizes: {_shown(figures['random_clusters_r2'])};"
-            f" predicted by tilting the start model's responses instead: {_shown(figures['tilt_r2'])};"
+            f" predicted from the start model's responses too, by log-odds: {_shown(figures['odds_r2'])},"
+            f" by tilting them: {_shown(figures['tilt_r2'])};"
             " by cheap measures: "
             + ", ".join(f"{measure} {_shown(r2)}" for measure, r2 in figures["baselines_r2"].items())
             + "."
@@ -315,6 +334,10 @@ def prompt_view_told(view: Mapping[str, Any]) -> str:
         f"{'; '.join(told)}. {view['n_contexts_seen']} of {view['n_contexts']} prompt contexts were seen, each in"
         f" {view['prompts_per_context']:.0f} prompts (median)."
     )
+
+
+def _product(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a * b
 
 
 def _shown(value: float | None) -> str:
@@ -397,31 +420,41 @@ def _random_features(read: Harvest, features: Sequence[np.ndarray], tau: float, 
     return [rng.choice(live, size=min(len(cluster), len(live)), replace=False) for cluster in features]
 
 
-def _tilt_agreement(
-    disparity: np.ndarray,
-    after: sp.csr_array,
-    before: sp.csr_array,
-    features: Sequence[np.ndarray],
-    tau: float,
-    prompt_groups: np.ndarray,
+def _by_start_model(
+    predict: Callable[[np.ndarray], np.ndarray], shift: np.ndarray, prompt_groups: np.ndarray
 ) -> float | None:
-    """R² of the other prediction, the start model's own responses tilted by the reward fitted on the pairs.
+    """R² of a prediction that reads the start model's own responses.
 
-    Tilt and observed shift come from different prompts, since both hold the start model's mean and would share its
-    noise: half the prompts predict the other half, both ways, and the mean is given. None below three concepts.
+    Prediction and observed shift come from different prompts, since both hold the start model's mean and would share
+    its noise: half the prompts predict the other half, both ways, and the mean is given. None below three concepts.
+
+    Args:
+        predict: (n,) bool, the responses of the start model that may be read -> (K,) predicted shift.
+        shift: (n, K) observed, response by response.
     """
-    from ..audit.predict import agreement, tilted_shift
-    from ..audit.views import concept_activity
+    from ..audit.predict import agreement
 
-    start, trained = (concept_activity(frequency, features, tau) for frequency in (before, after))
     half = np.unique(prompt_groups, return_inverse=True)[1] % 2 == 0
     found = []
     for told, seen in ((half, ~half), (~half, half)):
         if not told.any() or not seen.any():
             return None
-        tilted = tilted_shift(disparity, start[told], prompt_groups[told])
-        found.append(agreement(tilted, (trained - start)[seen].mean(axis=0), n_bootstrap=1, n_permutations=1).r2)
+        found.append(agreement(predict(told), shift[seen].mean(axis=0), n_bootstrap=1, n_permutations=1).r2)
     return None if np.isnan(found).any() else float(np.mean(found))
+
+
+def fired_counts(read: Harvest, span: str, tau: float) -> np.ndarray:
+    """(d_sae,) responses in which each latent fires, as concepts count it."""
+    found = np.zeros(read.d_sae)
+    for shard in read.shards():
+        found += _counts(shard.frequency(span), tau)
+    return found
+
+
+def _counts(frequency: sp.csr_array, tau: float) -> np.ndarray:
+    from ..audit.views import above
+
+    return np.bincount(frequency.indices, above(frequency.data, tau), frequency.shape[1])
 
 
 def _split_half_reliability(u: np.ndarray, seed: int, groups: np.ndarray | None = None) -> float | None:

@@ -11,7 +11,7 @@ from scipy import stats as distributions
 
 from ..audit.config import AuditConfig
 from ..audit.prompt_view import delta_scale, prompt_scores, response_scores, top_pairs
-from ..audit.stats import half_masks, member_means, stepped_up
+from ..audit.stats import half_masks, member_means, member_moments, stepped_up
 
 if TYPE_CHECKING:
     from ..audit.folder import Audit
@@ -48,9 +48,10 @@ def prompt_view_agreement(audit: Audit, read: Harvest, prompt_groups: np.ndarray
         `n_contexts_seen` with at least `MIN_PROMPTS` prompts, `prompts_per_context` (median), and under "inside" and
         "difference" the figures of "tested" and "reported": n cells, r2 with an interval (bootstrap over R), spearman,
         p (the R's permuted as wholes: cells of one R share what it does everywhere), `noise_ceiling_r2` (what the
-        rollouts allow) and `noise_ceiling_both_r2` (what rollouts and pairs allow), by split halves of prompts. Of
-        "tested" also `random_prompts_r2` and `random_responses_r2`: the same with the features of all A, or of all R,
-        dealt anew to clusters of the same sizes. Figures are None where there are too few cells.
+        rollouts allow) and `noise_ceiling_both_r2` (what rollouts and pairs allow), by split halves of prompts, and
+        `shrunk_r2` (of the prediction by `shrunk`). Of "tested" also `random_prompts_r2` and `random_responses_r2`:
+        the same with the features of all A, or of all R, dealt anew to clusters of the same sizes. Figures are None
+        where there are too few cells.
     """
     contexts = {name: about for name, about in audit.info.get("contexts", {}).items() if name.startswith("A")}
     if not contexts or not audit.responses.num_rows:
@@ -75,6 +76,7 @@ def prompt_view_agreement(audit: Audit, read: Harvest, prompt_groups: np.ndarray
 
     pair_groups = audit.pairs["prompt_group"].to_numpy()
     expected, found = shifts(u, members), shifts(seen, there)
+    nearer = shrunk(u, members)
     cells = _cells(audit, expected["inside"].shape, config.alpha)
     by_rollouts = _reliability(seen, there, prompt_groups, cells, seed)
     by_pairs = _reliability(u, members, pair_groups, cells, seed)
@@ -104,6 +106,7 @@ def prompt_view_agreement(audit: Audit, read: Harvest, prompt_groups: np.ndarray
                 "noise_ceiling_r2": rollouts,
                 "noise_ceiling_both_r2": None if rollouts is None or pairs is None else rollouts * pairs,
             }
+            result[what][name]["shrunk_r2"] = _r2(nearer[what][of], found[what][of])
             if what == "inside":
                 result[what][name]["without_context_r2"] = _r2(everywhere[of], found[what][of])
         result[what]["tested"] |= {
@@ -139,6 +142,28 @@ def shifts(u: np.ndarray, members: sparse.csr_array) -> dict[str, np.ndarray]:
     with np.errstate(invalid="ignore", divide="ignore"):
         outside = (u.sum(axis=0) - n_in * inside) / (len(u) - n_in)
     return {"inside": inside, "difference": inside - np.where(np.isfinite(outside), outside, np.nan)}
+
+
+def shrunk(u: np.ndarray, members: sparse.csr_array) -> dict[str, np.ndarray]:
+    """`shifts` of the pairs, each drawn to the mean over all pairs as far as its own noise asks for.
+
+    A context holds a few hundred pairs, and training does not learn the accidents of these: what it learns elsewhere it
+    shows there too. The weight of what A says of R is the share of true variance, (S² - E) / (S² - E + e²), where e is
+    the standard error of the mean in A, E the mean of e² over contexts, and S² the mean over contexts of the squared
+    deviation from the mean over all pairs; 0 where the deviations are no larger than their errors.
+
+    Args:
+        u: (n, M); members: (K, n) of ones.
+    Source: method.md section 12.
+    """
+    told, everywhere = shifts(u, members), u.mean(axis=0)
+    inside, moments = told["inside"], member_moments(u, members, everywhere)
+    error = moments.variance / moments.n[:, None]
+    deviation = inside - everywhere
+    true = np.maximum(0.0, np.nanmean(deviation**2 - error, axis=0))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        weight = np.where(true > 0, true / (true + error), 0.0)
+    return {"inside": everywhere + weight * deviation, "difference": weight * told["difference"]}
 
 
 def agreement_of_cells(
