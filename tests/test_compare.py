@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from audit_world import make_audit, make_world
 
-from trl_anatomy.checking.compare import _split_half_reliability, cheap_predictions, comparison_report
+from trl_anatomy.checking.compare import cheap_predictions, comparison_report, split_half_reliability
 from trl_anatomy.checking.report import render_comparison
 
 
@@ -16,9 +16,9 @@ def test_reliability_matches_its_expectation():
     truth = rng.normal(0, 0.1, n_concepts)
     u = truth + sigma * rng.normal(size=(n, n_concepts))
     expected = 0.1**2 / (0.1**2 + sigma**2 / n)
-    assert _split_half_reliability(u, seed=0) == pytest.approx(expected, abs=0.03)
-    assert _split_half_reliability(sigma * rng.normal(size=(n, n_concepts)), seed=0) < 0.1
-    assert _split_half_reliability(u[:3], seed=0) is None
+    assert split_half_reliability(u, seed=0) == pytest.approx(expected, abs=0.03)
+    assert split_half_reliability(sigma * rng.normal(size=(n, n_concepts)), seed=0) < 0.1
+    assert split_half_reliability(u[:3], seed=0) is None
 
 
 def comparison() -> dict:

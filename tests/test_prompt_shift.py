@@ -11,7 +11,7 @@ from scipy import sparse
 from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.folder import Audit, write_audit
 from trl_anatomy.audit.stats import half_masks, stepped_up
-from trl_anatomy.checking.compare import _split_half_reliability, prompt_view_told
+from trl_anatomy.checking.compare import prompt_view_told, split_half_reliability
 from trl_anatomy.checking.prompt_shift import agreement_of_cells, prompt_view_agreement, shifts, shrunk
 
 N_ROLLOUTS = 400
@@ -172,9 +172,9 @@ def test_halves_keep_the_responses_to_a_prompt_together():
 def test_saying_the_same_thing_twice_is_no_more_reliable():
     u = np.random.default_rng(6).normal(0.05, 1.0, (200, 300))
     twice, groups = np.repeat(u, 2, axis=0), np.repeat(np.arange(200), 2)
-    once = _split_half_reliability(u, 0)
-    assert _split_half_reliability(twice, 0, groups) == pytest.approx(once, abs=1e-9)
-    assert _split_half_reliability(twice, 0) > once + 0.2
+    once = split_half_reliability(u, 0)
+    assert split_half_reliability(twice, 0, groups) == pytest.approx(once, abs=1e-9)
+    assert split_half_reliability(twice, 0) > once + 0.2
     assert stepped_up(np.arange(4.0), 2 * np.arange(4.0)) == pytest.approx(1)
     assert stepped_up(np.arange(4.0), -np.arange(4.0)) == 0
 

@@ -144,7 +144,7 @@ def compare(
     control = _random_features(audit.harvest, features, tau, seed)
     control_predicted = _mean_disparity(audit.harvest, control, tau)
     disparity, _ = audit.disparity()
-    pairs_ceiling = _split_half_reliability(disparity, seed, audit.pairs["prompt_group"].to_numpy())
+    pairs_ceiling = split_half_reliability(disparity, seed, audit.pairs["prompt_group"].to_numpy())
     rules = TEXT_RULES if rules is None else rules
     try:
         audited = reopen(audit).pairs
@@ -171,7 +171,7 @@ def compare(
         control_shift = _disparity(chosen, rejected, control, tau).mean(axis=0)
         agreements[name] = {
             **agreement(predicted, shift, seed=seed).to_dict(),
-            "noise_ceiling_r2": (ceiling := _split_half_reliability(observed[name], seed, pairs.prompt_groups)),
+            "noise_ceiling_r2": (ceiling := split_half_reliability(observed[name], seed, pairs.prompt_groups)),
             "noise_ceiling_both_r2": _product(ceiling, pairs_ceiling),
             "random_clusters_r2": agreement(control_predicted, control_shift, seed=seed).to_dict()["r2"],
             "tilt_r2": _by_start_model(
@@ -457,7 +457,7 @@ def _counts(frequency: sp.csr_array, tau: float) -> np.ndarray:
     return np.bincount(frequency.indices, above(frequency.data, tau), frequency.shape[1])
 
 
-def _split_half_reliability(u: np.ndarray, seed: int, groups: np.ndarray | None = None) -> float | None:
+def split_half_reliability(u: np.ndarray, seed: int, groups: np.ndarray | None = None) -> float | None:
     """R² that a perfect prediction would reach: reliability of the mean over rows, from random halves of the prompts.
 
     The correlation over concepts of the two halves' shifts, stepped up by Spearman-Brown; the median of 50 splits.
