@@ -4,9 +4,17 @@ import re
 
 import numpy as np
 import pytest
-from audit_world import make_audit, make_world
+from audit_world import make_audit, make_world, save_harvest
 
-from trl_anatomy.checking.compare import _split_half_reliability, cheap_predictions, comparison_report, prompts_for
+from trl_anatomy.audit.views import concept_activity
+from trl_anatomy.checking.compare import (
+    _by_start_model,
+    cheap_predictions,
+    comparison_report,
+    fired_counts,
+    prompts_for,
+    split_half_reliability,
+)
 from trl_anatomy.checking.report import render_comparison
 from trl_anatomy.errors import AnatomyError
 
@@ -18,9 +26,30 @@ def test_reliability_matches_its_expectation():
     truth = rng.normal(0, 0.1, n_concepts)
     u = truth + sigma * rng.normal(size=(n, n_concepts))
     expected = 0.1**2 / (0.1**2 + sigma**2 / n)
-    assert _split_half_reliability(u, seed=0) == pytest.approx(expected, abs=0.03)
-    assert _split_half_reliability(sigma * rng.normal(size=(n, n_concepts)), seed=0) < 0.1
-    assert _split_half_reliability(u[:3], seed=0) is None
+    assert split_half_reliability(u, seed=0) == pytest.approx(expected, abs=0.03)
+    assert split_half_reliability(sigma * rng.normal(size=(n, n_concepts)), seed=0) < 0.1
+    assert split_half_reliability(u[:3], seed=0) is None
+
+
+def test_predictions_by_the_start_model_share_no_response_with_what_they_are_held_against():
+    """Noise that prediction and shift would share counts for nothing: here there is nothing but noise."""
+    rng = np.random.default_rng(1)
+    groups, start = np.repeat(np.arange(100), 3), rng.normal(size=(300, 500))
+    shift = rng.normal(size=start.shape) - start
+    assert np.corrcoef(-start.mean(axis=0), shift.mean(axis=0))[0, 1] ** 2 > 0.4
+    assert _by_start_model(lambda rows: -start[rows].mean(axis=0), shift, groups) < 0.05
+    truth = rng.normal(size=500)
+    assert _by_start_model(lambda rows: 2 * truth, truth + 0 * shift, groups) == pytest.approx(1)
+    assert _by_start_model(lambda rows: truth[:2], shift[:, :2], groups) is None
+    assert _by_start_model(lambda rows: truth, shift[:3], groups[:3]) is None
+
+
+def test_fired_counts_are_those_of_concepts_of_one_latent(tmp_path):
+    read, tau = save_harvest(make_world(300), tmp_path), 0.03
+    single = [np.array([latent]) for latent in range(read.d_sae)]
+    expected = concept_activity(read.frequency("chosen"), single, tau).sum(axis=0)
+    np.testing.assert_array_equal(fired_counts(read, "chosen", tau), expected)
+    assert 0 < expected.min() < (read.frequency("chosen") > 0).sum(axis=0).max()
 
 
 def comparison() -> dict:
@@ -146,3 +175,23 @@ def test_prompts_are_drawn_from_those_that_differ(tmp_path):
     file.write_text('{"prompt": ""}\n')
     with pytest.raises(AnatomyError, match="holds no prompt"):
         prompts_for(audit, str(file), 4, 3)
+
+
+def test_prompt_view_is_told_with_its_reason_or_its_figures():
+    result = comparison()
+    figures = dict.fromkeys(("r2_low", "r2_high", "spearman", "p", "noise_ceiling_both_r2", "shrunk_r2")) | {"n": 7}
+    view = {"reason": None, "n_contexts": 9, "n_contexts_seen": 8, "prompts_per_context": 12.0}
+    for what, r2 in (("inside", 0.875), ("difference", 0.625)):
+        of = {**figures, "r2": r2, "noise_ceiling_r2": 0.9375, "without_context_r2": 0.25}
+        view[what] = {"reported": of, "tested": {**of, "random_prompts_r2": 0.125, "random_responses_r2": None}}
+    result["agreement"]["dpo"] |= {"prompt_view": view, "r2": 0.5, "r2_low": 0.25, "r2_high": 0.75, "p": 0.01}
+    result["agreement"]["dpo"] |= {"spearman": 0.5, "odds_r2": 0.75}
+    result["agreement"]["policy"]["prompt_view"] = {"reason": "the audit has no prompt-conditioned view"}
+    text = page_text(result)
+    assert "8 of 9 prompt contexts are among the rollouts, each with 12 prompts (median)" in text
+    assert "shift in A, all tested 0.88 0.94 unknown unknown 0.25 0.12 unknown" in text
+    assert "what A adds: shift in A less elsewhere, reported 0.62 0.94" in text
+    assert "policy : not known, the audit has no prompt-conditioned view." in text
+    told = comparison_report(result)
+    assert "over 7 reported hypotheses R² 0.88 (at most 0.94 can be seen; without knowing the prompt 0.25)" in told
+    assert "by log-odds: 0.75" in told

@@ -61,6 +61,27 @@ def test_tilted_shift_without_pairs_or_responses_is_none():
     assert predict.tilted_shift(np.ones((5, 3)), np.zeros((0, 3))).tolist() == [0, 0, 0]
 
 
+def test_odds_shift_of_independent_features_is_their_logistic_one():
+    """The sides at logit p ± w/2: the start model's log-odds move by w, from p or from any other rate."""
+    rng = np.random.default_rng(2)
+    p, w = np.array([0.2, 0.5, 0.9, 0.4]), np.array([1.5, -1.0, 1.0, 0.0])
+    logit, n = np.log(p / (1 - p)), 400_000
+    sides = [rng.binomial(n, 1 / (1 + np.exp(-(logit + side * w / 2)))) for side in (1, -1)]
+    for start in (p, np.array([0.3, 0.1, 0.5, 0.9])):
+        expected = 1 / (1 + np.exp(-(np.log(start / (1 - start)) + w))) - start
+        np.testing.assert_allclose(predict.odds_shift(*sides, n, start), expected, atol=0.01)
+
+
+def test_odds_shift_stays_within_what_rates_can_do():
+    never, always = np.zeros(3), np.full(3, 50.0)
+    start = np.array([0.0, 0.4, 1.0])
+    for sides in ((never, always), (always, never), (never, never), (always, always)):
+        after = start + predict.odds_shift(*sides, 50, start)
+        assert ((after >= 0) & (after <= 1)).all()
+    assert predict.odds_shift(always, never, 50, start)[1] == pytest.approx(0.6, abs=0.01)
+    np.testing.assert_allclose(predict.concept_means(np.arange(4.0), [np.array([0, 3]), np.array([1])]), [1.5, 1.0])
+
+
 def test_concept_table_says_what_was_planted(world):
     scores = views.activity(world, COMMUNITIES)
     table = predict.concept_table(scores, COMMUNITIES, AuditConfig(bootstrap=500)).to_pylist()

@@ -14,6 +14,7 @@ import argparse
 import datetime
 import json
 import platform
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_anatomy.audit import stats
+from trl_anatomy.audit.clusters import cofiring_communities
+from trl_anatomy.audit.communities import MIN_COUNT, fired_responses
+from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.folder import Audit, load_audit
-from trl_anatomy.audit.predict import agreement, predicted_shift, tilted_shift
+from trl_anatomy.audit.predict import agreement, concept_means, odds_shift, predicted_shift, tilted_shift
 from trl_anatomy.audit.stats import one_hot
 from trl_anatomy.audit.views import concept_activity
-from trl_anatomy.checking.compare import cheap_predictions
+from trl_anatomy.checking.compare import cheap_predictions, fired_counts, split_half_reliability
 from trl_anatomy.checking.likelihood import log_likelihoods, log_probs
+from trl_anatomy.checking.rates import rate_interval
 from trl_anatomy.checking.rollouts import rollouts
-from trl_anatomy.reading.harvest import harvest
+from trl_anatomy.reading.harvest import Harvest, harvest
 from trl_anatomy.reading.sae import load_sae
 from trl_anatomy.reading.spans import Pairs, read_pairs
 from trl_anatomy.testbed.demo import MAX_NEW_TOKENS, SHAPED, DemoResult, Row, run_demo
@@ -41,6 +46,13 @@ from trl_anatomy.testbed.world import build_world
 LEAST_ASSOCIATION = 0.3  # of a concept that stands for a habit, as in real_data.py
 N_PROMPTS, PER_PROMPT = 500, 8  # responses of the start model, for predictions that need them
 BATCH = 32  # pairs in a step
+# Predictions that are set against shifts by size of the concept too
+SIZED = (
+    "mean disparity",
+    "log-odds of the pairs, at the start model's rates",
+    "tilt of the start model",
+    "mean of log-odds (start model's rates) and tilt",
+)
 
 PACKAGES = ("trl", "transformers", "torch", "sae-lens", "numpy", "scipy", "scikit-learn", "scikit-network")
 
@@ -83,15 +95,19 @@ def record(result: DemoResult) -> dict:
             "n": len(concepts),
             "mean disparity": found["r2"],
             "mean disparity, interval": [found["r2_low"], found["r2_high"]],
+            "log-odds of the pairs, at the start model's rates": found["odds_r2"],
             "start model tilted by the fitted reward": found["tilt_r2"],
             "length-adjusted disparity": r2(np.array([row["length_adjusted"] for row in table]), observed),
             "baseline: correlation with the longer response": r2(by_length, observed),
             "baseline: how often the concept fires": r2(support, observed),
             "random clusters of the same sizes": found["random_clusters_r2"],
             "ceiling by the noise of the rollouts": found["noise_ceiling_r2"],
+            "ceiling by the noise of rollouts and pairs": found["noise_ceiling_both_r2"],
+            "share of the ceiling by rollouts and pairs": found["r2"] / found["noise_ceiling_both_r2"],
             "rank correlation": found["spearman"],
             "permutation p": found["p"],
         },
+        **prompt_view(found["prompt_view"]),
         "habits": {
             "n": len(habits),
             "best latent's disparity": r2(np.array([row.predicted for row in habits]), seen),
@@ -120,8 +136,129 @@ def record(result: DemoResult) -> dict:
     }
 
 
-def predictors(result: DemoResult, out: Path) -> dict[str, dict[str, float]]:
-    """R² and rank correlation of other predictions of the shift, over the audit's concepts.
+def prompt_view(found: dict[str, Any]) -> dict[str, dict]:
+    """What `compare` says of the prompt-conditioned view, a part for each quantity and set of cells."""
+    seen = {name: found[name] for name in ("n_contexts", "n_contexts_seen", "prompts_per_context")}
+    parts: dict[str, dict] = {"prompt view": seen}
+    for what in ("inside", "difference"):
+        for cells in ("reported", "tested"):
+            figures = found[what][cells]
+            parts[f"prompt view, {what}, {cells}"] = {
+                **figures,
+                "share of the ceiling by rollouts": figures["r2"] / figures["noise_ceiling_r2"],
+                "share of the ceiling by rollouts and pairs": figures["r2"] / figures["noise_ceiling_both_r2"],
+            }
+    return parts
+
+
+def by_size(result: DemoResult, told: dict[str, np.ndarray], out: Path) -> dict[str, dict]:
+    """R² of some predictions over concepts of one latent, of at least two, and of at least four; with noise ceilings.
+
+    Communities do not depend on the smallest size that is kept (checked here), so the concepts of at least four are
+    those of an audit with `min_community` 4.
+    """
+    audit, (u, _) = result.audit, result.audit.disparity()
+    shifts = rollout_shifts(result, out)
+    groups = audit.pairs["prompt_group"].to_numpy()
+    sizes = np.array([len(features) for features in audit.communities])
+    parts = {}
+    for name, of in (("of one latent", sizes == 1), ("of 2 latents or more", sizes >= 2), ("of 4 or more", sizes >= 4)):
+        seen = shifts.u[:, of]
+        rollouts_allow = split_half_reliability(seen, 0, shifts.groups) or float("nan")
+        both_allow = rollouts_allow * (split_half_reliability(u[:, of], 0, groups) or float("nan"))
+        noise = [np.square(stats.mean_test(x, by)[1]) for x, by in ((seen, shifts.groups), (u[:, of], groups))]
+        fit = {which: agreement(values[of], seen.mean(axis=0)) for which, values in told.items()}
+        plain = fit["mean disparity"]
+        parts[f"concepts {name}"] = {
+            "n": int(of.sum()),
+            **{which: one.r2 for which, one in fit.items()},
+            "mean disparity, interval": [plain.r2_low, plain.r2_high],
+            "mean disparity, weighted by inverse noise": weighted_r2(
+                told["mean disparity"][of], seen.mean(axis=0), 1 / (noise[0] + noise[1])
+            ),
+            "ceiling by the noise of the rollouts": rollouts_allow,
+            "ceiling by the noise of rollouts and pairs": both_allow,
+            "mean disparity, share of that ceiling": plain.r2 / both_allow,
+        }
+    config = AuditConfig(**audit.info["settings"])
+    fired = fired_responses(audit.harvest, config.tau, config.community_pairs, config.seed)
+    resolution = audit.info["settings_used"]["resolution"]
+    for least in (2, 4):
+        again = cofiring_communities(
+            fired,
+            edge_share=config.edge_share,
+            min_size=least,
+            min_count=MIN_COUNT,
+            resolution=resolution,
+            seed=config.seed,
+        )
+        kept = {tuple(sorted(c.tolist())) for c in audit.communities if len(c) >= least}
+        assert {tuple(sorted(c.tolist())) for c in again} == kept
+    return parts
+
+
+@dataclass(frozen=True)
+class Shifts:
+    """Rollouts of plain DPO against the start model: u (n, K) by concept, the texts' habits, prompts as groups."""
+
+    u: np.ndarray
+    before: np.ndarray
+    habits_before: np.ndarray
+    habits_after: np.ndarray
+    groups: np.ndarray
+
+
+def rollout_shifts(result: DemoResult, out: Path) -> Shifts:
+    """What `compare` kept of its rollouts, read again."""
+    audit, read = result.audit, Harvest.open(out / "compare" / "harvest-dpo")
+    tau = audit.info["settings"]["tau"]
+    after, before = (concept_activity(read.frequency(s), audit.communities, tau) for s in ("chosen", "rejected"))
+    kept = [json.loads((out / "compare" / f"{name}.json").read_text()) for name in ("before", "dpo")]
+    shown = [np.array([[h.shows(of["responses"][i]) for h in HABITS] for i in read.rows], dtype=float) for of in kept]
+    prompts = np.array([kept[0]["prompts"][i] for i in read.rows])
+    return Shifts(after - before, before, *shown, np.unique(prompts, return_inverse=True)[1])
+
+
+def why(result: DemoResult, out: Path) -> dict[str, Any]:
+    """Where the prediction of the concepts' shifts goes wrong.
+
+    - "slope of rising", "of falling": least squares with a slope for each sign of the prediction, and its R².
+    - "by the habits' own errors": R², over concepts, of the residual (observed less fitted line) with what the
+      residuals of the 13 habits (counted by text rule, same line) carry to a concept by its regression on the habits
+      over the start model's responses.
+    - "habits' shift carried over": R² of observed shifts with the habits' observed shifts carried over in this way.
+    """
+    shifts, (u, _) = rollout_shifts(result, out), result.audit.disparity()
+    predicted, observed = u.mean(axis=0), shifts.u.mean(axis=0)
+    columns = result.world.dataset.select(result.audit.harvest.rows.tolist())
+    gaps = np.array(
+        [np.mean(columns[f"chosen_{h.name}"]) - np.mean(columns[f"rejected_{h.name}"]) for h in HABITS], dtype=float
+    )
+    seen = shifts.habits_after.mean(axis=0) - shifts.habits_before.mean(axis=0)
+    line = np.polyfit(predicted, observed, 1)
+    design = np.c_[shifts.habits_before, np.ones(len(shifts.before))]
+    carried = np.linalg.lstsq(design, shifts.before, rcond=None)[0][:-1]
+    sides = np.c_[np.maximum(predicted, 0), np.minimum(predicted, 0), np.ones(len(predicted))]
+    slopes = np.linalg.lstsq(sides, observed, rcond=None)[0]
+    residual = observed - np.polyval(line, predicted)
+    largest = np.sort(np.square(residual))[::-1]
+    return {
+        "slope of rising": float(slopes[0]),
+        "slope of falling": float(slopes[1]),
+        "R² with both slopes": r2(sides @ slopes, observed),
+        "by the habits' own errors": r2((seen - np.polyval(line, gaps)) @ carried, residual),
+        "habits' shift carried over": r2(seen @ carried, observed),
+        "share of the eight largest residuals": float(largest[:8].sum() / largest.sum()),
+    }
+
+
+def weighted_r2(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> float:
+    x, y = x - np.average(x, weights=weight), y - np.average(y, weights=weight)
+    return float((weight @ (x * y)) ** 2 / ((weight @ (x * x)) * (weight @ (y * y))))
+
+
+def predictors(result: DemoResult, out: Path) -> dict[str, dict]:
+    """R² and rank correlation of other predictions of the shift, over the audit's concepts, and some by their size.
 
     Most need responses of the start model. They are sampled anew, to prompts of the pairs, so that they share no noise
     with the responses that the shift was observed in. Means of two are of both in units of their root mean square.
@@ -167,12 +304,21 @@ def predictors(result: DemoResult, out: Path) -> dict[str, dict[str, float]]:
     likelihood = log_likelihoods(model, pairs, list(range(len(pairs))))
     weight = np.exp(likelihood.mean(axis=1))
     spread = max(0.0, float(np.mean(mean**2 - error**2)))
+    n, tau = len(u), settings["tau"]
+    sides = [fired_counts(audit.harvest, side, tau) for side in ("chosen", "rejected")]
+    rates = {
+        "at the start model's rates": fired_counts(read, "chosen", tau) / len(start),
+        "at the rates in the pairs": (sides[0] + sides[1]) / (2 * n),
+    }
+    odds = {name: concept_means(odds_shift(*sides, n, rate), audit.communities) for name, rate in rates.items()}
     told = {
         "mean disparity": mean,
         "mean disparity, pairs weighted by their likelihood": predicted_shift(u, weight / weight.mean()),
         "mean disparity, shrunk": mean * spread / (spread + error**2),
+        **{f"log-odds of the pairs, {name}": of for name, of in odds.items()},
         "tilt of the start model": tilt,
         "mean of disparity and tilt": unit(mean) + unit(tilt),
+        "mean of log-odds (start model's rates) and tilt": unit(odds["at the start model's rates"]) + unit(tilt),
         **{f"one step of {name}": of for name, of in step.items()},
         **{f"mean of disparity and one step of {name}": unit(mean) + unit(of) for name, of in step.items()},
         "mean of disparity, tilt and one step of Adam": unit(mean) + unit(tilt) + unit(step["Adam"]),
@@ -184,6 +330,8 @@ def predictors(result: DemoResult, out: Path) -> dict[str, dict[str, float]]:
     return {
         "predictors, R²": {name: of.r2 for name, of in found.items()},
         "predictors, rank correlation": {name: of.spearman for name, of in found.items()},
+        **by_size(result, {name: told[name] for name in SIZED}, out),
+        "why": why(result, out),
     }
 
 
@@ -297,6 +445,69 @@ def correlations(x: np.ndarray, columns: np.ndarray) -> np.ndarray:
     return np.divide(x @ columns, spread, out=np.zeros(columns.shape[1]), where=spread > 0)
 
 
+def discoveries(result: DemoResult) -> dict[str, int]:
+    """Of the concepts that the audit reports (rises, falls): what they stand for, and whether their shift came.
+
+    A concept stands for the habit, or for the right answers, whose text rule its firing is most correlated with (either
+    sign, within sides), from `LEAST_ASSOCIATION` on. "came": the 95 % interval of the observed shift is on the
+    predicted side of zero.
+    """
+    audit, data = result.audit, result.world.dataset.select(result.audit.harvest.rows.tolist())
+    tau = audit.info["settings"]["tau"]
+    sides = [concept_activity(audit.harvest.frequency(s), audit.communities, tau) for s in ("chosen", "rejected")]
+    fires = np.concatenate([side - side.mean(axis=0) for side in sides])
+    roles = {habit.name: habit.role for habit in HABITS} | {"correct": "quality"}
+    association = []
+    for name in roles:
+        shown = [np.array(data[f"{side}_{name}"], dtype=float) for side in ("chosen", "rejected")]
+        association.append(np.abs(correlations(np.concatenate([side - side.mean() for side in shown]), fires)))
+    best = np.argmax(association, axis=0)
+    names = list(roles)
+    found = {"reported": 0, "of a taught habit or of right answers": 0, "of a neutral habit": 0, "of no habit": 0}
+    found |= {"came": 0, "went the other way": 0, "of no habit, and came": 0}
+    for k, concept in enumerate(audit.concepts.to_pylist()):
+        if concept["verdict"] not in ("rises", "falls"):
+            continue
+        _, low, high = result.comparison["concepts"][k]["observed"]["dpo"]
+        side = 1 if concept["predicted"] > 0 else -1
+        came = min(side * low, side * high) > 0
+        stands = max(of[k] for of in association) >= LEAST_ASSOCIATION
+        what = "of no habit"
+        if stands:
+            neutral = roles[names[best[k]]] == "neutral"
+            what = "of a neutral habit" if neutral else "of a taught habit or of right answers"
+        found["reported"] += 1
+        found[what] += 1
+        found["came"] += came
+        found["went the other way"] += max(side * low, side * high) < 0
+        found["of no habit, and came"] += came and not stands
+    return found
+
+
+def pooled(seeds: dict[str, dict]) -> dict[str, dict]:
+    """Recall and false discoveries over all worlds, each with Wilson's 95 % interval (as if all were independent)."""
+
+    def share(part: str, of: str, all_of: str) -> dict[str, Any]:
+        n, total = (sum(seed[part][name] for seed in seeds.values()) for name in (of, all_of))
+        _, low, high = rate_interval(np.arange(total) < n)
+        by_world = [seed[part][of] / seed[part][all_of] for seed in seeds.values()]
+        return {"n": n, "of": total, "share": n / total, "interval": [low, high], "by world": by_world}
+
+    habits, concepts = "audit of planted habits", "reported concepts"
+    return {
+        "recall: rewarded or punished habits reported with the right sign": share(
+            habits, "reported with the right sign, q < 0.05", "rewarded or punished"
+        ),
+        "recall: habits of one topic found there": share(habits, "of one topic, found there", "of one topic"),
+        "neutral habits reported": share(habits, "neutral, reported", "neutral"),
+        "false discoveries: reported concepts of a neutral habit": share(concepts, "of a neutral habit", "reported"),
+        "false discoveries: reported concepts of no habit": share(concepts, "of no habit", "reported"),
+        "reported concepts whose shift came": share(concepts, "came", "reported"),
+        "reported concepts that went the other way": share(concepts, "went the other way", "reported"),
+        "reported concepts of no habit whose shift came": share(concepts, "of no habit, and came", "of no habit"),
+    }
+
+
 def topical(audit: Audit, cluster: str, inside: np.ndarray, alpha: float) -> dict:
     """Where the prompt-conditioned view ranks `A ⇝ cluster` for prompts of a topic, and whether it finds it elsewhere.
 
@@ -390,6 +601,7 @@ def main() -> None:
             **record(result),
             **predictors(result, out),
             "audit of planted habits": checks(rows),
+            "reported concepts": discoveries(result),
             "planted habits": rows,
         }
         assert len(found[str(seed)]["rows"]) == len(HABITS) + 1
@@ -399,7 +611,7 @@ def main() -> None:
             "device": f"CPU ({platform.machine()}), one thread",
             "python": platform.python_version(),
             "versions": {name: version(name) for name in PACKAGES},
-            "summary": summary(found),
+            "summary": {"found and falsely found": pooled(found), **summary(found)},
             "seeds": found,
         }
         Path(args.results).write_text(json.dumps(results, indent=1) + "\n")

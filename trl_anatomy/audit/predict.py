@@ -220,6 +220,30 @@ def tilted_shift(u: np.ndarray, before: np.ndarray, prompt_groups: np.ndarray | 
     return (weight[:, None] * before).mean(axis=0) - before.mean(axis=0)
 
 
+def odds_shift(chosen: np.ndarray, rejected: np.ndarray, n_pairs: int, start: np.ndarray) -> np.ndarray:
+    """Shift of firing rates if training moves the log-odds of firing by as much as chosen and rejected differ in them.
+
+    A difference of shares knows no ends: what the start model shows in a third of its responses can not fall by much
+    more than the pairs' -0.32, and what it shows in a quarter may rise further than +0.32. The optimum of training at
+    beta 1 moves the log-odds of a feature that comes independently of all others by just this difference.
+
+    Args:
+        chosen, rejected: (d,) responses of that side in which each feature fires, of `n_pairs`.
+        start: (d,) rate of each feature in responses of the start model.
+    Returns:
+        (d,) rate afterwards less `start`. Half a response is added to each count, so that all odds are finite.
+    Source: method.md section 12.
+    """
+    log_odds = [np.log((count + 0.5) / (n_pairs - count + 0.5)) for count in (chosen, rejected)]
+    grown = start * np.exp(log_odds[0] - log_odds[1])
+    return grown / (1 - start + grown) - start
+
+
+def concept_means(values: np.ndarray, features: Sequence[np.ndarray]) -> np.ndarray:
+    """(K,) mean over each concept's features of what is said of single ones, (d,)."""
+    return np.array([values[of].mean() for of in features], dtype=np.float64)
+
+
 @dataclass(frozen=True)
 class Agreement:
     """How well predicted shifts match observed ones, over concepts.

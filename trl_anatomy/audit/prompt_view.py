@@ -218,13 +218,10 @@ def response_scores(
     Args:
         responses: feature ids of R1, R2, ...
         pooling: "freq" or "max".
-        scale: (d_sae,) floored standard deviations; computed in a pass of their own where absent.
+        scale: (d_sae,) floored standard deviations; default those of this harvest, in a pass of their own.
     """
     if scale is None:
-        found = ColumnMoments.none(harvest.d_sae)
-        for shard in harvest.shards():
-            found = found.plus(_delta(shard, pooling))
-        scale = np.maximum(found.std, STD_FLOOR)
+        scale = delta_scale(harvest, pooling)
     u = scratch_array((harvest.n_pairs, len(responses)), np.float64, getattr(harvest, "path", None), order="F")
     size, start = np.array([len(c) for c in responses], dtype=np.float64), 0
     rows: list[np.ndarray] = []
@@ -244,6 +241,14 @@ def response_scores(
             lengths[span].append(np.asarray(shard.lengths[span], dtype=np.int64))
     tokens = {span: np.concatenate(parts) for span, parts in lengths.items()}
     return Disparity(np.concatenate(rows), u, log_length_ratio(tokens), tokens, support)
+
+
+def delta_scale(harvest: "Harvest", pooling: str) -> np.ndarray:
+    """(d_sae,) standard deviation of each feature's difference over all pairs, chosen minus rejected, floored."""
+    found = ColumnMoments.none(harvest.d_sae)
+    for shard in harvest.shards():
+        found = found.plus(_delta(shard, pooling))
+    return np.maximum(found.std, STD_FLOOR)
 
 
 def _pooled(shard: "Shard", span: str, pooling: str) -> sparse.csr_array:

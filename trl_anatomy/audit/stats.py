@@ -582,3 +582,28 @@ def adjusted_difference(
         slope = np.where(varies, within_xy / np.where(varies, within_xx, 1.0), 0.0)
         result = delta - slope * gap_x
     return np.where(varies | (np.abs(gap_x) <= ROUNDING) | np.isnan(delta), result, np.nan)
+
+
+def half_masks(groups: np.ndarray, n_splits: int, seed: int = 0) -> np.ndarray:
+    """Random halves of the groups, several times: (n_splits, n) bool, True in the first half.
+
+    Args:
+        groups: (n,) group of each row (prompt of a response); rows of one group stay together.
+    """
+    _, of = np.unique(groups, return_inverse=True)
+    n_groups, rng = int(of.max(initial=-1)) + 1, np.random.default_rng(seed)
+    masks = np.zeros((n_splits, len(of)), dtype=bool)
+    for mask in masks:
+        mask[:] = (rng.permutation(n_groups) < n_groups // 2)[of]
+    return masks
+
+
+def stepped_up(first: np.ndarray, second: np.ndarray) -> float | None:
+    """Reliability of the mean of two halves, by Spearman and Brown from their correlation; in [0, 1].
+
+    None below three values or where a half does not vary.
+    """
+    if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    r = float(np.corrcoef(first, second)[0, 1])
+    return max(0.0, 2 * r / (1 + r)) if r > -1 else 0.0

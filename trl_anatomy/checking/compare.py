@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,23 +108,26 @@ def compare(
 
     Returns:
         What `compare.json` holds: per concept the predicted and observed shifts; per trained model how well they agree
-        (R² and rank correlation with intervals, a permutation p-value, the noise floor from split prompts, the same for
-        size-matched random clusters, R² of the start model's tilt as the other prediction, and R² of what cheap
-        measures predict: length, text rules, likelihood under the start model; None for the last two if the audited
-        dataset is not to be found); per text rule the rates before and after with intervals, and recovery; words per
-        response with an interval.
+        (R² and rank correlation with intervals, a permutation p-value, the noise floor of the responses, and of
+        responses and pairs, from split prompts, the same for size-matched random clusters, the prompt-conditioned view
+        by `prompt_shift.prompt_view_agreement`, R² of the two other predictions, which read the start model's
+        responses too: its tilt, and the pairs' change of log-odds from its rates; and R² of what cheap measures
+        predict: length, text rules, likelihood under the start model; None for the last two if the audited dataset is
+        not to be found); per text rule the rates before and after with intervals, and recovery; words per response
+        with an interval.
 
     Raises:
         AnatomyError: no prompt, no trained model, a model that cannot be loaded or is not the one audited.
     """
     from transformers import AutoTokenizer
 
-    from ..audit.predict import agreement
+    from ..audit.predict import agreement, concept_means, odds_shift, tilted_shift
     from ..audit.reopen import reopen
     from ..reading.fingerprint import model_fingerprint
     from ..reading.harvest import harvest
     from ..reading.sae import load_sae
     from ..reading.spans import read_pairs
+    from .prompt_shift import prompt_view_agreement
 
     if not prompts:
         raise AnatomyError("compare needs at least one prompt.")
@@ -147,11 +150,14 @@ def compare(
         responses[name] = _sampled(_load(model), tokenizer, prompts, out / f"{_slug(name)}.json", sampling)
 
     settings, concepts = audit.info["settings"], audit.labelled(audit.concepts).to_pylist()
+    tau = settings["tau"]
     features = [np.asarray(row["features"], dtype=np.int64) for row in concepts]
     predicted = np.array([row["predicted"] for row in concepts], dtype=np.float64)
-    control = _random_features(audit.harvest, features, settings["tau"], seed)
-    control_predicted = _mean_disparity(audit.harvest, control, settings["tau"])
+    fired = [fired_counts(audit.harvest, side, tau) for side in ("chosen", "rejected")]
+    control = _random_features(audit.harvest, features, tau, seed)
+    control_predicted = _mean_disparity(audit.harvest, control, tau)
     disparity, _ = audit.disparity()
+    pairs_ceiling = split_half_reliability(disparity, seed, audit.pairs["prompt_group"].to_numpy())
     rules = TEXT_RULES if rules is None else rules
     try:
         audited = reopen(audit).pairs
@@ -171,21 +177,37 @@ def compare(
         read = harvest(
             start_model, sae, pairs, out / f"harvest-{_slug(name)}", layer=audit.info["sae"]["layer"], progress=progress
         )
-        chosen, rejected = _activities(read, features, settings["tau"])
-        observed[name] = chosen - rejected
+        trained, start = _activities(read, features, tau)
+        observed[name] = trained - start
         shift = observed[name].mean(axis=0)
-        control_shift = np.subtract(*_activities(read, control, settings["tau"])).mean(axis=0)
+        control_shift = np.subtract(*_activities(read, control, tau)).mean(axis=0)
         agreements[name] = {
             **agreement(predicted, shift, seed=seed).to_dict(),
-            "noise_ceiling_r2": _split_half_reliability(observed[name], seed),
+            "noise_ceiling_r2": (ceiling := split_half_reliability(observed[name], seed, pairs.prompt_groups)),
+            "noise_ceiling_both_r2": _product(ceiling, pairs_ceiling),
             "random_clusters_r2": agreement(control_predicted, control_shift, seed=seed).to_dict()["r2"],
-            "tilt_r2": _tilt_agreement(disparity, chosen, rejected, pairs.prompt_groups),
+            "tilt_r2": _by_start_model(
+                lambda rows, start=start, groups=pairs.prompt_groups: tilted_shift(
+                    disparity, start[rows], groups[rows]
+                ),
+                observed[name],
+                pairs.prompt_groups,
+            ),
+            "odds_r2": _by_start_model(
+                lambda rows, of=read: concept_means(
+                    odds_shift(*fired, audit.harvest.n_pairs, fired_counts(of, "rejected", tau, rows) / rows.sum()),
+                    features,
+                ),
+                observed[name],
+                pairs.prompt_groups,
+            ),
             "baselines_r2": {
                 measure: None
                 if told is None
                 else agreement(told, shift, n_bootstrap=1, n_permutations=1).to_dict()["r2"]
                 for measure, told in baselines.items()
             },
+            "prompt_view": prompt_view_agreement(audit, read, pairs.prompt_groups, seed=seed),
             "n_prompts": len(pairs),
             "left_out": pairs.left_out,
         }
@@ -282,11 +304,13 @@ def comparison_report(result: Mapping[str, Any]) -> str:
             f" rank correlation {figures['spearman']:.2f}, permutation p {figures['p']:.2g}, {figures['n']} concepts;"
             f" at most {_shown(figures['noise_ceiling_r2'])} can be seen with {figures['n_prompts']} prompts;"
             f" random clusters of the same sizes: {_shown(figures['random_clusters_r2'])};"
-            f" predicted by tilting the start model's responses instead: {_shown(figures['tilt_r2'])};"
+            f" predicted from the start model's responses too, by log-odds: {_shown(figures['odds_r2'])},"
+            f" by tilting them: {_shown(figures['tilt_r2'])};"
             " by cheap measures: "
             + ", ".join(f"{measure} {_shown(r2)}" for measure, r2 in figures["baselines_r2"].items())
             + "."
         )
+        lines.append(f"{name}, by what is asked: {prompt_view_told(figures['prompt_view'])}")
     lines.append("\nShare of responses in which a text rule holds:")
     lines.append(f"  {'rule':<16} {'before':>7} " + " ".join(f"{name[:14]:>14}" for name in names))
     for row in result["rates"]:
@@ -306,6 +330,28 @@ def comparison_report(result: Mapping[str, Any]) -> str:
     words = ", ".join(f"{name} {interval[0]:.1f}" for name, interval in result["words"].items())
     lines.append(f"Words per response: {words}.")
     return "\n".join(lines)
+
+
+def prompt_view_told(view: Mapping[str, Any]) -> str:
+    """The agreement of the prompt-conditioned view (`prompt_shift.prompt_view_agreement`) as a sentence."""
+    if view["reason"] is not None:
+        return f"unknown, {view['reason']}."
+    told = []
+    for name, cells in (("reported", "reported hypotheses"), ("tested", "tested ones")):
+        here, beyond = view["inside"][name], view["difference"][name]
+        told.append(
+            f"over {here['n']} {cells} R² {_shown(here['r2'])} (at most {_shown(here['noise_ceiling_r2'])} can be seen;"
+            f" without knowing the prompt {_shown(here['without_context_r2'])}), of what the prompt adds"
+            f" {_shown(beyond['r2'])} (at most {_shown(beyond['noise_ceiling_r2'])})"
+        )
+    return (
+        f"{'; '.join(told)}. {view['n_contexts_seen']} of {view['n_contexts']} prompt contexts were seen, each in"
+        f" {view['prompts_per_context']:.0f} prompts (median)."
+    )
+
+
+def _product(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a * b
 
 
 def _shown(value: float | None) -> str:
@@ -400,51 +446,62 @@ def _random_features(read: Harvest, features: Sequence[np.ndarray], tau: float, 
     return [rng.choice(live, size=min(len(cluster), len(live)), replace=False) for cluster in features]
 
 
-def _tilt_agreement(
-    disparity: np.ndarray, trained: np.ndarray, start: np.ndarray, prompt_groups: np.ndarray
+def _by_start_model(
+    predict: Callable[[np.ndarray], np.ndarray], shift: np.ndarray, prompt_groups: np.ndarray
 ) -> float | None:
-    """R² of the other prediction, the start model's own responses tilted by the reward fitted on the pairs.
+    """R² of a prediction that reads the start model's own responses.
 
-    Tilt and observed shift come from different prompts, since both hold the start model's mean and would share its
-    noise: half the prompts predict the other half, both ways, and the mean is given. None below three concepts.
+    Prediction and observed shift come from different prompts, since both hold the start model's mean and would share
+    its noise: half the prompts predict the other half, both ways, and the mean is given. None below three concepts.
 
     Args:
-        trained, start: (n, K) activity in the responses of either model.
+        predict: (n,) bool, the responses of the start model that may be read -> (K,) predicted shift.
+        shift: (n, K) observed, response by response.
     """
-    from ..audit.predict import agreement, tilted_shift
+    from ..audit.predict import agreement
 
     half = np.unique(prompt_groups, return_inverse=True)[1] % 2 == 0
     found = []
     for told, seen in ((half, ~half), (~half, half)):
         if not told.any() or not seen.any():
             return None
-        tilted = tilted_shift(disparity, start[told], prompt_groups[told])
-        found.append(agreement(tilted, (trained - start)[seen].mean(axis=0), n_bootstrap=1, n_permutations=1).r2)
+        found.append(agreement(predict(told), shift[seen].mean(axis=0), n_bootstrap=1, n_permutations=1).r2)
     return None if np.isnan(found).any() else float(np.mean(found))
 
 
-def _split_half_reliability(u: np.ndarray, seed: int) -> float | None:
-    """R² that a perfect prediction would reach: reliability of the mean over prompts, from random halves.
+def fired_counts(read: Harvest, span: str, tau: float, rows: np.ndarray | None = None) -> np.ndarray:
+    """(d_sae,) responses in which each latent fires, as concepts count it; of `rows` (n,) bool, by default all."""
+    from ..audit.views import above
+
+    found, start = np.zeros(read.d_sae), 0
+    for shard in read.shards():
+        frequency = shard.frequency(span)
+        if rows is not None:
+            frequency, start = frequency[rows[start : start + frequency.shape[0]]], start + frequency.shape[0]
+        found += np.bincount(frequency.indices, above(frequency.data, tau), read.d_sae)
+    return found
+
+
+def split_half_reliability(u: np.ndarray, seed: int, groups: np.ndarray | None = None) -> float | None:
+    """R² that a perfect prediction would reach: reliability of the mean over rows, from random halves of the prompts.
 
     The correlation over concepts of the two halves' shifts, stepped up by Spearman-Brown; the median of 50 splits.
 
     Args:
-        u: (n_prompts, K) observed disparity.
+        u: (n, K) disparity.
+        groups: (n,) prompt of each row, which stays in one half; default every row its own.
 
     Returns:
         In [0, 1], or None below four prompts or three concepts.
     """
-    n, n_concepts = u.shape
-    if n < 4 or n_concepts < 3:
+    from ..audit.stats import half_masks, stepped_up
+
+    groups = np.arange(len(u)) if groups is None else groups
+    if len(np.unique(groups)) < 4:
         return None
-    rng, found = np.random.default_rng(seed), []
-    for _ in range(50):
-        order = rng.permutation(n)
-        first, second = u[order[: n // 2]].mean(axis=0), u[order[n // 2 :]].mean(axis=0)
-        if np.ptp(first) == 0 or np.ptp(second) == 0:
-            continue
-        r = float(np.corrcoef(first, second)[0, 1])
-        found.append(max(0.0, 2 * r / (1 + r)) if r > -1 else 0.0)
+    masks = half_masks(groups, 50, seed)
+    halves = [mask.astype(np.float64) @ u / mask.sum(axis=1)[:, None] for mask in (masks, ~masks)]
+    found = [stepped for pair in zip(*halves, strict=True) if (stepped := stepped_up(*pair)) is not None]
     return float(np.median(found)) if found else None
 
 
