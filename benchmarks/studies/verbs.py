@@ -1,24 +1,48 @@
-"""What each verb of a policy takes out, and what else it changes: on worlds with planted habits.
+"""What each verb of a policy takes out, with each scorer, and what else it changes: on worlds with planted habits.
 
 Plain DPO, and DPO once per rule and habit; then the rates of all habits and of right values in rollouts on held-out
 prompts. Recorded for each rule: the habit's rate, its recovery (0 at plain DPO's rate, 1 at the start model's), the
-mean absolute change of the other habits and the change of the quality signal against plain DPO, and the standard error
-of a difference of two rates.
+mean absolute change of the other habits and the change of the quality signal against plain DPO; and the style matrix,
+which is target x habit of every rule.
+
+Structured concepts are the rules with `given`: on scorers that take a second habit along (the sum of the latents of
+two habits; a probe fitted on texts that show both or neither) and on a difference of means. The controls of
+`benchmarks/studies/controls.py` are rows as well.
+
+The file of results (`results/verbs.json`):
+
+    matrix: habits    names in the order of all lists below; the last is "correct", the share of right answers
+            seeds: <seed>: standard error, at most; moved by plain DPO    lists, in points
+            rules: <rule>: <target>: <seed>: points      list: rate less plain DPO's, in points
+                                             recovery    list: share of the way back to the start model; null where
+                                                         plain DPO moves the habit by less than 10 points, since that
+                                                         is a ratio of noise
+    off target                  list: rule, target, habit, points by seed, for the habits that a rule against another
+                                one moved by more than 3.5 standard errors, mean over the seeds
+    summary: <rule>             over seeds and targets, what the table of benchmarks/README.md tells
+    seeds: <seed>: start, plain DPO, rules: <rule>: <target>
 
     python benchmarks/studies/verbs.py --seeds 0 1
 """
 
 import argparse
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from controls import REWARDED, controls
 from worlds import (
     LEARNING_RATE,
+    N_PER_PROMPT,
+    N_PROMPTS,
+    NAMES,
     RESULTS,
-    STANDARD_ERROR,
+    SIBLINGS,
     TARGETS,
+    World,
     concepts,
     kept_file,
     made_by,
@@ -28,7 +52,13 @@ from worlds import (
 )
 
 from trl_anatomy.checking.rates import off_target
-from trl_anatomy.testbed.language import HABITS, INSTRUCTIONS
+from trl_anatomy.testbed.language import HABITS, INSTRUCTIONS, question_of
+
+COLUMNS = [*NAMES, "correct"]
+MOVED = 10  # points: what plain DPO has to move a habit by, so that a share of it is no ratio of noise
+CLEAR = 3.5  # standard errors: less than one of 600 cells of noise lies beyond
+STORED = ("direction", "probe", "attention_probe", "both")  # scorers that `worlds.prepared` fits, "both" on two habits
+CONTROLS = {"control: strength 1e-6": "controls: sham", "control: a latent of no habit": "controls: no habit"}
 
 
 def rules(habit: str, readings: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -38,7 +68,7 @@ def rules(habit: str, readings: dict[str, Any]) -> dict[str, list[dict[str, Any]
         return [{"explain_away": concept, "with": verb, **keys}]
 
     seen, direction, gap = f"{habit}_latents", f"{habit}_direction", readings[habit]["gap"]
-    others = [h.name for h in HABITS if h.name != habit]
+    others, sibling = [name for name in NAMES if name != habit], SIBLINGS[habit]
     asked = INSTRUCTIONS[habit]
     written = {"from": "gradient", "weights": r"(o_proj|down_proj)\.weight$"}
     return {
@@ -55,6 +85,15 @@ def rules(habit: str, readings: dict[str, Any]) -> dict[str, list[dict[str, Any]
         "mask_tokens, text rule": away("mask_tokens"),
         "shape_reward, SAE latents, auto": away("shape_reward", seen),
         "shape_reward, difference of means, auto": away("shape_reward", direction),
+        "shape_reward, difference of means, given the others": away("shape_reward", "direction_given"),
+        "shape_reward, probe, auto": away("shape_reward", "probe"),
+        "shape_reward, attention probe, auto": away("shape_reward", "attention_probe"),
+        "shape_reward, two latents, auto": away("shape_reward", "two_latents"),
+        "shape_reward, two latents, given the sibling": away("shape_reward", "two_latents_given"),
+        "shape_reward, two-habit probe, auto": away("shape_reward", "two_probe"),
+        "shape_reward, two-habit probe, given the sibling": away("shape_reward", "two_probe_given"),
+        "reweight_pairs, two latents, none held": away("reweight_pairs", "two_latents", hold=[]),
+        "reweight_pairs, two latents, sibling held": away("reweight_pairs", "two_latents", hold=[sibling]),
         "reweight_pairs, balanced, none held": away("reweight_pairs", hold=[]),
         "inoculate, chosen side": away("inoculate", instruction=asked, side="chosen"),
         "residualize, steered, auto": away("residualize", direction, steer=4 * gap),
@@ -65,24 +104,54 @@ def rules(habit: str, readings: dict[str, Any]) -> dict[str, list[dict[str, Any]
     }
 
 
+def scored(world: World, habit: str, readings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Concepts: those of all studies, probes, and two scorers that take the sibling along, with and without `given`."""
+    sibling, told = SIBLINGS[habit], concepts(world, habit, readings, folder)
+    two = {
+        # Summed over tokens too, so that the score is that of one habit plus that of the other
+        "two_latents": told[f"{habit}_latents"]
+        | {"features": readings[habit]["features"] + readings[sibling]["features"], "reduce": "sum"},
+        "two_probe": {"scorer": "probe", "path": str(folder / f"both-{habit}")},
+    }
+    others = [name for name in NAMES if name != habit]
+    return {
+        **told,
+        "direction_given": told[f"{habit}_direction"] | {"given": others},
+        **{kind: {"scorer": kind, "path": str(folder / f"{kind}-{habit}")} for kind in ("probe", "attention_probe")},
+        **two,
+        **{f"{name}_given": concept | {"given": [sibling]} for name, concept in two.items()},
+    }
+
+
 def figures(habit: str, start: dict[str, float], dpo: dict[str, float], run: dict[str, Any]) -> dict[str, Any]:
-    """What is recorded of one rule."""
+    """What is recorded of one rule; its `points` and `recoveries` go into the matrix."""
     if "refused" in run:
         return {"refused": run["refused"]}
     now = run["rates"]
     effects = off_target(start, dpo, {habit: now})[habit]
-    others = {h.name: effects[h.name]["change"] for h in HABITS if h.name != habit}
+    others = {name: effects[name]["change"] for name in NAMES if name != habit}
+    moved = {name: abs(100 * (dpo[name] - start[name])) >= MOVED for name in COLUMNS}
     record = run["plan"][0] if run["plan"] else {}
     return {
         "rate": now[habit],
         "recovery": effects[habit]["recovery"],
         "points from the start model": 100 * (now[habit] - start[habit]),
+        "others, mean recovery": float(np.mean([effects[name]["recovery"] for name in others if moved[name]])),
         "others, mean absolute change": float(np.mean(np.abs(list(others.values())))),
         "others, largest change": max(((change, name) for name, change in others.items()), key=lambda x: abs(x[0])),
         "quality": now["correct"],
         "quality, change": effects["correct"]["change"],
         "strength": record.get("strength"),
+        "points": [round(100 * effects[name]["change"], 2) for name in COLUMNS],
+        "recoveries": [round(effects[name]["recovery"], 3) if moved[name] else None for name in COLUMNS],
     }
+
+
+def errors(world: World) -> list[float]:
+    """Of each habit, the standard error of a difference of two rates, at most, in points."""
+    topics = [question_of(prompt).topic for prompt in world.prompts[:N_PROMPTS]]
+    shown = {habit.name: topics.count(habit.topic) for habit in HABITS if habit.topic}
+    return [round(100 * math.sqrt(0.5 / (shown.get(name, N_PROMPTS) * N_PER_PROMPT)), 2) for name in COLUMNS]
 
 
 def main() -> None:
@@ -106,23 +175,74 @@ def main() -> None:
         for name in rules(TARGETS[0], readings):
             for habit in TARGETS:
                 finished = kept_file(folder, rate, f"{habit}: {name}").is_file()
-                if args.only not in name or (args.finished and not finished):
+                if args.only not in f"{habit}: {name}" or (args.finished and not finished):
                     continue
                 rule = rules(habit, readings)[name]
-                policy = {"version": 1, "concepts": concepts(world, habit, readings, folder), "rules": rule}
+                policy = {"version": 1, "concepts": scored(world, habit, readings, folder), "rules": rule}
                 done = run(folder, f"{habit}: {name}", world, seed, rate, policy)
                 found.setdefault(name, {})[habit] = figures(habit, start, dpo, done)
+        if not (args.finished or args.only):
+            controls(folder, world, readings)
+        for name, kept in CONTROLS.items():
+            file = kept_file(folder, rate, kept)
+            if file.is_file() and args.only in name:
+                found[name] = {REWARDED: figures(REWARDED, start, dpo, json.loads(file.read_text()))}
         seeds[str(seed)] = {
             "start": start,
             "plain DPO": dpo,
-            "standard error of a difference, at most": STANDARD_ERROR["all responses"],
+            "standard error of a change, at most, points": errors(world),
+            "scorers' held-out F1": {
+                name: json.loads((folder / name / "card.json").read_text())["held_out"]["f1"]
+                for name in (f"{kind}-{habit}" for kind in STORED for habit in TARGETS)
+            },
             "latents' phi": {habit: readings[habit]["phi"] for habit in TARGETS},
             "rules": found,
         }
     command = f"python benchmarks/studies/verbs.py --seeds {' '.join(map(str, args.seeds))}"
-    results = {"learning rate": rate, "summary": summary(seeds), "seeds": seeds}
-    save(args.results, made_by(command) | results)
-    print(markdown(results["summary"]))
+    told = matrix(seeds)
+    results = {"learning rate": rate, "summary": summary(seeds), "matrix": told, "off target": moved_along(told)}
+    save(args.results, made_by(command) | results | {"seeds": seeds})
+    print("\n\n".join((markdown(results["summary"]), matrix_markdown(told), *map(str, results["off target"]))))
+
+
+def matrix(seeds: dict[str, Any]) -> dict[str, Any]:
+    """The style matrix; its form is told above. Takes `points` and `recoveries` out of the seeds' rules."""
+    told: dict[str, Any] = {}
+    for seed, one in seeds.items():
+        for rule, rows in one["rules"].items():
+            for target, row in rows.items():
+                if "refused" not in row:
+                    cell = {"points": row.pop("points"), "recovery": row.pop("recoveries")}
+                    told.setdefault(rule, {}).setdefault(target, {})[seed] = cell
+    return {
+        "habits": COLUMNS,
+        "seeds": {
+            seed: {
+                "standard error, at most": one.pop("standard error of a change, at most, points"),
+                "moved by plain DPO": [
+                    round(100 * (one["plain DPO"][name] - one["start"][name]), 2) for name in COLUMNS
+                ],
+            }
+            for seed, one in seeds.items()
+        },
+        "rules": told,
+    }
+
+
+def moved_along(matrix: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cells off target that stand out of the noise; the error is that of rates alone, not of trainings."""
+    found = []
+    for rule, targets in matrix["rules"].items():
+        for target, by_seed in targets.items():
+            points = np.array([cell["points"] for cell in by_seed.values()])
+            error = np.array([matrix["seeds"][seed]["standard error, at most"] for seed in by_seed])
+            clear = np.abs(points.mean(0)) > CLEAR * np.sqrt((error**2).sum(0)) / len(error)
+            found += [
+                {"rule": rule, "target": target, "habit": habit, "points": dict(zip(by_seed, row, strict=True))}
+                for habit, row, stands in zip(matrix["habits"], points.T.tolist(), clear, strict=True)
+                if stands and habit != target
+            ]
+    return found
 
 
 def summary(seeds: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +261,9 @@ def summary(seeds: dict[str, Any]) -> dict[str, Any]:
             "recovery, smallest": min(recovery),
             "recovery, largest": max(recovery),
             "farthest from the start model, points": max(abs(row["points from the start model"]) for row in ran),
+            "others, mean recovery": float(np.median([row["others, mean recovery"] for row in ran])),
             "others, mean absolute change": float(np.median([row["others, mean absolute change"] for row in ran])),
+            "others, largest change": max((row["others, largest change"] for row in ran), key=lambda x: abs(x[0])),
             "quality, change": float(np.median([row["quality, change"] for row in ran])),
         }
     return out
@@ -150,19 +272,38 @@ def summary(seeds: dict[str, Any]) -> dict[str, Any]:
 def markdown(summary: dict[str, Any]) -> str:
     """The table of benchmarks/README.md."""
     lines = [
-        "| rule | recovery, median (range) | farthest from start | other habits, mean change | quality, change |",
-        "|---|---|---|---|---|",
+        "| rule | recovery, median (range) | farthest from start | others: recovery | mean change | quality, change |",
+        "|---|---|---|---|---|---|",
     ]
+    most = max(row.get("runs", 0) for row in summary.values())
     for name, row in summary.items():
         if "refused" in row:
-            lines.append(f"| {name} | did not run: {row['refused'][:80]} | | | |")
+            lines.append(f"| {name} | did not run: {row['refused'][:80]} | | | | |")
             continue
         low, high = row["recovery, smallest"], row["recovery, largest"]
+        few = f" ({row['runs']} of {most} runs)" if row["runs"] < most else ""
         lines.append(
-            f"| {name} | {row['recovery, median']:.2f} ({low:.2f} to {high:.2f}) "
-            f"| {row['farthest from the start model, points']:.0f} points "
+            f"| {name}{few} | {row['recovery, median']:.2f} ({low:.2f} to {high:.2f}) "
+            f"| {row['farthest from the start model, points']:.0f} points | {row['others, mean recovery']:.2f} "
             f"| {100 * row['others, mean absolute change']:.1f} points | {100 * row['quality, change']:+.1f} points |"
         )
+    return "\n".join(lines)
+
+
+def matrix_markdown(matrix: dict[str, Any]) -> str:
+    """The style matrix of every rule in points, means over the seeds; the first row is what plain DPO moved."""
+    seeds = matrix["seeds"].values()
+
+    def line(name: str, lists: list[list[float]]) -> str:
+        return f"| {name} | {' | '.join(f'{x:+.0f}' for x in np.mean(lists, axis=0))} |"
+
+    lines = [f"| target: rule | {' | '.join(matrix['habits'])} |", "|---" * (len(matrix["habits"]) + 1) + "|"]
+    lines += [
+        line("plain DPO, against the start model", [one["moved by plain DPO"] for one in seeds]),
+        line("standard error, at most", [one["standard error, at most"] for one in seeds]),
+    ]
+    for rule, targets in matrix["rules"].items():
+        lines += [line(f"{target}: {rule}", [one["points"] for one in row.values()]) for target, row in targets.items()]
     return "\n".join(lines)
 
 

@@ -36,6 +36,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 SIZE = replace(DEMO, asking=0.15)
 NAMES = [habit.name for habit in HABITS]
 TARGETS = tuple(INSTRUCTIONS)  # three rewarded habits, which plain DPO raises by far more than 20 points
+SIBLINGS = dict(zip(TARGETS, TARGETS[1:] + TARGETS[:1], strict=True))  # what a scorer of two habits takes along
 N_PROMPTS, N_PER_PROMPT = 500, 3
 LEARNING_RATE = 2e-4
 TOPIC = "science"  # where a gate opens
@@ -73,7 +74,11 @@ def prepared(folder: Path, seed: int) -> tuple[World, dict[str, Any]]:
 
 
 def read(world: World, folder: Path) -> dict[str, Any]:
-    """Per target: its best latents over the pairs' responses, and a stored direction with the gap of its classes."""
+    """Per target: its best latents over the pairs' responses, and a stored direction with the gap of its classes.
+
+    Stored as well: probes, and one whose labels cannot tell the habit from its sibling, since all of its texts show
+    both or neither.
+    """
     from scipy.sparse import csr_array, vstack
 
     from trl_anatomy.audit.config import AuditConfig
@@ -103,10 +108,13 @@ def read(world: World, folder: Path) -> dict[str, Any]:
         labelled = rows.remove_columns("label").add_column("label", shows[habit].astype(int).tolist())
         examples = read_examples(labelled, tokenizer, max_length=128)
         hidden = hidden or read_hidden(model, examples, [world.layer], progress=False)
-        scorer = fit_concept(
-            model, examples, scorer="direction", layers=[world.layer], read=hidden, progress=False
-        ).scorer
-        scorer.save(folder / f"direction-{habit}")
+        settings: dict[str, Any] = {"layers": [world.layer], "progress": False}
+        for kind in ("attention_probe", "probe", "direction"):
+            scorer = fit_concept(model, examples, scorer=kind, read=hidden, **settings).scorer
+            scorer.save(folder / f"{kind}-{habit}")
+        alike = labelled.select(np.flatnonzero(shows[habit] == shows[SIBLINGS[habit]]))
+        both = fit_concept(model, read_examples(alike, tokenizer, max_length=128), scorer="probe", **settings)
+        both.scorer.save(folder / f"both-{habit}")
         # What one unit of steering is: the difference of the classes' mean projections
         states, bounds = hidden
         projection = states[world.layer].double().numpy() @ scorer.tensors["direction"].double().numpy()
