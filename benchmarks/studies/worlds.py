@@ -39,9 +39,15 @@ TARGETS = tuple(INSTRUCTIONS)  # three rewarded habits, which plain DPO raises b
 N_PROMPTS, N_PER_PROMPT = 500, 3
 LEARNING_RATE = 2e-4
 TOPIC = "science"  # where a gate opens
+# A start model that refuses in that topic instead of answering, and elsewhere seldom. The rules there read text, so its
+# SAE is next to nothing.
+FORBIDDING = replace(DEMO, forbidden=TOPIC, n_pairs=2_000, n_sae_texts=100, sae_tokens=20_000)
+NEUTRAL = "follow_up"  # the pairs leave it alone; about as frequent as the habits that it stands beside as a control
+SWAPPED = "sides swapped at random"
 WORDS = rf"\b({'|'.join(TOPICS[TOPIC].facts)})\b"
 GATE, ELSEWHERE = {"prompt": WORDS}, {"prompt": rf"^(?!.*{WORDS})"}
 TOPICAL = ("in the topic", "in the others", "right answers", "other habits, mean absolute change")  # columns of a table
+FINISHED = False  # train nothing, record the runs that are there; `study` sets it
 # Of a difference of two rates, at most
 STANDARD_ERROR = {
     "all responses": math.sqrt(0.5 / (N_PROMPTS * N_PER_PROMPT)),
@@ -70,6 +76,11 @@ def prepared(folder: Path, seed: int) -> tuple[World, dict[str, Any]]:
     if not readings.is_file():
         readings.write_text(json.dumps(read(world, folder)))
     return world, json.loads(readings.read_text())
+
+
+def forbidding(folder: Path, seed: int) -> tuple[World, dict[str, Any]]:
+    """The world of `FORBIDDING`, and no readings."""
+    return build_world(folder / "forbidding", FORBIDDING, seed), {}
 
 
 def read(world: World, folder: Path) -> dict[str, Any]:
@@ -139,10 +150,12 @@ def kept_file(folder: Path, learning_rate: float, name: str) -> Path:
 def run(
     folder: Path, name: str, world: World, seed: int, learning_rate: float, policy: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Train (unless `policy` is the start model's empty dict), measure, and keep the figures."""
+    """Train (unless it is the start model), measure, and keep the figures; {} where only finished runs are wanted."""
     kept = kept_file(folder, learning_rate, name)
     if kept.is_file():
         return json.loads(kept.read_text())
+    if FINISHED:
+        return {}
     started = time.perf_counter()
     told: dict[str, Any] = {}
     if name == "start":
@@ -168,16 +181,53 @@ def start_and_dpo(folder: Path, world: World) -> list[dict[str, Any]]:
 
 
 def of_text(
-    kind: str, habit: str, rules: dict[str, list[dict[str, Any]]], folder: Path, world: World
+    kind: str, habit: str, rules: dict[str, list[dict[str, Any]]], controlled: str, folder: Path, world: World
 ) -> dict[str, Any]:
-    """A study whose rules act on one habit by its text rule."""
+    """A study whose rules act on one habit by its text rule, and the controls of one of them."""
     start, dpo = start_and_dpo(folder, world)
     told = {"start": start, "plain DPO": dpo}
-    pattern = next(h.pattern for h in HABITS if h.name == habit)
+    concepts = {h.name: {"scorer": "text", "pattern": h.pattern} for h in HABITS if h.name in (habit, NEUTRAL)}
+
+    def trained(name: str, rule: list[dict[str, Any]], world: World = world) -> dict[str, Any]:
+        policy = {"version": 1, "concepts": concepts, "rules": rule}
+        return run(folder, f"{kind}: {name}", world, world.seed, LEARNING_RATE, policy)
+
     for name, rule in rules.items():
-        policy = {"version": 1, "concepts": {habit: {"scorer": "text", "pattern": pattern}}, "rules": rule}
-        told[name] = run(folder, f"{kind}: {name}", world, world.seed, LEARNING_RATE, policy)
-    return {"rows": {name: row(habit, one, dpo) for name, one in told.items()}}
+        told[name] = trained(name, rule)
+    strength = told[controlled]["plan"][0]["strength"]
+    found = checks(rules[controlled][0], habit, NEUTRAL, strength, world)
+    against = {name: trained(name, [rule], other) for name, (rule, other) in found.items()}
+    return {
+        "rows": {name: row(habit, one, dpo) for name, one in told.items() if one},
+        "controls": {name: row(habit, one, start if SWAPPED in name else dpo) for name, one in against.items() if one},
+    }
+
+
+def checks(
+    rule: dict[str, Any], concept: str, other: str, strength: float, world: World
+) -> dict[str, tuple[dict[str, Any], World]]:
+    """Name -> rule and world of the controls of a shaping rule on `concept`, which had this strength.
+
+    The strength on another concept; next to none; and the rule on pairs that say nothing, whose model is to be compared
+    with the start model.
+    """
+    sign = "explain_away" if strength > 0 else "amplify"
+    return {
+        f"the same strength on {other}": ({sign: other, "with": "shape_reward", "strength": abs(strength)}, world),
+        "strength 1e-6": ({sign: concept, "with": "shape_reward", "strength": 1e-6}, world),
+        f"the rule, {SWAPPED}": (rule, swapped(world)),
+    }
+
+
+def swapped(world: World) -> World:
+    """The world, the sides of half of its pairs exchanged."""
+    data = world.dataset
+    swap = np.random.default_rng(world.seed).random(len(data)) < 0.5
+    sides = {
+        "chosen": [b if s else a for a, b, s in zip(data["chosen"], data["rejected"], swap, strict=True)],
+        "rejected": [a if s else b for a, b, s in zip(data["chosen"], data["rejected"], swap, strict=True)],
+    }
+    return replace(world, dataset=Dataset.from_dict({"prompt": data["prompt"], **sides}))
 
 
 def row(habit: str, told: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
@@ -196,10 +246,13 @@ def row(habit: str, told: dict[str, Any], base: dict[str, Any]) -> dict[str, Any
 
 
 def by_topic(told: dict[str, Any], habit: str) -> dict[str, float]:
-    """Rate of a habit in the topic, and its mean over the other topics."""
-    rates = {topic: shares[habit] for topic, shares in told["topics"].items()}
-    inside = rates.pop(TOPIC)
-    return {"in the topic": inside, "in the others": float(np.mean(list(rates.values())))}
+    """Rate of a habit in the topic, and its mean over the other topics; and that of right answers there."""
+    others = [shares for topic, shares in told["topics"].items() if topic != TOPIC]
+    return {
+        "in the topic": told["topics"][TOPIC][habit],
+        "in the others": float(np.mean([shares[habit] for shares in others])),
+        "right answers in the others": float(np.mean([shares["correct"] for shares in others])),
+    }
 
 
 def correlations(world: World, folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -241,28 +294,36 @@ def save(file: Path, results: dict[str, Any]) -> None:
 
 
 def study(
-    name: str, about: str | None, of: Callable[[Path, World, dict[str, Any]], dict[str, Any]], columns: tuple[str, ...]
+    name: str,
+    about: str | None,
+    of: Callable[[Path, World, dict[str, Any]], dict[str, Any]],
+    columns: tuple[str, ...],
+    prepare: Callable[[Path, int], tuple[World, dict[str, Any]]] = prepared,
 ) -> None:
     """The command line of a study: `of` (folder, world, readings) for each seed, saved, and printed as a table."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--finished", action="store_true", help="train nothing, record the runs that are finished")
     parser.add_argument("--out", default="benchmark-studies", help="folder for worlds and runs; finished ones are kept")
     parser.add_argument("--results", type=Path, default=RESULTS / f"{name}.json")
     args = parser.parse_args()
+    global FINISHED
+    FINISHED = args.finished
     torch.set_num_threads(1)
     found: dict[str, dict[str, Any]] = {}
     for seed in args.seeds:
         folder = Path(args.out) / str(seed)
-        found[str(seed)] = of(folder, *prepared(folder, seed))
+        found[str(seed)] = of(folder, *prepare(folder, seed))
         made = made_by(f"python benchmarks/studies/{name}.py --seeds {' '.join(found)}")
         save(args.results, made | {"standard error of a difference, at most": STANDARD_ERROR, "seeds": found})
-    print(markdown(name, columns, [one["rows"] for one in found.values()]), flush=True)
+    print(markdown(name, columns, [one["rows"] | one.get("controls", {}) for one in found.values()]), flush=True)
 
 
 def markdown(name: str, columns: tuple[str, ...], worlds: list[dict[str, Any]]) -> str:
     """The table of benchmarks/README.md; a cell holds the figures of all worlds."""
     lines = [f"| {name} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for row in worlds[0]:
-        cells = (", ".join(f"{100 * world[row][column]:.1f}" for world in worlds) for column in columns)
+        told = [world[row] for world in worlds if row in world]
+        cells = (", ".join(f"{100 * one[column]:.1f}" for one in told) for column in columns)
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines)
