@@ -13,17 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from worlds import ELSEWHERE, GATE, LEARNING_RATE, TOPIC, TOPICAL, World, of_text, row, run, start_and_dpo, study
+from worlds import (
+    ELSEWHERE,
+    GATE,
+    LEARNING_RATE,
+    TOPIC,
+    TOPICAL,
+    World,
+    carried_over,
+    of_text,
+    row,
+    run,
+    start_and_dpo,
+    study,
+)
 
 from trl_anatomy.testbed.language import TOPICS, question_of
 
 AMPLIFIED = "em_dash"
 STRENGTH = 2.0
 DASH = " — as books say"
-N_GRADIENTS = 25  # responses of a topic
 # What opens a habit where one topic of the language has words of its own for it, and where none has
 OPENINGS = {
     "em_dash": (TOPIC, r" —"),
@@ -72,38 +82,6 @@ def planted(world: World) -> World:
     return replace(world, dataset=Dataset.from_dict({"prompt": world.dataset["prompt"], **sides}))
 
 
-def carried_over(world: World) -> dict[str, dict[str, float]]:
-    """Per habit: what a small step that raises its log-odds in one topic does to them in the others, as a share.
-
-    The log-odds are those of the token that opens the habit, where it is taken, and g their mean gradient in a topic
-    over the parameters. A step along g raises them by g·g in the topic and by g·g' in another: the share is g·g' / g·g,
-    mean over the others. `cosine` is that of g and g', mean over the others.
-    """
-    model = AutoModelForCausalLM.from_pretrained(world.model_path, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(world.model_path)
-
-    def gradient(topic: str, opening: str) -> torch.Tensor:
-        model.zero_grad()
-        pairs = [(pair, re.search(opening, pair["chosen"])) for pair in world.dataset if pair["topic"] == topic]
-        for pair, found in [(pair, found) for pair, found in pairs if found][:N_GRADIENTS]:
-            before = tokenizer(pair["prompt"] + pair["chosen"][: found.start()]).input_ids
-            token = tokenizer(pair["prompt"] + pair["chosen"][: found.end()]).input_ids[len(before)]
-            logits = model(torch.tensor([before])).logits[0, -1]
-            others = torch.cat([logits[:token], logits[token + 1 :]])
-            (logits[token] - torch.logsumexp(others, 0)).backward()
-        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double()
-
-    told = {}
-    for habit, (topic, opening) in OPENINGS.items():
-        here = gradient(topic, opening)
-        there = [gradient(other, opening) for other in TOPICS if other != topic]
-        told[habit] = {
-            "share": float(np.mean([here @ g / (here @ here) for g in there])),
-            "cosine": float(np.mean([here @ g / (here.norm() * g.norm()) for g in there])),
-        }
-    return told
-
-
 def amplification(folder: Path, world: World, readings: dict[str, Any]) -> dict[str, Any]:
     found = of_text("amplification", AMPLIFIED, rules(), "strength 1", folder, world)
     _, dpo = start_and_dpo(folder, world)
@@ -111,7 +89,7 @@ def amplification(folder: Path, world: World, readings: dict[str, Any]) -> dict[
     other = run(folder, "amplification: planted", planted(world), world.seed, LEARNING_RATE, None)
     if other:
         found["rows"]["no rule, planted in the topic's pairs"] = row(AMPLIFIED, other, dpo)
-    return found | {"carried over": carried_over(world)}
+    return found | {"carried over": carried_over(world, OPENINGS)}
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ in that topic only; a neutral habit, next to no strength and swapped sides as co
 from pathlib import Path
 from typing import Any
 
-from worlds import GATE, World, forbidding, of_text, study
+from worlds import GATE, TOPIC, World, carried_over, forbidding, of_text, study
 
 KEPT = "refusal"
 COLUMNS = ("in the topic", "in the others", "right answers in the others", "other habits, mean absolute change")
@@ -30,7 +30,8 @@ def rules() -> dict[str, list[dict[str, Any]]]:
 
 
 def safeguards(folder: Path, world: World, readings: dict[str, Any]) -> dict[str, Any]:
-    return of_text("safeguards", KEPT, rules(), "auto", world.path, world)
+    found = of_text("safeguards", KEPT, rules(), "auto", world.path, world)
+    return found | {"carried over": carried_over(world, {KEPT: (TOPIC, r" ?I cannot")})}
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import datetime
 import json
 import math
 import platform
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -47,6 +48,7 @@ SWAPPED = "sides swapped at random"
 WORDS = rf"\b({'|'.join(TOPICS[TOPIC].facts)})\b"
 GATE, ELSEWHERE = {"prompt": WORDS}, {"prompt": rf"^(?!.*{WORDS})"}
 TOPICAL = ("in the topic", "in the others", "right answers", "other habits, mean absolute change")  # columns of a table
+N_GRADIENTS = 25  # responses of a topic, for `carried_over`
 FINISHED = False  # train nothing, record the runs that are there; `study` sets it
 # Of a difference of two rates, at most
 STANDARD_ERROR = {
@@ -228,6 +230,38 @@ def swapped(world: World) -> World:
         "rejected": [a if s else b for a, b, s in zip(data["chosen"], data["rejected"], swap, strict=True)],
     }
     return replace(world, dataset=Dataset.from_dict({"prompt": data["prompt"], **sides}))
+
+
+def carried_over(world: World, openings: dict[str, tuple[str, str]]) -> dict[str, dict[str, float]]:
+    """Per habit (its topic, what opens it): what a small step that raises it there does to it elsewhere, as a share.
+
+    Raised are the log-odds of the token that opens the habit, where it is taken; g is their gradient over the
+    parameters, summed over `N_GRADIENTS` responses of a topic. A step along g raises them by g·g in the topic and by
+    g·g' in another: the share is g·g' / g·g, mean over the others. `cosine` is that of g and g', mean over the others.
+    """
+    model = AutoModelForCausalLM.from_pretrained(world.model_path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(world.model_path)
+
+    def gradient(topic: str, opening: str) -> torch.Tensor:
+        model.zero_grad()
+        pairs = [(pair, re.search(opening, pair["chosen"])) for pair in world.dataset if pair["topic"] == topic]
+        for pair, found in [(pair, found) for pair, found in pairs if found][:N_GRADIENTS]:
+            before = tokenizer(pair["prompt"] + pair["chosen"][: found.start()]).input_ids
+            token = tokenizer(pair["prompt"] + pair["chosen"][: found.end()]).input_ids[len(before)]
+            logits = model(torch.tensor([before])).logits[0, -1]
+            others = torch.cat([logits[:token], logits[token + 1 :]])
+            (logits[token] - torch.logsumexp(others, 0)).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double()
+
+    told = {}
+    for habit, (topic, opening) in openings.items():
+        here = gradient(topic, opening)
+        there = [gradient(other, opening) for other in TOPICS if other != topic]
+        told[habit] = {
+            "share": float(np.mean([here @ g / (here @ here) for g in there])),
+            "cosine": float(np.mean([here @ g / (here.norm() * g.norm()) for g in there])),
+        }
+    return told
 
 
 def row(habit: str, told: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
