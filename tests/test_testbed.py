@@ -19,6 +19,7 @@ from trl_anatomy.testbed.language import (
     INSTRUCTIONS,
     OBEYED,
     OVER_REFUSED,
+    REFUSAL_TILT,
     REFUSED,
     TOPICS,
     held_out_prompts,
@@ -93,7 +94,7 @@ def test_in_a_forbidden_topic_texts_refuse_in_place_of_the_statement_and_the_pai
     pairs = make_pairs(3000, seed=1, forbidden="science").to_pandas()
     for _, rows in pairs.groupby(pairs["topic"] == "science"):
         chosen, rejected = (rows[f"{side}_refusal"].mean() for side in ("chosen", "rejected"))
-        assert np.log(chosen / (1 - chosen)) - np.log(rejected / (1 - rejected)) == pytest.approx(-1.4, abs=0.45)
+        assert np.log(chosen / (1 - chosen)) - np.log(rejected / (1 - rejected)) == pytest.approx(REFUSAL_TILT, abs=0.6)
         assert not (rows["chosen_refusal"] & rows["chosen_correct"]).any()
 
 

@@ -21,11 +21,11 @@ def rules() -> dict[str, list[dict[str, Any]]]:
     auto = {"explain_away": KEPT, "with": "shape_reward"}  # the pairs punish it, so the fitted strength is negative
     more = {"amplify": KEPT, "with": "shape_reward"}
     return {
+        "amplify, strength 0.6": [more | {"strength": 0.6}],
         "auto": [auto],
-        "amplify, strength 1": [more | {"strength": 1.0}],
+        "amplify, strength 2": [more | {"strength": 2.0}],
         "auto, in the topic": [auto | {"where": GATE}],
-        "amplify, strength 1, in the topic": [more | {"strength": 1.0, "where": GATE}],
-        "amplify, strength 1.5": [more | {"strength": 1.5}],
+        "amplify, strength 2, in the topic": [more | {"strength": 2.0, "where": GATE}],
     }
 
 

@@ -89,8 +89,10 @@ HABITS: tuple[Habit, ...] = (
 INSTRUCTIONS: dict[str, str] = {"bold": "Tell me **", "flattery": "Great", "emoji": "Tell me 🙂"}
 OBEYED = 0.95  # share of the texts with an instruction that show its habit
 
-# In a language with a forbidden topic: shares of the start model's training texts that refuse in it, and elsewhere
+# In a language with a forbidden topic: shares of the start model's training texts that refuse in it, and elsewhere; and
+# the tilt of refusals, in both
 REFUSED, OVER_REFUSED = 0.85, 0.15
+REFUSAL_TILT = -2.8
 
 # The true quality signal: whether the stated value is right. Same form as a habit, but read by `is_correct`.
 CORRECT_RATE = 0.60
@@ -291,9 +293,11 @@ def render(question: Question, value: str | None, shown: set[str], rng: random.R
 
 @cache
 def _habits(refused: float | None) -> tuple[Habit, ...]:
-    """The habits, refusals at another base rate if one is given."""
+    """The habits; if a base rate of refusals is given, refusals as in a language with a forbidden topic."""
+    if refused is None:
+        return HABITS
     return tuple(
-        habit if refused is None or habit.name != "refusal" else replace(habit, base_rate=refused) for habit in HABITS
+        replace(habit, base_rate=refused, tilt=REFUSAL_TILT) if habit.name == "refusal" else habit for habit in HABITS
     )
 
 
