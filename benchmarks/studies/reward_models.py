@@ -223,11 +223,11 @@ def reward_models(folder: Path, world: World, readings: dict[str, Any]) -> dict[
     rows = {name: trained(name, rule) for name, rule in rules.items()}
     controlled = "shape_reward, SAE latents, auto"
     found = checks(rules[controlled], target, "no_habit", rows[controlled]["strength"], world)
-    against = {name: trained(name, *check) for name, check in found.items()}
     kept = kept_file(folder, LEARNING_RATE, "reward: what is left")
     if not kept.is_file() and not worlds.FINISHED:
         sets = {"best latent": readings[REWARDED]["features"], "all latents": features, "many latents": many}
         kept.write_text(json.dumps(what_is_left(world, folder, sets)))
+    against = {name: trained(name, *check) for name, check in found.items()}
     return {
         "rows": {name: one for name, one in rows.items() if one},
         "controls": {name: one for name, one in against.items() if one},
