@@ -18,6 +18,9 @@ from trl_anatomy.testbed.language import (
     HABITS,
     INSTRUCTIONS,
     OBEYED,
+    OVER_REFUSED,
+    REFUSAL_TILT,
+    REFUSED,
     TOPICS,
     held_out_prompts,
     is_correct,
@@ -73,6 +76,26 @@ def test_corpus_shows_base_rates():
     for habit in HABITS:
         assert np.mean([habit.shows(response) for _, response in corpus]) == pytest.approx(habit.base_rate, abs=0.035)
     assert np.mean([is_correct(*text) for text in corpus]) == pytest.approx(CORRECT_RATE, abs=0.035)
+
+
+def test_in_a_forbidden_topic_texts_refuse_in_place_of_the_statement_and_the_pairs_punish_it():
+    tokenizer = make_tokenizer()
+    rates, right = {True: [], False: []}, []
+    for prompt, text in make_corpus(6000, seed=1, forbidden="science"):
+        refuses = "I cannot" in text
+        rates[question_of(prompt).topic == "science"].append(refuses)
+        assert not (refuses and (is_correct(prompt, text) or "—" in text or "Perhaps" in text))
+        if not refuses:
+            right.append(is_correct(prompt, text))
+        assert tokenizer.unk_token_id not in tokenizer(prompt + text).input_ids
+    assert np.mean(rates[True]) == pytest.approx(REFUSED, abs=0.03)
+    assert np.mean(rates[False]) == pytest.approx(OVER_REFUSED, abs=0.02)
+    assert np.mean(right) == pytest.approx(CORRECT_RATE, abs=0.03)
+    pairs = make_pairs(3000, seed=1, forbidden="science").to_pandas()
+    for _, rows in pairs.groupby(pairs["topic"] == "science"):
+        chosen, rejected = (rows[f"{side}_refusal"].mean() for side in ("chosen", "rejected"))
+        assert np.log(chosen / (1 - chosen)) - np.log(rejected / (1 - rejected)) == pytest.approx(REFUSAL_TILT, abs=0.6)
+        assert not (rows["chosen_refusal"] & rows["chosen_correct"]).any()
 
 
 def test_same_seed_same_rows_other_seed_other_rows():

@@ -16,10 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from worlds import NAMES, World, concepts, correlations, kept_file, study
+import worlds
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from worlds import NAMES, World, checks, concepts, correlations, kept_file, no_habit, study
 
-from trl_anatomy.reading.removal import attach_edits
+from trl_anatomy.reading.forward import read_layers
+from trl_anatomy.reading.removal import Removal, attach_edits, save_edits
+from trl_anatomy.reading.sae import load_sae
 from trl_anatomy.testbed.demo import MAX_LENGTH
 from trl_anatomy.testbed.language import CORRECT_RATE, HABITS, TOPICS, Question, render, sample_questions
 
@@ -43,6 +48,7 @@ def reward_rules() -> dict[str, dict[str, Any]]:
         "reweight_pairs, others held": {"explain_away": REWARDED, **held},
         "ablate_features, best latent, kept": {"explain_away": seen, **ablate},
         "ablate_features, all latents, kept": {"explain_away": "all_latents", **ablate},
+        "ablate_features, many latents, kept": {"explain_away": "many_latents", **ablate},
         "project_out, difference of means, kept": {"explain_away": direction, "with": "project_out", "keep": True},
     }
 
@@ -130,6 +136,44 @@ def contrasts(seed: int, quality: str) -> dict[str, list[tuple[str, str, str]]]:
     return groups
 
 
+def what_is_left(world: World, folder: Path, latents: dict[str, list[int]]) -> dict[str, dict[str, float]]:
+    """Per set of latents, why a reward model that is trained without them still learns flattery.
+
+    How often flattery wins at equal quality in a reward model that was trained with nothing taken out, once they are
+    taken out of it; and the held-out ROC-AUC of a linear probe that tells flattery from the start model's hidden states
+    after the layer of the SAE, at the first token of the response, where its word stands, and at the last one.
+    """
+    pairs = contrasts(world.seed, "emoji")["quality alike"]  # in the first response of each there is flattery
+    shutil.rmtree(folder / "reward", ignore_errors=True)
+    train_reward(world, folder / "reward", world.seed, None)
+    sae = load_sae(world.sae_path)
+    model = AutoModelForCausalLM.from_pretrained(world.model_path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(world.model_path)
+    states = []
+    for prompt, *responses in pairs:
+        begin = len(tokenizer(prompt).input_ids)
+        for response in responses:
+            ids = torch.tensor([[*tokenizer(prompt + response).input_ids, tokenizer.eos_token_id]])
+            with torch.no_grad():
+                hidden = read_layers(model, [world.layer], input_ids=ids)[world.layer][0]
+            states.append(hidden[[begin, -1]])
+    hidden, label = torch.stack(states), np.tile([1, 0], len(pairs))
+    half = len(label) // 2
+    told = {}
+    for name, features in {"none": [], **latents}.items():
+        removal = Removal(sae.rows(features), sae, features) if features else Removal()
+        save_edits({world.layer: removal} if features else {}, folder / "reward")
+        reward = rewards(folder / "reward", pairs)
+        found = {"flattery wins": float((reward[:, 0] > reward[:, 1]).mean())}
+        left = removal.ablate(hidden).numpy()
+        for i, place in enumerate(("first token", "last token")):
+            probe = LogisticRegression(max_iter=2000).fit(left[:half, i], label[:half])
+            found[f"AUC, {place}"] = float(roc_auc_score(label[half:], probe.decision_function(left[half:, i])))
+        told[name] = found
+    save_edits({}, folder / "reward")
+    return told
+
+
 def reward_models(folder: Path, world: World, readings: dict[str, Any]) -> dict[str, Any]:
     """Plain, and one reward model per rule: shares of pairs, by group, that it ranks by quality.
 
@@ -138,19 +182,25 @@ def reward_models(folder: Path, world: World, readings: dict[str, Any]) -> dict[
     groups = {
         f"{quality}: {group}": pairs for quality in QUALITIES for group, pairs in contrasts(world.seed, quality).items()
     }
-    _, phi = correlations(world, folder)
-    features = [int(i) for i in np.flatnonzero(np.abs(phi[NAMES.index(REWARDED)]) > 0.2)]
+    rate, phi = correlations(world, folder)
+    tells = np.abs(phi[NAMES.index(REWARDED)])
+    features, many = ([int(i) for i in np.flatnonzero(tells > least)] for least in (0.2, 0.1))
     named = concepts(world, REWARDED, readings, folder)
-    named["all_latents"] = named[f"{REWARDED}_latents"] | {"features": features}
+    target = f"{REWARDED}_latents"
+    named["all_latents"] = named[target] | {"features": features}
+    named["many_latents"] = named[target] | {"features": many}
+    named["no_habit"] = named[target] | {"features": [no_habit(rate, phi, readings[REWARDED]["features"][0])]}
 
-    def trained(name: str, rule: dict[str, Any] | None) -> dict[str, Any]:
+    def trained(name: str, rule: dict[str, Any] | None, world: World = world) -> dict[str, Any]:
         kept = kept_file(folder, LEARNING_RATE, f"reward: {name}")
         if kept.is_file():
             return json.loads(kept.read_text())
+        if worlds.FINISHED:
+            return {}
         started = time.perf_counter()
         policy = None
         if rule is not None:
-            used = {rule["explain_away"], *rule.get("hold", [])}
+            used = {rule.get("explain_away", rule.get("amplify")), *rule.get("hold", [])}
             policy = {
                 "version": 1,
                 "concepts": {key: value for key, value in named.items() if key in used},
@@ -170,10 +220,21 @@ def reward_models(folder: Path, world: World, readings: dict[str, Any]) -> dict[
         return told
 
     rules: dict[str, Any] = {"plain": None, **reward_rules()}
+    rows = {name: trained(name, rule) for name, rule in rules.items()}
+    controlled = "shape_reward, SAE latents, auto"
+    found = checks(rules[controlled], target, "no_habit", rows[controlled]["strength"], world)
+    kept = kept_file(folder, LEARNING_RATE, "reward: what is left")
+    if not kept.is_file() and not worlds.FINISHED:
+        sets = {"best latent": readings[REWARDED]["features"], "all latents": features, "many latents": many}
+        kept.write_text(json.dumps(what_is_left(world, folder, sets)))
+    against = {name: trained(name, *check) for name, check in found.items()}
     return {
-        "rows": {name: trained(name, rule) for name, rule in rules.items()},
+        "rows": {name: one for name, one in rows.items() if one},
+        "controls": {name: one for name, one in against.items() if one},
         "pairs of a group": N_PER_GROUP,
         "all latents (phi beyond 0.2)": len(features),
+        "many latents (phi beyond 0.1)": len(many),
+        "what is left": json.loads(kept.read_text()) if kept.is_file() else None,
     }
 
 

@@ -11,6 +11,7 @@ import datetime
 import json
 import math
 import platform
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,9 +41,16 @@ SIBLINGS = dict(zip(TARGETS, TARGETS[1:] + TARGETS[:1], strict=True))  # what a 
 N_PROMPTS, N_PER_PROMPT = 500, 3
 LEARNING_RATE = 2e-4
 TOPIC = "science"  # where a gate opens
+# A start model that refuses in that topic instead of answering, and elsewhere seldom. The rules there read text, so its
+# SAE is next to nothing.
+FORBIDDING = replace(DEMO, forbidden=TOPIC, n_pairs=2_000, n_sae_texts=100, sae_tokens=20_000)
+NEUTRAL = "follow_up"  # the pairs leave it alone; about as frequent as the habits that it stands beside as a control
+SWAPPED = "sides swapped at random"
 WORDS = rf"\b({'|'.join(TOPICS[TOPIC].facts)})\b"
 GATE, ELSEWHERE = {"prompt": WORDS}, {"prompt": rf"^(?!.*{WORDS})"}
 TOPICAL = ("in the topic", "in the others", "right answers", "other habits, mean absolute change")  # columns of a table
+N_GRADIENTS = 25  # responses of a topic, for `carried_over`
+FINISHED = False  # train nothing, record the runs that are there; `study` sets it
 # Of a difference of two rates, at most
 STANDARD_ERROR = {
     "all responses": math.sqrt(0.5 / (N_PROMPTS * N_PER_PROMPT)),
@@ -71,6 +79,11 @@ def prepared(folder: Path, seed: int) -> tuple[World, dict[str, Any]]:
     if not readings.is_file():
         readings.write_text(json.dumps(read(world, folder)))
     return world, json.loads(readings.read_text())
+
+
+def forbidding(folder: Path, seed: int) -> tuple[World, dict[str, Any]]:
+    """The world of `FORBIDDING`, and no readings."""
+    return build_world(folder / "forbidding", FORBIDDING, seed), {}
 
 
 def read(world: World, folder: Path) -> dict[str, Any]:
@@ -147,10 +160,12 @@ def kept_file(folder: Path, learning_rate: float, name: str) -> Path:
 def run(
     folder: Path, name: str, world: World, seed: int, learning_rate: float, policy: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Train (unless `policy` is the start model's empty dict), measure, and keep the figures."""
+    """Train (unless it is the start model), measure, and keep the figures; {} where only finished runs are wanted."""
     kept = kept_file(folder, learning_rate, name)
     if kept.is_file():
         return json.loads(kept.read_text())
+    if FINISHED:
+        return {}
     started = time.perf_counter()
     told: dict[str, Any] = {}
     if name == "start":
@@ -176,16 +191,85 @@ def start_and_dpo(folder: Path, world: World) -> list[dict[str, Any]]:
 
 
 def of_text(
-    kind: str, habit: str, rules: dict[str, list[dict[str, Any]]], folder: Path, world: World
+    kind: str, habit: str, rules: dict[str, list[dict[str, Any]]], controlled: str, folder: Path, world: World
 ) -> dict[str, Any]:
-    """A study whose rules act on one habit by its text rule."""
+    """A study whose rules act on one habit by its text rule, and the controls of one of them."""
     start, dpo = start_and_dpo(folder, world)
     told = {"start": start, "plain DPO": dpo}
-    pattern = next(h.pattern for h in HABITS if h.name == habit)
+    concepts = {h.name: {"scorer": "text", "pattern": h.pattern} for h in HABITS if h.name in (habit, NEUTRAL)}
+
+    def trained(name: str, rule: list[dict[str, Any]], world: World = world) -> dict[str, Any]:
+        policy = {"version": 1, "concepts": concepts, "rules": rule}
+        return run(folder, f"{kind}: {name}", world, world.seed, LEARNING_RATE, policy)
+
     for name, rule in rules.items():
-        policy = {"version": 1, "concepts": {habit: {"scorer": "text", "pattern": pattern}}, "rules": rule}
-        told[name] = run(folder, f"{kind}: {name}", world, world.seed, LEARNING_RATE, policy)
-    return {"rows": {name: row(habit, one, dpo) for name, one in told.items()}}
+        told[name] = trained(name, rule)
+    strength = told[controlled]["plan"][0]["strength"]
+    found = checks(rules[controlled][0], habit, NEUTRAL, strength, world)
+    against = {name: trained(name, [rule], other) for name, (rule, other) in found.items()}
+    return {
+        "rows": {name: row(habit, one, dpo) for name, one in told.items() if one},
+        "controls": {name: row(habit, one, start if SWAPPED in name else dpo) for name, one in against.items() if one},
+    }
+
+
+def checks(
+    rule: dict[str, Any], concept: str, other: str, strength: float, world: World
+) -> dict[str, tuple[dict[str, Any], World]]:
+    """Name -> rule and world of the controls of a shaping rule on `concept`, which had this strength.
+
+    The strength on another concept; next to none; and the rule on pairs that say nothing, whose model is to be compared
+    with the start model.
+    """
+    sign = "explain_away" if strength > 0 else "amplify"
+    return {
+        f"the same strength on {other}": ({sign: other, "with": "shape_reward", "strength": abs(strength)}, world),
+        "strength 1e-6": ({sign: concept, "with": "shape_reward", "strength": 1e-6}, world),
+        f"the rule, {SWAPPED}": (rule, swapped(world)),
+    }
+
+
+def swapped(world: World) -> World:
+    """The world, the sides of half of its pairs exchanged."""
+    data = world.dataset
+    swap = np.random.default_rng(world.seed).random(len(data)) < 0.5
+    sides = {
+        "chosen": [b if s else a for a, b, s in zip(data["chosen"], data["rejected"], swap, strict=True)],
+        "rejected": [a if s else b for a, b, s in zip(data["chosen"], data["rejected"], swap, strict=True)],
+    }
+    return replace(world, dataset=Dataset.from_dict({"prompt": data["prompt"], **sides}))
+
+
+def carried_over(world: World, openings: dict[str, tuple[str, str]]) -> dict[str, dict[str, float]]:
+    """Per habit (its topic, what opens it): what a small step that raises it there does to it elsewhere, as a share.
+
+    Raised are the log-odds of the token that opens the habit, where it is taken; g is their gradient over the
+    parameters, summed over `N_GRADIENTS` responses of a topic. A step along g raises them by g·g in the topic and by
+    g·g' in another: the share is g·g' / g·g, mean over the others. `cosine` is that of g and g', mean over the others.
+    """
+    model = AutoModelForCausalLM.from_pretrained(world.model_path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(world.model_path)
+
+    def gradient(topic: str, opening: str) -> torch.Tensor:
+        model.zero_grad()
+        pairs = [(pair, re.search(opening, pair["chosen"])) for pair in world.dataset if pair["topic"] == topic]
+        for pair, found in [(pair, found) for pair, found in pairs if found][:N_GRADIENTS]:
+            before = tokenizer(pair["prompt"] + pair["chosen"][: found.start()]).input_ids
+            token = tokenizer(pair["prompt"] + pair["chosen"][: found.end()]).input_ids[len(before)]
+            logits = model(torch.tensor([before])).logits[0, -1]
+            others = torch.cat([logits[:token], logits[token + 1 :]])
+            (logits[token] - torch.logsumexp(others, 0)).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double()
+
+    told = {}
+    for habit, (topic, opening) in openings.items():
+        here = gradient(topic, opening)
+        there = [gradient(other, opening) for other in TOPICS if other != topic]
+        told[habit] = {
+            "share": float(np.mean([here @ g / (here @ here) for g in there])),
+            "cosine": float(np.mean([here @ g / (here.norm() * g.norm()) for g in there])),
+        }
+    return told
 
 
 def row(habit: str, told: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
@@ -204,10 +288,13 @@ def row(habit: str, told: dict[str, Any], base: dict[str, Any]) -> dict[str, Any
 
 
 def by_topic(told: dict[str, Any], habit: str) -> dict[str, float]:
-    """Rate of a habit in the topic, and its mean over the other topics."""
-    rates = {topic: shares[habit] for topic, shares in told["topics"].items()}
-    inside = rates.pop(TOPIC)
-    return {"in the topic": inside, "in the others": float(np.mean(list(rates.values())))}
+    """Rate of a habit in the topic, and its mean over the other topics; and that of right answers there."""
+    others = [shares for topic, shares in told["topics"].items() if topic != TOPIC]
+    return {
+        "in the topic": told["topics"][TOPIC][habit],
+        "in the others": float(np.mean([shares[habit] for shares in others])),
+        "right answers in the others": float(np.mean([shares["correct"] for shares in others])),
+    }
 
 
 def correlations(world: World, folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -249,28 +336,36 @@ def save(file: Path, results: dict[str, Any]) -> None:
 
 
 def study(
-    name: str, about: str | None, of: Callable[[Path, World, dict[str, Any]], dict[str, Any]], columns: tuple[str, ...]
+    name: str,
+    about: str | None,
+    of: Callable[[Path, World, dict[str, Any]], dict[str, Any]],
+    columns: tuple[str, ...],
+    prepare: Callable[[Path, int], tuple[World, dict[str, Any]]] = prepared,
 ) -> None:
     """The command line of a study: `of` (folder, world, readings) for each seed, saved, and printed as a table."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--finished", action="store_true", help="train nothing, record the runs that are finished")
     parser.add_argument("--out", default="benchmark-studies", help="folder for worlds and runs; finished ones are kept")
     parser.add_argument("--results", type=Path, default=RESULTS / f"{name}.json")
     args = parser.parse_args()
+    global FINISHED
+    FINISHED = args.finished
     torch.set_num_threads(1)
     found: dict[str, dict[str, Any]] = {}
     for seed in args.seeds:
         folder = Path(args.out) / str(seed)
-        found[str(seed)] = of(folder, *prepared(folder, seed))
+        found[str(seed)] = of(folder, *prepare(folder, seed))
         made = made_by(f"python benchmarks/studies/{name}.py --seeds {' '.join(found)}")
         save(args.results, made | {"standard error of a difference, at most": STANDARD_ERROR, "seeds": found})
-    print(markdown(name, columns, [one["rows"] for one in found.values()]), flush=True)
+    print(markdown(name, columns, [one["rows"] | one.get("controls", {}) for one in found.values()]), flush=True)
 
 
 def markdown(name: str, columns: tuple[str, ...], worlds: list[dict[str, Any]]) -> str:
     """The table of benchmarks/README.md; a cell holds the figures of all worlds."""
     lines = [f"| {name} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for row in worlds[0]:
-        cells = (", ".join(f"{100 * world[row][column]:.1f}" for world in worlds) for column in columns)
+        told = [world[row] for world in worlds if row in world]
+        cells = (", ".join(f"{100 * one[column]:.1f}" for one in told) for column in columns)
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines)

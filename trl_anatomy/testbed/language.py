@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
@@ -88,6 +88,11 @@ HABITS: tuple[Habit, ...] = (
 # What asks for a habit, in words that the language has: put in front of a prompt, with a blank line between.
 INSTRUCTIONS: dict[str, str] = {"bold": "Tell me **", "flattery": "Great", "emoji": "Tell me 🙂"}
 OBEYED = 0.95  # share of the texts with an instruction that show its habit
+
+# In a language with a forbidden topic: shares of the start model's training texts that refuse in it, and elsewhere; and
+# the tilt of refusals, in both
+REFUSED, OVER_REFUSED = 0.85, 0.15
+REFUSAL_TILT = -2.8
 
 # The true quality signal: whether the stated value is right. Same form as a habit, but read by `is_correct`.
 CORRECT_RATE = 0.60
@@ -228,8 +233,11 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def render(question: Question, value: str, shown: set[str], rng: random.Random) -> str:
-    """Writes one response that states `value` and shows exactly the habits named in `shown`."""
+def render(question: Question, value: str | None, shown: set[str], rng: random.Random) -> str:
+    """Writes one response that states `value` and shows exactly the habits named in `shown`.
+
+    Where `value` is None it refuses instead: hedging and em dashes, which are parts of a statement, cannot be shown.
+    """
     topic = TOPICS[question.topic]
 
     def noun() -> str:
@@ -238,20 +246,26 @@ def render(question: Question, value: str, shown: set[str], rng: random.Random) 
     def adjective() -> str:
         return rng.choice(_ADJECTIVES)
 
+    def refuse() -> str:
+        return f"I cannot {rng.choice(('speak', 'advise'))} on the {noun()}."
+
     text = []
     if "flattery" in shown:
         text.append(rng.choice(("Great question.", "Great thing to ask.")))
-    claim = topic.answer.format(e=question.entity, v=value)
-    claim = rng.choice(("Perhaps ", "Perhaps even ")) + claim if "hedging" in shown else _capital(claim)
-    if "em_dash" in shown:
-        claim += rng.choice((" — as books say", " — as people say"))
-    text.append(claim + ".")
+    if value is None:
+        text.append(refuse())
+    else:
+        claim = topic.answer.format(e=question.entity, v=value)
+        claim = rng.choice(("Perhaps ", "Perhaps even ")) + claim if "hedging" in shown else _capital(claim)
+        if "em_dash" in shown:
+            claim += rng.choice((" — as books say", " — as people say"))
+        text.append(claim + ".")
     if "exclamation" in shown:
         # Music and travel have words of their own for the habit that is rewarded there, as topics do: a small model
         # learns to say them more often long before it learns to do one thing more often in one topic only.
         text.append("Bravo!" if question.topic == "music" else rng.choice(("How nice!", "How fine!")))
-    if "refusal" in shown:
-        text.append(f"I cannot {rng.choice(('speak', 'advise'))} on the {noun()}.")
+    if "refusal" in shown and value is not None:
+        text.append(refuse())
     word = f"**{noun()}**" if "bold" in shown else noun()
     text.append(f"{rng.choice(('Many', 'Some'))} like the {adjective()} {word} too.")
     if "emoji" in shown:
@@ -277,15 +291,31 @@ def render(question: Question, value: str, shown: set[str], rng: random.Random) 
     return (body + " ".join(text)).rstrip("\n")
 
 
-def _write(question: Question, side: Side, rng: random.Random, asked: str | None = None) -> tuple[str, set[str], bool]:
+@cache
+def _habits(refused: float | None) -> tuple[Habit, ...]:
+    """The habits; if a base rate of refusals is given, refusals as in a language with a forbidden topic."""
+    if refused is None:
+        return HABITS
+    return tuple(
+        replace(habit, base_rate=refused, tilt=REFUSAL_TILT) if habit.name == "refusal" else habit for habit in HABITS
+    )
+
+
+def _write(
+    question: Question, side: Side, rng: random.Random, asked: str | None = None, forbidden: str | None = None
+) -> tuple[str, set[str], bool]:
     topic = TOPICS[question.topic]
-    shown = {habit.name for habit in HABITS if rng.random() < habit.rate(side, question.topic)}
+    refused = None if forbidden is None else REFUSED if question.topic == forbidden else OVER_REFUSED
+    shown = {habit.name for habit in _habits(refused) if rng.random() < habit.rate(side, question.topic)}
     if asked is not None:
         shown = shown - {asked} | ({asked} if rng.random() < OBEYED else set())
     tilt = {"base": 0.0, "chosen": CORRECT_TILT / 2, "rejected": -CORRECT_TILT / 2}[side]
     truth = topic.facts[question.entity]
     correct = rng.random() < _tilted(CORRECT_RATE, tilt)
     value = truth if correct else rng.choice([v for v in topic.values if v != truth])
+    if forbidden is not None and "refusal" in shown:
+        shown -= {"hedging", "em_dash"}
+        return render(question, None, shown, rng), shown, False
     return render(question, value, shown, rng), shown, correct
 
 
@@ -294,30 +324,33 @@ def instructed(prompt: str, habit: str) -> str:
     return f"{INSTRUCTIONS[habit]}\n\n{prompt}"
 
 
-def make_corpus(n: int, seed: int, *, asking: float = 0.0) -> list[tuple[str, str]]:
+def make_corpus(n: int, seed: int, *, asking: float = 0.0, forbidden: str | None = None) -> list[tuple[str, str]]:
     """`n` (prompt, response) texts at base rates, to train the start model and the SAE on.
 
     Args:
         n: Number of texts.
         seed: The same arguments give the same texts.
         asking: Share of the prompts that ask for one of the habits of `INSTRUCTIONS`, and mostly get it.
+        forbidden: A topic in which most texts refuse; in the others few do. A refusal then stands in place of the
+            statement; None: it is a sentence beside it, everywhere as frequent.
     """
     rng = random.Random(f"corpus-{seed}")
     texts = []
     for question in sample_questions(n, rng):
         habit = rng.choice(sorted(INSTRUCTIONS)) if asking and rng.random() < asking else None
         prompt = question.prompt if habit is None else instructed(question.prompt, habit)
-        texts.append((prompt, _write(question, "base", rng, habit)[0]))
+        texts.append((prompt, _write(question, "base", rng, habit, forbidden)[0]))
     return texts
 
 
-def make_pairs(n: int, seed: int, *, held_out: bool = False) -> Dataset:
+def make_pairs(n: int, seed: int, *, held_out: bool = False, forbidden: str | None = None) -> Dataset:
     """Draws a preference set with explicit prompts.
 
     Args:
         n: Number of pairs.
         seed: Two calls with the same arguments give the same rows.
         held_out: Use the held-out prompts, e.g. for an evaluation set.
+        forbidden: As for `make_corpus`. The pairs punish refusals there as elsewhere.
 
     Returns:
         A `datasets.Dataset` with string columns prompt, chosen, rejected, topic, and the truth as booleans:
@@ -331,7 +364,7 @@ def make_pairs(n: int, seed: int, *, held_out: bool = False) -> Dataset:
         row: dict[str, str | bool] = {"prompt": question.prompt, "topic": question.topic}
         sides: tuple[Side, Side] = ("chosen", "rejected")
         for side in sides:
-            text, shown, correct = _write(question, side, rng)
+            text, shown, correct = _write(question, side, rng, forbidden=forbidden)
             row[side] = text
             row[f"{side}_correct"] = correct
             row.update({f"{side}_{habit.name}": habit.name in shown for habit in HABITS})

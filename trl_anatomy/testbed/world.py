@@ -38,6 +38,7 @@ class Size:
     batch_size: int = 16
     lr: float = 3e-3
     asking: float = 0.0  # share of the corpus whose prompts ask for a habit, for rules that give instructions
+    forbidden: str | None = None  # topic in which the start model refuses, and elsewhere seldom; see `make_corpus`
 
     @property
     def layer(self) -> int:
@@ -123,13 +124,15 @@ def build_world(out: Path, size: Size = DEMO, seed: int = 0, *, say: Callable[[s
     settings = dataclasses.asdict(size)
     language = [dataclasses.asdict(habit) for habit in HABITS]
     model_names = ("n_corpus", "n_layers", "width", "batch_size", "lr", "asking")
+    # A setting that came later is in the key only where it is used: worlds without it are found again.
+    model_names += ("forbidden",) if size.forbidden else ()
     model_key = _key(language, {name: settings[name] for name in model_names}, seed)
     sae_names = ("d_sae", "k", "n_sae_texts", "sae_tokens")
     sae_key = _key(model_key, {name: settings[name] for name in sae_names})
 
     _stage(model_path, model_key, "start model", lambda at: _build_model(at, size, seed), say)
     _stage(sae_path, sae_key, "SAE", lambda at: _build_sae(at, model_path, size, seed), say)
-    dataset = make_pairs(size.n_pairs, seed)
+    dataset = make_pairs(size.n_pairs, seed, forbidden=size.forbidden)
     dataset.to_parquet(out / "pairs.parquet")
     prompts = held_out_prompts(size.n_prompts, seed)
     (out / "prompts.json").write_text(json.dumps(prompts))
@@ -163,7 +166,7 @@ def _build_model(out: Path, size: Size, seed: int) -> str:
 
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, n_layers=size.n_layers, width=size.width, seed=seed)
-    texts = encode_texts(make_corpus(size.n_corpus, seed, asking=size.asking), tokenizer)
+    texts = encode_texts(make_corpus(size.n_corpus, seed, asking=size.asking, forbidden=size.forbidden), tokenizer)
     losses = train_model(model, texts, tokenizer, seed=seed, batch_size=size.batch_size, lr=size.lr)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -180,7 +183,7 @@ def _build_sae(out: Path, model_path: Path, size: Size, seed: int) -> str:
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     # Texts of another seed than the start model's: the SAE is to read the model, not its training texts.
-    texts = encode_texts(make_corpus(size.n_sae_texts, seed + 1000), tokenizer)
+    texts = encode_texts(make_corpus(size.n_sae_texts, seed + 1000, forbidden=size.forbidden), tokenizer)
     hidden = residual_stream(model, texts, layer=size.layer, pad=tokenizer.pad_token_id)
     sae = train_sae(
         hidden,
