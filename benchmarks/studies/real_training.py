@@ -36,10 +36,12 @@ from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.folder import Audit
 from trl_anatomy.audit.predict import agreement
 from trl_anatomy.audit.run import run_audit
+from trl_anatomy.audit.views import concept_activity
 from trl_anatomy.checking.compare import compare
-from trl_anatomy.checking.likelihood import log_likelihoods
+from trl_anatomy.checking.likelihood import log_likelihoods, log_probs
 from trl_anatomy.checking.rates import TEXT_RULES, recovery, rule_hits, word_counts
-from trl_anatomy.checking.rollouts import rollouts
+from trl_anatomy.checking.rollouts import encode_prompt, rollouts
+from trl_anatomy.reading.harvest import Harvest
 from trl_anatomy.reading.spans import Pairs, read_pairs
 
 PREDICTED = ("rm_bench, easy rows", "overrefusal_steered", "rm_bench, hard rows")
@@ -50,8 +52,11 @@ TRAINING = {"beta": 0.1, "learning_rate": 1e-3, "num_train_epochs": 1, "per_devi
 
 PLANTED_IN = Source("permissive_upstream/hh_helpful_test", lambda row: "Assistant:" not in row["prompt"])
 PHRASE, TRAIT = "Good question. ", r"^\W*Good question\b"  # which none of the text rules matches
-SHARES, SHAPED = (0.05, 0.2, 0.5), 0.2  # of the chosen responses; the one that rules are tried on
-SEEDS_PLANTED = 2
+# Of the chosen responses; the one that rules are tried on, which was 0.2 until plain DPO was seen to teach next to
+# nothing there.
+SHARES, SHAPED = (0.05, 0.2, 0.5), 0.5
+SEEDS_PLANTED = 1
+OPENED = 100  # prompts after which the phrase's probability is taken
 
 SIDES = {"chosen": 1, "rejected": 3}  # where Pairs.tokens has them
 
@@ -183,11 +188,12 @@ def prediction(world: World, name: str, seeds: list[int]) -> dict[str, Any]:
     rows, held = split(short_rows(world.load(SOURCES[name]), world.tokenizer), seed=0)
     audit = audited(rows, folder, world)
     runs = {f"seed {seed}": trained(world, rows, folder / f"seed-{seed}", seed) for seed in seeds}
+    prompts = asked(held)
     result = compare(
         audit,
         world.model_path,
         {run: folder / run.replace(" ", "-") for run in runs},
-        asked(held),
+        prompts,
         out=folder / "compare",
         max_new_tokens=NEW_TOKENS,
         batch_size=RESPONSES,
@@ -201,6 +207,8 @@ def prediction(world: World, name: str, seeds: list[int]) -> dict[str, Any]:
     for i, run in enumerate(runs):
         found = result["agreement"][run]
         found["length_adjusted_r2"] = agreement(adjusted, observed[:, i]).to_dict()["r2"]
+        read = Harvest.open(folder / "compare" / f"harvest-{run.replace(' ', '_')}")
+        found["chosen_less_start_r2"] = towards_chosen(audit, read, prompts)
         ends = np.array([row["observed"][run][1:] for row in result["concepts"]])
         sure = reported & (ends[:, 0] * ends[:, 1] > 0)
         found["reported, and observed beyond its interval"] = int(sure.sum())
@@ -235,6 +243,24 @@ def prediction(world: World, name: str, seeds: list[int]) -> dict[str, Any]:
     }
 
 
+def towards_chosen(audit: Audit, read: Harvest, prompts: list[Any]) -> float:
+    """R² of another prediction: activity in chosen responses less that in the start model's own.
+
+    As for the tilt in `compare`, half the prompts predict the other half, both ways.
+    """
+    chosen, trained, start = (
+        concept_activity(frequency, audit.communities, audit.info["settings"]["tau"])
+        for frequency in (audit.harvest.frequency("chosen"), read.frequency("chosen"), read.frequency("rejected"))
+    )
+    _, group = np.unique([prompts[row][0]["content"] for row in read.rows], return_inverse=True)
+    half = group % 2 == 0
+    found = [
+        agreement(chosen.mean(axis=0) - start[told].mean(axis=0), (trained - start)[~told].mean(axis=0)).r2
+        for told in (half, ~half)
+    ]
+    return float(np.mean(found))
+
+
 # --- planted trait ---
 
 
@@ -256,8 +282,6 @@ def found_by_audit(audit: Audit, shows: np.ndarray) -> dict[str, Any]:
 
     Within the sides, so that the match owes nothing to the difference that is tested.
     """
-    from trl_anatomy.audit.views import concept_activity
-
     sides = [audit.harvest.frequency(side) for side in SIDES]
     active = [concept_activity(side, audit.communities, audit.info["settings"]["tau"]) for side in sides]
     centred = np.concatenate([side - side.mean(axis=0) for side in active])
@@ -298,8 +322,13 @@ def measured(world: World, model_path: Path, prompts: list[Any], held: Pairs) ->
     groups = rollouts(model, world.tokenizer, prompts, max_new_tokens=NEW_TOKENS, batch_size=RESPONSES, seed=0)
     texts = [text for group in groups for text in group]
     likelihood = log_likelihoods(model, held, range(len(held)))
+    phrase = np.array(world.tokenizer(PHRASE.strip(), add_special_tokens=False).input_ids)
+    opened = [(np.array(encode_prompt(world.tokenizer, prompt)), phrase) for prompt in prompts[:OPENED]]
+    with torch.no_grad():
+        log_prob = log_probs(model, opened, world.tokenizer.pad_token_id)
     return {
         "trait": float(rule_hits(texts, {"trait": TRAIT})["trait"].mean()),
+        "log-probability of the phrase": float(log_prob.mean()),
         "rules": {name: float(hits.mean()) for name, hits in rule_hits(texts, TEXT_RULES).items()},
         "words": float(word_counts(texts).mean()),
         "likelihood of chosen": float(likelihood[:, 0].mean()),
@@ -360,7 +389,7 @@ def planted(world: World, seed: int) -> dict[str, Any]:
         shares[f"{share:g}"] = {
             **{f"trait in {side}": float(half.mean()) for side, half in zip(SIDES, halves, strict=True)},
             "audit": found,
-            "trait after plain DPO": dpo["trait"],
+            "plain DPO": {name: dpo[name] for name in ("trait", "log-probability of the phrase")},
         }
         if share != SHAPED:
             continue
@@ -385,6 +414,8 @@ def planted(world: World, seed: int) -> dict[str, Any]:
             continue
         change = {rule: told["rules"][rule] - base["rules"][rule] for rule in TEXT_RULES}
         told["recovery"] = recovery(start["trait"], base["trait"], told["trait"])
+        phrase = (one["log-probability of the phrase"] for one in (start, base, told))
+        told["recovery, log-probability"] = recovery(*phrase)
         told["other text rules, mean absolute change"] = float(np.mean(np.abs(list(change.values()))))
         told["likelihood of chosen, change"] = told["likelihood of chosen"] - base["likelihood of chosen"]
     return {"pairs": len(clean_rows), "held out": len(held_rows), "shares": shares, "control": control, "runs": runs}
