@@ -86,6 +86,16 @@ HABITS = {**TEXT_RULES, "refusal": r"(?i)^[^\n]{0,80}\b(sorry|i cannot|i can't|i
 LONG = "longer than the median"
 
 
+def shared_folder() -> Path:
+    """Where the data and the model are, which are no part of the repository."""
+    shared = Path(os.environ.get("TRL_ANATOMY_SHARED", Path(__file__).resolve().parents[3] / "shared"))
+    if not (shared / "data").is_dir():
+        raise SystemExit(
+            f"{shared}: no real data there; set TRL_ANATOMY_SHARED to the folder that holds data/ and models/"
+        )
+    return shared
+
+
 def load(shared: Path, source: Source, cache: Path) -> datasets.Dataset:
     """The rows of a source as conversations of one turn, as the model was trained on."""
     file = shared / "data" / "pairs" / f"{source.file}.jsonl.gz"
@@ -119,7 +129,9 @@ def train_sae(model: Any, read: dict[str, Pairs], out: Path) -> float:
     hidden = torch.cat(kept)
     sae = train_sae(hidden, d_sae=D_SAE, k=K, layer=LAYER, model_name=MODEL, seed=0, tokens=SAE_TOKENS)
     save_sae(sae, out)
-    return unexplained_variance(sae, hidden[torch.randperm(len(hidden), generator=generator)[:20_000]])
+    left = unexplained_variance(sae, hidden[torch.randperm(len(hidden), generator=generator)[:20_000]])
+    (out / "left.json").write_text(json.dumps(left))
+    return left
 
 
 @dataclass(frozen=True)
@@ -330,11 +342,7 @@ def main() -> None:
     parser.add_argument("--out", default="benchmark-real", help="folder for SAE and audits; finished parts are kept")
     parser.add_argument("--results", default="benchmarks/results/real_data.json")
     args = parser.parse_args()
-    shared = Path(os.environ.get("TRL_ANATOMY_SHARED", Path(__file__).resolve().parents[3] / "shared"))
-    if not (shared / "data").is_dir():
-        raise SystemExit(
-            f"{shared}: no real data there; set TRL_ANATOMY_SHARED to the folder that holds data/ and models/"
-        )
+    shared = shared_folder()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(1)
@@ -345,9 +353,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(shared / "models" / MODEL).eval()
     raw = {name: load(shared, source, out / "cache") for name, source in SOURCES.items()}
     read = {name: read_pairs(rows, tokenizer, max_length=MAX_LENGTH) for name, rows in raw.items()}
-    if not (out / "sae" / "cfg.json").is_file():
+    if not (out / "sae" / "left.json").is_file():
         left = train_sae(model, read, out / "sae")
-        (out / "sae" / "left.json").write_text(json.dumps(left))
         print(f"SAE: {100 * left:.1f} % of the variance unexplained, {time.perf_counter() - start:.0f} s", flush=True)
     found: dict[str, Any] = {variant: {} for variant in VARIANTS}
     for variant, settings in VARIANTS.items():
