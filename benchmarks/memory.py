@@ -88,7 +88,10 @@ def words_of(command: str, root: Path, n: int, largest: int) -> list[str]:
         (data / "train.jsonl").write_bytes((root / f"pairs-{n}.jsonl").read_bytes())
     words = ["--model_name_or_path", model, "--dataset_name", str(data), "--output_dir", str(root / f"out-{command}")]
     words = [command.split()[0], *words, *TRAIN.split(), "--dtype=float32", "--max_length=1024"]
-    return words if command == "dpo of TRL" else [*words, "--audit", str(audit), "--concept_policy", str(policy)]
+    ours = {"dpo": ["--audit", str(audit)], "reward": []}  # the audit's truncation is not that of reward training
+    if command in ours:
+        words += [*ours[command], "--concept_policy", str(policy)]
+    return words
 
 
 class Peak:
