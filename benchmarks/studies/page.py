@@ -134,6 +134,55 @@ def verbs_figure(found: dict[str, Any]) -> str:
         return svg(figure)
 
 
+def matrix_figure(found: dict[str, Any]) -> str:
+    """Target x habit of every rule: points from plain DPO, mean over the worlds."""
+    matrix = found["matrix"]
+    habits, rules = matrix["habits"], matrix["rules"]
+    targets = list(dict.fromkeys(target for of in rules.values() for target in of))
+    with drawn(13, 0.2 * len(rules) + 1.6, len(targets), sharey=True) as (figure, panels):
+        for axes, target in zip(panels, targets, strict=True):
+            shown = np.full((len(rules), len(habits)), np.nan)
+            for y, of in enumerate(rules.values()):
+                if target in of:
+                    shown[y] = np.mean([seed["points"] for seed in of[target].values()], axis=0)
+            image = axes.imshow(shown, cmap="RdBu_r", vmin=-50, vmax=50, aspect="auto")
+            axes.set_xticks(range(len(habits)), habits, rotation=90, fontsize=7)
+            axes.set_yticks(range(len(rules)), list(rules), fontsize=7)
+            axes.set_title(f"rules against {target}", fontsize=9)
+        figure.colorbar(image, ax=panels, label="points from plain DPO", shrink=0.6)
+        return svg(figure)
+
+
+def dots(axes: Axes, rows: dict[str, dict[str, list[float]]]) -> None:
+    """A row for each name, a colour for each of its series, a dot a world."""
+    colours = ("#c2410c", "#1d4ed8", "#15803d", "#6b7280")
+    for y, series in enumerate(rows.values()):
+        for colour, (name, values) in zip(colours, series.items(), strict=False):
+            label = name if y == 0 else None
+            axes.plot(values, [y] * len(values), "o", color=colour, alpha=0.7, markeredgewidth=0, label=label)
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("percent")
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def rows_figure(*columns: str) -> Callable[[dict[str, Any]], str]:
+    """A figure of a study that has rows and shares in columns, for every seed."""
+
+    def figure_of(found: dict[str, Any]) -> str:
+        worlds = [seed["rows"] for seed in found["seeds"].values()]
+        names = [name for name in worlds[0] if all(name in world for world in worlds)]
+        rows = {name: {of: [100 * world[name][of] for world in worlds] for of in columns} for name in names}
+        with drawn(9, 0.27 * len(rows) + 0.9) as (figure, axes):
+            dots(axes, rows)
+            return svg(figure)
+
+    return figure_of
+
+
+TOPICAL = rows_figure("in the topic", "in the others", "right answers")
+
+
 def real_data_figure(found: dict[str, Any]) -> str:
     """Regular expressions against the audit, for each habit of each set that a concept stands for."""
     verdicts = {"shows up": "#15803d", "quiet, as its counts are": "#6b7280", "missed": "#eab308"}
@@ -191,6 +240,37 @@ FIGURES: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
         "verbs",
         "A dot is one habit of one world; the bar is the median. Rules nearest to 1 are on top.",
         verbs_figure,
+    ),
+    (
+        "The style matrix",
+        "verbs",
+        "What a rule against one habit does to every other habit and to right answers, against plain DPO.",
+        matrix_figure,
+    ),
+    (
+        "Safeguards",
+        "safeguards",
+        "Refusals in the topic in which they are wanted and in the others, and right answers in the others.",
+        TOPICAL,
+    ),
+    (
+        "Reward models",
+        "reward_models",
+        "Share of held-out pairs in which the better response (with an emoji) gets the higher reward: where the worse "
+        "one flatters and where the better one does; and in which flattery wins where both are as good.",
+        rows_figure("emoji: disagree", "emoji: agree", "emoji: quality alike"),
+    ),
+    (
+        "Amplification, and what a gate does",
+        "amplification",
+        "Em dashes in the topic of the gate and in the others, and right answers.",
+        TOPICAL,
+    ),
+    (
+        "Controls",
+        "controls",
+        "Flattery under a rule by SAE latents and under its controls, and right answers.",
+        rows_figure("rate", "right answers"),
     ),
     (
         "The audit of real data",
