@@ -101,7 +101,7 @@ def other_machine(machine: Path) -> None:
 
 def test_an_audit_at_a_url_is_that_in_a_folder(root: Path, alone: dict[str, str], tmp_path: Path) -> None:
     url = "memory://bucket/audits/run1"
-    audit = run.run_audit(config_at(root, url + "/"), progress=False)
+    audit = run.run_audit(config_at(root, url), progress=False)
     assert repr(audit).startswith(f"Audit('{url}'")
     assert at(url, tmp_path / "found") == alone
     local = run.run_audit(config_at(root, f"file://{root}/by-file/audit"), progress=False)
