@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +122,7 @@ def compare(
     """
     from transformers import AutoTokenizer
 
-    from ..audit.predict import agreement, concept_means, odds_shift, tilted_shift
+    from ..audit.predict import agreement
     from ..audit.reopen import reopen
     from ..reading.fingerprint import model_fingerprint
     from ..reading.harvest import harvest
@@ -153,7 +154,6 @@ def compare(
     tau = settings["tau"]
     features = [np.asarray(row["features"], dtype=np.int64) for row in concepts]
     predicted = np.array([row["predicted"] for row in concepts], dtype=np.float64)
-    fired = [fired_counts(audit.harvest, side, tau) for side in ("chosen", "rejected")]
     control = _random_features(audit.harvest, features, tau, seed)
     control_predicted = _mean_disparity(audit.harvest, control, tau)
     disparity, _ = audit.disparity()
@@ -187,19 +187,10 @@ def compare(
             "noise_ceiling_both_r2": _product(ceiling, pairs_ceiling),
             "random_clusters_r2": agreement(control_predicted, control_shift, seed=seed).to_dict()["r2"],
             "tilt_r2": _by_start_model(
-                lambda rows, start=start, groups=pairs.prompt_groups: tilted_shift(
-                    disparity, start[rows], groups[rows]
-                ),
-                observed[name],
-                pairs.prompt_groups,
+                partial(_tilted, disparity, start, pairs.prompt_groups), observed[name], pairs.prompt_groups
             ),
             "odds_r2": _by_start_model(
-                lambda rows, of=read: concept_means(
-                    odds_shift(*fired, audit.harvest.n_pairs, fired_counts(of, "rejected", tau, rows) / rows.sum()),
-                    features,
-                ),
-                observed[name],
-                pairs.prompt_groups,
+                partial(_by_odds, audit.harvest, read, features, tau), observed[name], pairs.prompt_groups
             ),
             "baselines_r2": {
                 measure: None
@@ -444,6 +435,22 @@ def _random_features(read: Harvest, features: Sequence[np.ndarray], tau: float, 
             fires[frequency.indices[frequency.data > tau]] = True
     live, rng = np.flatnonzero(fires), np.random.default_rng(seed)
     return [rng.choice(live, size=min(len(cluster), len(live)), replace=False) for cluster in features]
+
+
+def _tilted(u: np.ndarray, start: np.ndarray, prompt_groups: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    from ..audit.predict import tilted_shift
+
+    return tilted_shift(u, start[rows], prompt_groups[rows])
+
+
+def _by_odds(
+    pairs: Harvest, rollouts: Harvest, features: Sequence[np.ndarray], tau: float, rows: np.ndarray
+) -> np.ndarray:
+    from ..audit.predict import concept_means, odds_shift
+
+    chosen, rejected = (fired_counts(pairs, side, tau) for side in ("chosen", "rejected"))
+    start = fired_counts(rollouts, "rejected", tau, rows) / rows.sum()
+    return concept_means(odds_shift(chosen, rejected, pairs.n_pairs, start), features)
 
 
 def _by_start_model(
