@@ -91,7 +91,8 @@ class Record:
         finishes: how often it was then finished.
         different: finishes whose result was not the undisturbed one.
         failures: restarts that ended in an error.
-        half_written: kills that left a file half written (under a name of its own), or a checkpoint.
+        half_written: kills after which a half-written file (under a name of its own) or checkpoint lay in the folder,
+            left by this kill or by one before it.
         stages: where it was killed.
         changed: files that differed.
     """
