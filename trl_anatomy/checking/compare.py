@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +109,7 @@ def compare(
     """
     from transformers import AutoTokenizer
 
-    from ..audit.predict import agreement, concept_means, odds_shift, tilted_shift
+    from ..audit.predict import agreement
     from ..audit.reopen import reopen
     from ..audit.views import concept_activity
     from ..reading.fingerprint import model_fingerprint
@@ -140,7 +141,7 @@ def compare(
     tau = settings["tau"]
     features = [np.asarray(row["features"], dtype=np.int64) for row in concepts]
     predicted = np.array([row["predicted"] for row in concepts], dtype=np.float64)
-    fired = [fired_counts(audit.harvest, side, tau) for side in ("chosen", "rejected")]
+    fired = {side: fired_counts(audit.harvest, side, tau) for side in ("chosen", "rejected")}
     control = _random_features(audit.harvest, features, tau, seed)
     control_predicted = _mean_disparity(audit.harvest, control, tau)
     disparity, _ = audit.disparity()
@@ -175,15 +176,13 @@ def compare(
             "noise_ceiling_both_r2": _product(ceiling, pairs_ceiling),
             "random_clusters_r2": agreement(control_predicted, control_shift, seed=seed).to_dict()["r2"],
             "tilt_r2": _by_start_model(
-                lambda rows, start=start, groups=pairs.prompt_groups: tilted_shift(
-                    disparity, start[rows], groups[rows]
-                ),
+                partial(_by_tilt, disparity=disparity, start=start, groups=pairs.prompt_groups),
                 observed[name],
                 pairs.prompt_groups,
             ),
             "odds_r2": _by_start_model(
-                lambda rows, of=rejected: concept_means(
-                    odds_shift(*fired, audit.harvest.n_pairs, _counts(of[rows], tau) / rows.sum()), features
+                partial(
+                    _by_odds, audited=audit.harvest.n_pairs, fired=fired, before=rejected, features=features, tau=tau
                 ),
                 observed[name],
                 pairs.prompt_groups,
@@ -441,6 +440,27 @@ def _by_start_model(
             return None
         found.append(agreement(predict(told), shift[seen].mean(axis=0), n_bootstrap=1, n_permutations=1).r2)
     return None if np.isnan(found).any() else float(np.mean(found))
+
+
+def _by_tilt(rows: np.ndarray, *, disparity: np.ndarray, start: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    from ..audit.predict import tilted_shift
+
+    return tilted_shift(disparity, start[rows], groups[rows])
+
+
+def _by_odds(
+    rows: np.ndarray,
+    *,
+    audited: int,
+    fired: Mapping[str, np.ndarray],
+    before: sp.csr_array,
+    features: Sequence[np.ndarray],
+    tau: float,
+) -> np.ndarray:
+    from ..audit.predict import concept_means, odds_shift
+
+    rate = _counts(before[rows], tau) / rows.sum()
+    return concept_means(odds_shift(fired["chosen"], fired["rejected"], audited, rate), features)
 
 
 def fired_counts(read: Harvest, span: str, tau: float) -> np.ndarray:
