@@ -219,6 +219,10 @@ def prediction(world: World, name: str, seeds: list[int]) -> dict[str, Any]:
     between = [agreement(observed[:, i], observed[:, j]).r2 for i in range(len(runs)) for j in range(i)]
     pairs = read_pairs(rows, world.tokenizer, max_length=TOKENS)
     sides = {side: rule_hits(shown(pairs, world.tokenizer, at), TEXT_RULES) for side, at in SIDES.items()}
+    told = np.array([sides["chosen"][rule].mean() - sides["rejected"][rule].mean() for rule in TEXT_RULES])
+    for run in runs:
+        seen = np.array([row["rates"][run][0] - row["rates"]["before"][0] for row in result["rates"]])
+        result["agreement"][run]["of text rules, their own counts"] = agreement(told, seen).to_dict()["r2"]
     return {
         "pairs": len(rows),
         "prompts held out": len({row[0]["content"] for row in held["prompt"]}),
