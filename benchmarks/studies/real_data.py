@@ -308,7 +308,7 @@ def clean(value: Any) -> Any:
     """NaN as None, numbers with no more digits than mean anything."""
     if isinstance(value, dict):
         return {key: clean(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [clean(item) for item in value]
     if isinstance(value, float):
         return float(f"{value:.4g}") if np.isfinite(value) else None

@@ -14,6 +14,8 @@ The data stay outside the repository (TRL_ANATOMY_SHARED, or ../shared); results
 names of concepts only. The SAE is that of real_data.py, in the same `--out`, and made if it is not there.
 
     python benchmarks/studies/real_training.py --seeds 0 1 2
+
+The trait is planted with the first seed only, which also draws the rows; PREDICTED says how many a dataset takes.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,7 @@ from trl_anatomy.checking.rollouts import encode_prompt, rollouts
 from trl_anatomy.reading.harvest import Harvest
 from trl_anatomy.reading.spans import Pairs, read_pairs
 
-PREDICTED = ("rm_bench, easy rows", "overrefusal_steered", "rm_bench, hard rows")
+PREDICTED = {"rm_bench, easy rows": 3, "overrefusal_steered": 1}  # and seeds, at most
 # Prompts this short leave most of the length to the response, on both sides of the comparison.
 PROMPT_TOKENS, TOKENS, NEW_TOKENS = 64, 160, 96
 PAIRS, HELD_OUT, RESPONSES = 450, 0.2, 300  # pairs trained on, at most; share of prompts held out; responses a model
@@ -216,6 +219,10 @@ def prediction(world: World, name: str, seeds: list[int]) -> dict[str, Any]:
     between = [agreement(observed[:, i], observed[:, j]).r2 for i in range(len(runs)) for j in range(i)]
     pairs = read_pairs(rows, world.tokenizer, max_length=TOKENS)
     sides = {side: rule_hits(shown(pairs, world.tokenizer, at), TEXT_RULES) for side, at in SIDES.items()}
+    told = np.array([sides["chosen"][rule].mean() - sides["rejected"][rule].mean() for rule in TEXT_RULES])
+    for run in runs:
+        seen = np.array([row["rates"][run][0] - row["rates"]["before"][0] for row in result["rates"]])
+        result["agreement"][run]["of text rules, their own counts"] = agreement(told, seen).to_dict()["r2"]
     return {
         "pairs": len(rows),
         "prompts held out": len({row[0]["content"] for row in held["prompt"]}),
@@ -339,7 +346,7 @@ def measured(world: World, model_path: Path, prompts: list[Any], held: Pairs) ->
 def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `make` gives, from the file where it has been made before."""
     if not file.is_file():
-        told = make()
+        told = clean(make())
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(told))
     return json.loads(file.read_text())
@@ -438,15 +445,16 @@ def main() -> None:
         "prediction": {},
         "planted": {},
     }
-    for name in PREDICTED:
-        file = world.out / "training" / f"{slug(name)}-{'-'.join(map(str, args.seeds))}.json"
-        results["prediction"][name] = kept(file, lambda name=name: clean(prediction(world, name, args.seeds)))
-        save(args.results, results)
-        print(f"{name}: {json.dumps(results['prediction'][name]['agreement'])}", flush=True)
     for seed in args.seeds[:SEEDS_PLANTED]:
         file = world.out / "training" / f"planted-{seed}.json"
-        results["planted"][str(seed)] = kept(file, lambda seed=seed: clean(planted(world, seed)))
+        results["planted"][str(seed)] = kept(file, partial(planted, world, seed))
         save(args.results, results)
+    for name, most in PREDICTED.items():
+        seeds = args.seeds[:most]
+        file = world.out / "training" / f"{slug(name)}-{'-'.join(map(str, seeds))}.json"
+        results["prediction"][name] = kept(file, partial(prediction, world, name, seeds))
+        save(args.results, results)
+        print(f"{name}: {json.dumps(results['prediction'][name]['agreement'])}", flush=True)
 
 
 if __name__ == "__main__":
