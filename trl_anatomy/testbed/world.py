@@ -123,9 +123,9 @@ def build_world(out: Path, size: Size = DEMO, seed: int = 0, *, say: Callable[[s
     model_path, sae_path = out / "model", out / "sae"
     settings = dataclasses.asdict(size)
     language = [dataclasses.asdict(habit) for habit in HABITS]
-    model_names = ("n_corpus", "n_layers", "width", "batch_size", "lr", "asking")
     # A setting that came later is in the key only where it is used: worlds without it are found again.
-    model_names += ("forbidden",) if size.forbidden else ()
+    later = ["forbidden"] if size.forbidden else []
+    model_names = ["n_corpus", "n_layers", "width", "batch_size", "lr", "asking", *later]
     model_key = _key(language, {name: settings[name] for name in model_names}, seed)
     sae_names = ("d_sae", "k", "n_sae_texts", "sae_tokens")
     sae_key = _key(model_key, {name: settings[name] for name in sae_names})
