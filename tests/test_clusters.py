@@ -1,5 +1,8 @@
 """Communities and k-means against scikit-learn, scipy and planted answers."""
 
+import ctypes
+import os
+
 import numpy as np
 import pytest
 from scipy import sparse
@@ -74,6 +77,21 @@ def test_communities_find_what_was_planted():
     assert [c.tolist() for c in small] == [[0, 1, 2, 3, 4], [5, 6, 7, 8], [9, 10]]
     again = clusters.cofiring_communities(fired, min_size=2, edge_share=0.01)
     assert [c.tolist() for c in small] == [c.tolist() for c in again]
+
+
+def test_communities_do_not_depend_on_what_drew_random_numbers_before():
+    """Leiden's refinement draws from C's `rand()`, which every library of the process shares."""
+    rng = np.random.default_rng(0)
+    topic = rng.random((600, 40)) < 0.15  # topics overlap, so that refinement has something to choose from
+    linked = rng.random((40, 400)) < 0.08
+    fired = sparse.csr_matrix((topic.astype(float) @ linked > 0) & (rng.random((600, 400)) < 0.6))
+    libc = ctypes.CDLL("ucrtbase" if os.name == "nt" else None)
+    found = []
+    for before in range(6):
+        libc.srand(before)
+        found.append([c.tolist() for c in clusters.cofiring_communities(fired, edge_share=0.2, min_size=1, seed=3)])
+    assert all(communities == found[0] for communities in found)
+    assert len(found[0]) > 3
 
 
 def test_communities_of_one_keep_every_live_feature():

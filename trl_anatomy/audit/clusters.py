@@ -1,5 +1,7 @@
 """Groups of features that fire or vary together, and groups of pairs that look alike."""
 
+import ctypes
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -164,7 +166,7 @@ def cofiring_communities(
             nothing is dropped: a feature that fires with no other is a community of its own.
         min_count: a live feature fires in at least so many samples, and stays silent in as many.
         resolution: of modularity; larger gives smaller communities.
-        seed: order in which Leiden visits the features; the result is deterministic.
+        seed: order in which Leiden visits the features, and how it refines; the same seed gives the same communities.
     Returns:
         Arrays of feature ids (ascending), largest community first, ties by smallest id.
     Source: method.md section 3a.
@@ -182,9 +184,15 @@ def cofiring_communities(
     if len(linked):
         graph = graph[linked][:, linked]
         leiden = Leiden(resolution, shuffle_nodes=True, random_state=seed, return_probs=False, return_aggregate=False)
+        _seed_libc(seed)
         labels = leiden.fit_predict(graph)
         communities += [live[linked[labels == label]] for label in np.unique(labels)]
     return sorted((c for c in communities if len(c) >= min_size), key=lambda c: (-len(c), c[0]))
+
+
+def _seed_libc(seed: int) -> None:
+    """Seed C's `rand()`: scikit-network's refinement draws from it, whatever its `random_state` says."""
+    ctypes.CDLL("ucrtbase" if os.name == "nt" else None).srand(ctypes.c_uint(seed))
 
 
 def spherical_kmeans(
