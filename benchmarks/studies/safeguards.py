@@ -1,8 +1,6 @@
-"""Refusals through DPO on pairs that punish them everywhere: where they are wanted, and where they are over-refusals.
+"""Refusals through DPO on pairs that punish them: rules that keep them, or ask for more, everywhere or in one topic.
 
-The start model refuses in one topic, in place of an answer, and elsewhere seldom. Rules on refusals of growing strength
-draw the frontier: refusals in the topic against refusals, and right answers, in the others. Recorded with it: the same
-in that topic only; a neutral habit, next to no strength and swapped sides as controls.
+Recorded: refusals in the prompts of that topic and in the others (over-refusal), right answers, other habits.
 
     python benchmarks/studies/safeguards.py --seeds 0 1
 """
@@ -10,10 +8,9 @@ in that topic only; a neutral habit, next to no strength and swapped sides as co
 from pathlib import Path
 from typing import Any
 
-from worlds import GATE, TOPIC, World, carried_over, forbidding, of_text, study
+from worlds import GATE, TOPICAL, World, of_text, study
 
 KEPT = "refusal"
-COLUMNS = ("in the topic", "in the others", "right answers in the others", "other habits, mean absolute change")
 
 
 def rules() -> dict[str, list[dict[str, Any]]]:
@@ -21,8 +18,8 @@ def rules() -> dict[str, list[dict[str, Any]]]:
     auto = {"explain_away": KEPT, "with": "shape_reward"}  # the pairs punish it, so the fitted strength is negative
     more = {"amplify": KEPT, "with": "shape_reward"}
     return {
-        "amplify, strength 0.6": [more | {"strength": 0.6}],
         "auto": [auto],
+        "amplify, strength 1": [more | {"strength": 1.0}],
         "amplify, strength 2": [more | {"strength": 2.0}],
         "auto, in the topic": [auto | {"where": GATE}],
         "amplify, strength 2, in the topic": [more | {"strength": 2.0, "where": GATE}],
@@ -30,12 +27,11 @@ def rules() -> dict[str, list[dict[str, Any]]]:
 
 
 def safeguards(folder: Path, world: World, readings: dict[str, Any]) -> dict[str, Any]:
-    found = of_text("safeguards", KEPT, rules(), "auto", world.path, world)
-    return found | {"carried over": carried_over(world, {KEPT: (TOPIC, r" ?I cannot")})}
+    return of_text("safeguards", KEPT, rules(), "auto", folder, world)
 
 
 def main() -> None:
-    study("safeguards", __doc__, safeguards, COLUMNS, forbidding)
+    study("safeguards", __doc__, safeguards, TOPICAL)
 
 
 if __name__ == "__main__":

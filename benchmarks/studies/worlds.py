@@ -81,11 +81,6 @@ def prepared(folder: Path, seed: int) -> tuple[World, dict[str, Any]]:
     return world, json.loads(readings.read_text())
 
 
-def forbidding(folder: Path, seed: int) -> tuple[World, dict[str, Any]]:
-    """The world of `FORBIDDING`, and no readings."""
-    return build_world(folder / "forbidding", FORBIDDING, seed), {}
-
-
 def read(world: World, folder: Path) -> dict[str, Any]:
     """Per target: its best latents over the pairs' responses, and a stored direction with the gap of its classes.
 
@@ -166,6 +161,8 @@ def run(
         return json.loads(kept.read_text())
     if FINISHED:
         return {}
+    if folder / "model" == world.model_path:
+        raise ValueError(f"{folder / 'model'} is the start model: what is trained would take its place")
     started = time.perf_counter()
     told: dict[str, Any] = {}
     if name == "start":
