@@ -201,6 +201,20 @@ def real_data_figure(found: dict[str, Any]) -> str:
         return svg(figure)
 
 
+def real_training_figure(found: dict[str, Any]) -> str:
+    """Concepts of real pairs: shift that the audit predicts, and mean shift over the trainings."""
+    with drawn(9, 4.2, len(found["prediction"])) as (figure, panels):
+        for axes, (name, of) in zip(panels, found["prediction"].items(), strict=True):
+            told = [100 * concept["predicted"] for concept in of["concepts"]]
+            seen = [100 * np.mean([mean for mean, _, _ in concept["observed"].values()]) for concept in of["concepts"]]
+            scatter(axes, told, seen, color="#c2410c", s=10, alpha=0.5)
+            r2 = ", ".join(f"{run['r2']:.2f}" for run in of["agreement"].values())
+            axes.set_title(f"{name}: R² {r2}", fontsize=9)
+            axes.set_xlabel("predicted, points")
+        panels[0].set_ylabel("observed, points")
+        return svg(figure)
+
+
 def null_figure(found: dict[str, Any]) -> str:
     """How often anything is reported where there is nothing."""
     with drawn(7, 2.2) as (figure, axes):
@@ -250,8 +264,15 @@ FIGURES: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
     (
         "Safeguards",
         "safeguards",
-        "Refusals in the topic in which they are wanted and in the others, and right answers in the others.",
+        "Refusals in the topic of the gate and in the others, and right answers.",
         TOPICAL,
+    ),
+    (
+        "Refusals where they are wanted",
+        "refusals",
+        "Refusals stand in place of an answer: in the topic in which they are wanted, and in the others, where they "
+        "are over-refusals; and right answers in the others.",
+        rows_figure("in the topic", "in the others", "right answers in the others"),
     ),
     (
         "Reward models",
@@ -278,6 +299,12 @@ FIGURES: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
         "Habits of eight sets of real pairs: the difference of their counts by regular expression, and the shift of "
         "the concept that stands for them.",
         real_data_figure,
+    ),
+    (
+        "Training on real data",
+        "real_training",
+        "Concepts of an SAE, a point each, in real pairs and after plain DPO of a small real model on them.",
+        real_training_figure,
     ),
     (
         "Where there is nothing to find",
