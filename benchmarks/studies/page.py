@@ -1,7 +1,7 @@
 """The page of plots of all studies on record, and the README's picture and tables.
 
 Reads the files of results and writes `benchmarks/results/studies.html` (plots within, no script), `docs/studies.svg`
-and, between its marks in README.md, the table of verbs; measures nothing. A test holds the README to the files.
+and, between their marks in README.md, its tables; measures nothing. A test holds the README to the files.
 
     python benchmarks/studies/page.py
 """
@@ -25,6 +25,8 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = ROOT / "docs" / "studies.svg"
+ODDS = "log-odds of the pairs, at the start model's rates"
+BOTH = "ceiling by the noise of rollouts and pairs"
 ROLES = {"rewarded": "#c2410c", "punished": "#1d4ed8", "neutral": "#6b7280", "of one topic": "#15803d"}
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Studies</title><style>
@@ -111,20 +113,23 @@ def prediction_figure(found: dict[str, Any]) -> str:
         predicted_habits(left, found)
         left.set_title("planted habits")
         names = {
-            "mean disparity": "mean disparity",
-            "start model tilted by the fitted reward": "start model, tilted",
-            "length-adjusted disparity": "length-adjusted",
-            "random clusters of the same sizes": "random clusters",
-            "ceiling by the noise of the rollouts": "ceiling by noise",
-            "baseline: correlation with the longer response": "baseline: length",
-            "baseline: how often the concept fires": "baseline: frequency",
+            ("concepts", "mean disparity"): "all concepts",
+            ("concepts of 4 or more", "mean disparity"): "concepts of 4 latents or more",
+            ("concepts", ODDS): "all concepts, by log-odds",
+            ("prompt view, inside, reported", "r2"): "prompt view, reported",
+            ("prompt view, inside, tested", "r2"): "prompt view, all tested",
+            ("concepts", "random clusters of the same sizes"): "random clusters",
+            ("concepts", BOTH): "ceiling by noise, all concepts",
+            ("concepts", "baseline: correlation with the longer response"): "baseline: length",
+            ("concepts", "baseline: how often the concept fires"): "baseline: frequency",
         }
-        for y, name in enumerate(names):
-            values = [seed["concepts"][name] for seed in found["seeds"].values()]
+        for y, (part, name) in enumerate(names):
+            values = [seed[part][name] for seed in found["seeds"].values()]
             right.plot(values, [y] * len(values), "o", color="#c2410c", markersize=4, alpha=0.6, markeredgewidth=0)
         right.set_yticks(range(len(names)), list(names.values()))
+        right.invert_yaxis()
         right.set_xlim(-0.03, 1.03)
-        right.set_xlabel("R² over the audit's concepts; a dot a world")
+        right.set_xlabel("R² of predicted with observed shifts; a dot a world")
         return svg(figure)
 
 
@@ -334,7 +339,18 @@ def page() -> str:
     return PAGE.format(body="\n".join(parts))
 
 
-# The README's table: rule of the study -> how the README calls it
+# The README's tables. Part and figure of the study, and its ceiling -> how the README calls it, and what was published
+PREDICTED = {
+    ("concepts of 4 or more", "mean disparity", BOTH): ("concepts of at least 4 latents", "0.90"),
+    ("concepts", "mean disparity", BOTH): ("all concepts, most of them single latents", ""),
+    ("concepts", ODDS, BOTH): ("the same, by log-odds from the start model's rates", ""),
+    ("prompt view, inside, reported", "r2", "noise_ceiling_both_r2"): (
+        "response clusters in prompts of a prompt cluster, reported hypotheses",
+        "0.58",
+    ),
+    ("prompt view, inside, tested", "r2", "noise_ceiling_both_r2"): ("the same, all tested cells", ""),
+}
+# Rule of the study -> how the README calls it
 SHOWN = {
     "shape_reward, text rule, auto": "`shape_reward`, strength fitted on the pairs",
     "mask_tokens, decision tokens": "`mask_tokens` where the habit is decided",
@@ -351,6 +367,17 @@ SHOWN = {
 def signed(value: float) -> str:
     """A difference with its sign, minus as a minus."""
     return f"{value:+.1f}".replace("-", "−")
+
+
+def prediction_table() -> str:
+    """The README's table of predictions."""
+    lines = ["| | R² | most that the noise allows | published |", "|---|---|---|---|"]
+    seeds = read("prediction")["seeds"].values()
+    for (part, name, ceiling), (called, published) in PREDICTED.items():
+        values, most = ([seed[part][key] for seed in seeds] for key in (name, ceiling))
+        found = f"{np.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+        lines.append(f"| {called} | {found} | {np.median(most):.2f} | {published} |".replace("|  |", "| |"))
+    return "\n".join(lines)
 
 
 def verbs_table() -> str:
@@ -370,10 +397,12 @@ def verbs_table() -> str:
 
 
 def readme(text: str) -> str:
-    """The README with its table as the results have it."""
-    marks = r"(<!-- verbs -->\n).*?(\n<!-- end -->)"
-    assert re.search(marks, text, re.DOTALL), "README.md has lost the marks of its table"
-    return re.sub(marks, lambda found: found[1] + verbs_table() + found[2], text, flags=re.DOTALL)
+    """The README with its tables as the results have them."""
+    for name, table in (("prediction", prediction_table()), ("verbs", verbs_table())):
+        marks = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
+        assert re.search(marks, text, re.DOTALL), f"README.md has lost the marks of its table of {name}"
+        text = re.sub(marks, lambda found, table=table: found[1] + table + found[2], text, flags=re.DOTALL)
+    return text
 
 
 def main() -> None:
