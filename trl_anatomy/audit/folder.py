@@ -388,7 +388,7 @@ def _read_table(file: Path, schema: pa.Schema, hashes: Mapping[str, str], n_rows
         content = file.read_bytes()
         table = pq.read_table(pa.BufferReader(content))
         table.validate(full=True)  # also that its texts are UTF-8
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: names of columns
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise AnatomyError(
             f"{name}: truncated or damaged ({reason}). Run the audit again; it resumes from the harvest."

@@ -92,7 +92,9 @@ def hypotheses_of(
     found = table.filter(pa.array(fit))
     score = {view: _scores(audit, view)[pair] for view in set(found["view"].to_pylist())}
     contribution = [
-        (score[h["view"]][int(h["concept"][1:]) - 1] - h["mean_out"]) / h["n_in"]
+        None  # nothing is outside
+        if h["mean_out"] is None
+        else (score[h["view"]][int(h["concept"][1:]) - 1] - h["mean_out"]) / h["n_in"]
         for h in found.select(["view", "concept", "mean_out", "n_in"]).to_pylist()
     ]
     return found.append_column("contribution", pa.array(contribution, pa.float64()))

@@ -461,7 +461,7 @@ def _with_last_user_text(row: Mapping[str, Any], text: str) -> dict[str, Any]:
     for message in reversed(messages):
         if message["role"] == "user":
             content = message["content"]
-            if isinstance(content, str):
+            if content is None or isinstance(content, str):
                 message["content"] = text
             else:
                 message["content"] = [part if part.get("text") is None else {**part, "text": text} for part in content]
