@@ -14,10 +14,22 @@ def test_losses_page_is_the_table_of_the_refusals():
     assert verb_table() in page
 
 
-def test_readme_links_lead_somewhere():
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-            assert (ROOT / target).exists(), f"{page.name}: {target}"
+def test_links_lead_somewhere():
+    """Also to a heading, where one is named."""
+    pages = [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        ROOT / "benchmarks/README.md",
+        ROOT / "recipes/README.md",
+    ]
+    for page in pages:
+        for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", page.read_text()):
+            to = page.parent / target if target else page
+            assert to.exists(), f"{page.name}: {target}"
+            if heading:
+                titles = re.findall(r"(?m)^#+ (.*)$", to.read_text())
+                anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+                assert heading in anchors, f"{page.name}: {target}#{heading}"
 
 
 def test_sections_that_docstrings_name_are_on_the_method_page():
