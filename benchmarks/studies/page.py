@@ -185,6 +185,30 @@ def rows_figure(*columns: str) -> Callable[[dict[str, Any]], str]:
     return figure_of
 
 
+def frontier_figure(found: dict[str, Any]) -> str:
+    """Wanted refusals against right answers, everywhere and with a gate, by strength."""
+    with drawn(9, 4, len(found["seeds"]), sharey=True) as (figure, panels):
+        for axes, (seed, of) in zip(panels, found["seeds"].items(), strict=True):
+            rows = {name: row for name, row in of["rows"].items() if name != "start"}
+            for colour, gated in (("#c2410c", False), ("#1d4ed8", True)):
+                line = [row for name, row in rows.items() if ("in the topic" in name) == gated or name == "plain DPO"]
+                line.sort(key=lambda row: abs(row["strength"] or 0))
+                x = [100 * row["right answers in the others"] for row in line]
+                y = [100 * row["in the topic"] for row in line]
+                axes.plot(x, y, "o-", color=colour, label="in the topic only" if gated else "everywhere")
+                for row, at in zip(line, zip(x, y, strict=True), strict=True):
+                    text = "plain DPO" if row["strength"] is None else f"{abs(row['strength']):.1f}"
+                    axes.annotate(text, at, fontsize=7, xytext=(5, 4), textcoords="offset points")
+            start = of["rows"]["start"]
+            place = 100 * start["right answers in the others"], 100 * start["in the topic"]
+            axes.plot(*place, "s", color="#6b7280", label="start model")
+            axes.set_title(f"world {seed}", fontsize=9)
+            axes.set_xlabel("right answers in the other topics, percent")
+        panels[0].set_ylabel("refusals where they are wanted, percent")
+        panels[0].legend(frameon=False, fontsize=8, loc="lower left")
+        return svg(figure)
+
+
 TOPICAL = rows_figure("in the topic", "in the others", "right answers")
 
 
@@ -278,6 +302,12 @@ FIGURES: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
         "Refusals stand in place of an answer: in the topic in which they are wanted, and in the others, where they "
         "are over-refusals; and right answers in the others.",
         rows_figure("in the topic", "in the others", "right answers in the others"),
+    ),
+    (
+        "Strength against right answers",
+        "refusals",
+        "The same: a line joins rules of growing strength, from plain DPO on.",
+        frontier_figure,
     ),
     (
         "Reward models",
