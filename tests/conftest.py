@@ -10,10 +10,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import random
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm.std import tqdm
+
+# tqdm's own lock is shared between processes: one that is killed while it draws a bar keeps it, and every other waits for
+# ever. Set here, before any subclass of tqdm makes one for itself, this one is theirs too.
+tqdm.set_lock(threading.RLock())
 
 # `accelerate launch` with two processes of a CPU: its own `--cpu` starts one, and `--multi_gpu` asks for no GPU where
 # ACCELERATE_USE_CPU is set. Port 0 is a free one.

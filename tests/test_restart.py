@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from audit_files import config_for, digests, write_inputs
-from tqdm import tqdm
+from tqdm.std import tqdm
 
 from trl_anatomy.audit import run
 from trl_anatomy.audit.config import AuditConfig
@@ -24,7 +24,7 @@ def in_a_process(work: Callable[[], None]) -> int:
     if child == 0:
         status = 1
         try:
-            tqdm.set_lock(threading.RLock())  # its own is shared between processes, and stays locked by a killed one
+            tqdm.set_lock(threading.RLock())  # another thread may have held the lock when this process began
             work()
             status = 0
         except BaseException:
