@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from tqdm.std import tqdm
 
-# tqdm's own lock is shared between processes: one that is killed while it draws a bar keeps it, and every other waits for
-# ever. Set here, before any subclass of tqdm makes one for itself, this one is theirs too.
+# tqdm's own lock is shared between processes: one that is killed while it draws a bar keeps it, and every other waits
+# for ever. Set here, before any subclass of tqdm makes one for itself, this one is theirs too.
 tqdm.set_lock(threading.RLock())
 
 # `accelerate launch` with two processes of a CPU: its own `--cpu` starts one, and `--multi_gpu` asks for no GPU where
