@@ -154,6 +154,7 @@ def compare(
     tau = settings["tau"]
     features = [np.asarray(row["features"], dtype=np.int64) for row in concepts]
     predicted = np.array([row["predicted"] for row in concepts], dtype=np.float64)
+    fired = [fired_counts(audit.harvest, side, tau) for side in ("chosen", "rejected")]
     control = _random_features(audit.harvest, features, tau, seed)
     control_predicted = _mean_disparity(audit.harvest, control, tau)
     disparity, _ = audit.disparity()
@@ -190,7 +191,9 @@ def compare(
                 partial(_tilted, disparity, start, pairs.prompt_groups), observed[name], pairs.prompt_groups
             ),
             "odds_r2": _by_start_model(
-                partial(_by_odds, audit.harvest, read, features, tau), observed[name], pairs.prompt_groups
+                partial(_by_odds, fired, audit.harvest.n_pairs, read, features, tau),
+                observed[name],
+                pairs.prompt_groups,
             ),
             "baselines_r2": {
                 measure: None
@@ -444,13 +447,19 @@ def _tilted(u: np.ndarray, start: np.ndarray, prompt_groups: np.ndarray, rows: n
 
 
 def _by_odds(
-    pairs: Harvest, rollouts: Harvest, features: Sequence[np.ndarray], tau: float, rows: np.ndarray
+    fired: Sequence[np.ndarray],
+    n_pairs: int,
+    rollouts: Harvest,
+    features: Sequence[np.ndarray],
+    tau: float,
+    rows: np.ndarray,
 ) -> np.ndarray:
+    """(K,) shift by log-odds; `fired` are the counts of chosen and of rejected, which are the same for all models."""
     from ..audit.predict import concept_means, odds_shift
 
-    chosen, rejected = (fired_counts(pairs, side, tau) for side in ("chosen", "rejected"))
+    chosen, rejected = fired
     start = fired_counts(rollouts, "rejected", tau, rows) / rows.sum()
-    return concept_means(odds_shift(chosen, rejected, pairs.n_pairs, start), features)
+    return concept_means(odds_shift(chosen, rejected, n_pairs, start), features)
 
 
 def _by_start_model(
