@@ -53,13 +53,19 @@ PR_SET_PDEATHSIG = 1
 
 
 def half_written(folder: Path) -> set[str]:
-    """Files that are being written under a name of their own."""
-    return {path.name.split(".partial")[0] for path in folder.rglob("*.partial")}
+    """Files that are being written under a name of their own.
+
+    The work renames and removes folders while this looks: `os.walk` passes over one that is gone, where pathlib raises.
+    """
+    found = (name for _, folders, files in os.walk(folder) for name in (*folders, *files))
+    return {name.split(".partial")[0] for name in found if name.endswith(".partial")}
 
 
 def half_checkpoints(folder: Path) -> set[str]:
+    made = next(os.walk(folder / "out"), ("", [], []))[1]
+    begun = {name for name in made if name.startswith("checkpoint-")}
     return half_written(folder) | {
-        path.name for path in folder.glob("out/checkpoint-*") if not (path / "trainer_state.json").is_file()
+        name for name in begun if not (folder / "out" / name / "trainer_state.json").is_file()
     }
 
 
