@@ -12,6 +12,7 @@ import pytest
 import torch
 from audit_world import HABITS, make_audit, make_world
 from datasets import Dataset, DatasetDict
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from trl_anatomy.audit import run
 from trl_anatomy.audit.config import AuditConfig
@@ -156,6 +157,26 @@ def test_an_interrupted_write_leaves_an_unfinished_folder(copy, made, monkeypatc
         write_audit(copy, made.info, made.hypotheses, made.concepts, made.pairs)
     with pytest.raises(AnatomyError, match="the audit is not finished"):
         load_audit(copy)
+
+
+def test_the_number_of_threads_changes_nothing(world):
+    """With two threads some products end in other digits, on some processors."""
+    config, threads, found = AuditConfig(n_contexts=4, bootstrap=200), set(), []
+
+    def blas_threads():
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    def texts(i):
+        threads.update(blas_threads())
+        return tuple(world.texts[i][side] for side in ("prompt", "chosen", "rejected"))
+
+    for given in (1, 2):
+        with threadpool_limits(given, user_api="blas"):
+            found.append(run.analyse(world, config, texts))
+            assert blas_threads() == {given}
+    assert threads == {1}
+    assert found[0].concepts.equals(found[1].concepts)
+    assert found[0].hypotheses.equals(found[1].hypotheses)
 
 
 def test_pairs_of_one_prompt_are_taken_together(world):

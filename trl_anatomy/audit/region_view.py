@@ -15,7 +15,7 @@ from scipy import sparse
 from ..errors import AnatomyError
 from .communities import find_communities
 from .config import AuditConfig
-from .findings import Findings, shared_prompts, timed
+from .findings import Findings, one_blas_thread, shared_prompts, timed
 from .labels import member_terms
 from .predict import CO_FIRING, CONCEPTS, LETTERS, NO_PAIRS, telling_rows
 from .prompt_view import TOP_SHARE, find_geometry, prompt_scores, top_pairs
@@ -85,6 +85,7 @@ def region_table(
     return table.set_column(table.column_names.index("lean"), "lean", pa.array(lean, pa.string()))
 
 
+@one_blas_thread
 def analyse_regions(read: "Harvest", config: AuditConfig, rows: "Pairs") -> "Findings":
     """Communities of responses, regions of the corpus, and the tests of one against the other. Needs no model.
 

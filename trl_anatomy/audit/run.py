@@ -16,7 +16,7 @@ from ..reading.storage import listed, local, url_of
 from . import stats
 from .communities import find_communities
 from .config import AuditConfig
-from .findings import Findings, shared_prompts, timed
+from .findings import Findings, one_blas_thread, shared_prompts, timed
 from .folder import Audit, load_audit, pairs_table, write_audit
 from .labels import distinctive_terms, group_terms, member_terms
 from .maps import map_places
@@ -323,6 +323,7 @@ def _conclude(
     write_report(audit, raw)
 
 
+@one_blas_thread
 def analyse(
     read: "Harvest",
     config: AuditConfig,
