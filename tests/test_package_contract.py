@@ -4,8 +4,9 @@ TRL's are in `test_trl_contract.py`.
 """
 
 import inspect
+import types
 from importlib import import_module
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import pytest
 
@@ -23,6 +24,10 @@ SEAMS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "PreTrainedTokenizerBase.apply_chat_template": ("conversation", "add_generation_prompt"),
         "ProcessorMixin": None,
         "Trainer.training_step": ("model", "inputs", "num_items_in_batch"),
+        "Trainer._prepare_inputs": ("inputs",),
+        "integrations.deepspeed._hf_deepspeed_config_weak_ref": None,
+        "integrations.deepspeed.set_hf_deepspeed_config": (),
+        "integrations.deepspeed.unset_hf_deepspeed_config": (),
         "TrainerCallback.on_train_begin": ("args", "state", "control"),
         "TrainerCallback.on_log": ("args", "state", "control"),
         "LlamaModel.forward": ("input_ids", "attention_mask", "position_ids", "use_cache"),
@@ -90,3 +95,43 @@ def test_seams_are_where_they_were(package: str, name: str) -> None:
 def test_a_moved_seam_is_named() -> None:
     with pytest.raises(pytest.fail.Exception, match=r"transformers moved the seam Trainer\.no_such_step"):
         found("transformers", "Trainer.no_such_step")
+
+
+def test_models_are_loaded_whole_though_zero3_is_on() -> None:
+    """transformers asks `is_deepspeed_zero3_enabled`; afterwards it hears what it heard before."""
+    from transformers.integrations import deepspeed as glue
+
+    from trl_anatomy.trainers.zero import loaded_whole
+
+    class Settings:
+        def is_zero3(self) -> bool:
+            return True
+
+    with loaded_whole():
+        pass
+    assert not glue.is_deepspeed_zero3_enabled()
+    settings = Settings()  # transformers holds it weakly
+    glue.set_hf_deepspeed_config(settings)
+    try:
+        with loaded_whole():
+            assert not glue.is_deepspeed_zero3_enabled()
+        assert glue.is_deepspeed_zero3_enabled()
+    finally:
+        glue.unset_hf_deepspeed_config()
+
+
+def test_what_zero_init_leaves_behind_is_undone() -> None:
+    from torch import nn
+
+    from trl_anatomy.trainers.zero import undo_leftover
+
+    of = TypeVar("of")
+    undo_leftover()  # finds nothing
+    nn.Module.__init_subclass__ = nn.Module.__init_subclass__  # how `deepspeed.zero.Init` ends
+    try:
+        with pytest.raises(AttributeError, match="__parameters__"):
+            types.new_class("Broken", (nn.Module, Generic[of]))[int]
+    finally:
+        undo_leftover()
+    assert "__init_subclass__" not in vars(nn.Module)
+    assert types.new_class("Whole", (nn.Module, Generic[of])).__parameters__ == (of,)

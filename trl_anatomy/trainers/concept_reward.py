@@ -23,6 +23,7 @@ from ..shaping.located import PolicyError
 from ..shaping.plan import plan_policy
 from ..shaping.policy import ConceptPolicy
 from ..shaping.resolve import check_policy
+from .zero import loaded_whole, undo_leftover
 
 if TYPE_CHECKING:
     from ..audit.folder import Audit
@@ -82,6 +83,7 @@ class ConceptReward:
         from ..audit.folder import load_audit
         from ..audit.reopen import reopen
 
+        undo_leftover()
         self.policy = policy = ConceptPolicy.load(concept_policy)
         if not policy:
             raise AnatomyError("concept_policy has no rules; leave ConceptReward out.")
@@ -97,7 +99,8 @@ class ConceptReward:
             self._tokenizer = source.tokenizer
         self._model: Any = None
         if hidden:
-            self._model = source.model if model is None and source is not None else _own(model)
+            with loaded_whole():
+                self._model = source.model if model is None and source is not None else _own(model)
             self._model.eval().requires_grad_(False)
         self.scorers: dict[str, Scorer] = policy.scorers(audit=found, model=self._model)
 

@@ -45,6 +45,7 @@ from .seams import (
     TURN,
     WEIGHT,
 )
+from .zero import gathered, in_parts, loaded_whole, undo_leftover
 
 if TYPE_CHECKING:
     from ..audit.config import AuditConfig
@@ -137,7 +138,7 @@ class Start:
     """The start model and its tokenizer, as the trainer is going to have them; frozen, and freed on leaving.
 
     A model given as a path is loaded only when something reads hidden states; one given as an instance is used as it
-    is (adapters too), in eval mode.
+    is (adapters too), in eval mode. Under ZeRO-3 both are whole meanwhile.
     """
 
     def __init__(self, arguments: Mapping[str, Any], config: Any) -> None:
@@ -204,9 +205,12 @@ class Start:
                 init["device_map"] = None
             init.setdefault("trust_remote_code", config.trust_remote_code)
             init.pop("num_labels", None)
-            model = create_model_from_path(model, **init)
+            with loaded_whole():
+                model = create_model_from_path(model, **init)
         placed = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
-        if not placed and distributed in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        if in_parts(model):
+            self._stack.enter_context(gathered(model))
+        elif not placed and distributed in ("NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED"):
             model = model.to(config.device)
         self._stack.enter_context(frozen(model))
         return model
@@ -265,6 +269,7 @@ def prepare(
     from ..shaping.policy import ConceptPolicy
     from ..shaping.resolve import check_policy
 
+    undo_leftover()
     policy = ConceptPolicy.load(concept_policy)
     if not policy and audit is None:
         return Prepared()
