@@ -53,6 +53,7 @@ COLUMNS = (
 ROW = "anatomy_row"  # int: the raw row, while TRL precomputes the reference and the plan is not yet there
 _KEPT = {"chosen_ids": CHOSEN_KEPT, "rejected_ids": REJECTED_KEPT}
 _NUMBERS = (CHOSEN_OFFSET, REJECTED_OFFSET, CONCEPT_GAPS, WEIGHT, STEERING)
+_STORED = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's, where it precomputes the reference
 
 # Batch keys that the collator makes of them; the batch is chosen rows, then rejected rows: 2 * batch
 WHOLE_MASK = "anatomy_completion_mask"  # TRL's completion mask, where the batch carries a thinner one
@@ -213,6 +214,15 @@ class ShapedSeams(WholeCheckpoints):
         if self._acts:
             missing = [name for name in COLUMNS if name not in self._signature_columns]
             self._signature_columns = self._signature_columns + missing
+
+    def _prepare_inputs(self, inputs: Mapping[str, Any]) -> Any:
+        prepared = super()._prepare_inputs(inputs)  # type: ignore[misc]
+        # Under DeepSpeed the Trainer casts every number of a batch to the type of the weights; in bfloat16 a stored
+        # log-probability of -300 would be off by up to 1.
+        for name in (*_NUMBERS, *_STORED) if self._acts else ():
+            if name in inputs:
+                prepared[name] = inputs[name].to(prepared[name].device)
+        return prepared
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         with nullcontext() if self._hidden is None else self._hidden.step(self.model):  # type: ignore[attr-defined]
