@@ -57,16 +57,13 @@ def check_hidden(rules: Sequence[Any], config: Any, peft_config: Any) -> None:
             "are edited; use LoRA, or train the model itself."
         )
     if any(getattr(rule, "from_", None) == "gradient" for rule in hidden):
-        # Set by the trainer's config, or by accelerate, whose launcher tells it by the environment and a plugin
+        # Set by the trainer's config, or by accelerate, whose launcher tells it by the environment. (ZeRO-3 gathers
+        # parameters for the backward pass: hooks see whole gradients there.)
         by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-        plugin = getattr(config, "deepspeed_plugin", None)
-        zero = getattr(config, "hf_deepspeed_config", None) or getattr(plugin, "hf_ds_config", None)
-        fsdp = getattr(config, "fsdp", None) or by_launcher
-        sharded = "FSDP" if fsdp else "ZeRO-3" if zero is not None and zero.is_zero3() else ""
-        if sharded:
+        if getattr(config, "fsdp", None) or by_launcher:
             raise AnatomyError(
-                f"project_out with from: gradient cannot act under {sharded}, where a rank sees parts of a gradient "
-                "only; train without sharded parameters, or project out of hidden states."
+                "project_out with from: gradient cannot act under FSDP, where a rank sees parts of a gradient only; "
+                "train with DDP or DeepSpeed, or project out of hidden states."
             )
 
 
