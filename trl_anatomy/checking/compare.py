@@ -126,7 +126,6 @@ def compare(
     from ..audit.reopen import reopen
     from ..reading.fingerprint import model_fingerprint
     from ..reading.harvest import harvest
-    from ..reading.sae import load_sae
     from ..reading.spans import read_pairs
     from .prompt_shift import prompt_view_agreement
 
@@ -141,6 +140,7 @@ def compare(
             f"--before is {_name(before)}, which is not the model that was audited "
             f"({audit.info['model']['name']}): give that one, or audit this one."
         )
+    sae = audit.load_sae(next(start_model.parameters()).device)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(_name(before))
     make_folder(out := local(out))
@@ -165,7 +165,6 @@ def compare(
     except AnatomyError:  # in memory, or not there any more: only two baselines need the pairs
         audited = None
     baselines = cheap_predictions(audit, audited, start_model, rules, seed=seed)
-    sae = load_sae(audit.info["sae"]["source"], device=str(next(start_model.parameters()).device))
     observed: dict[str, np.ndarray] = {}
     agreements: dict[str, dict[str, Any]] = {}
     for name in after:

@@ -148,6 +148,13 @@ class _Loaded:
             self._saes[key] = load_sae(source, device=self.device)
         return self._saes[key]
 
+    def sae_of(self, audit: "Audit") -> "SAE":
+        """The SAE of an audit, which it checks to be the one that it was made with."""
+        key = f"{audit.info['sae']['source']} {audit.info['sae']['fingerprint']}"
+        if key not in self._saes:
+            self._saes[key] = audit.load_sae(self.device)
+        return self._saes[key]
+
     def audit(self, path: str | None) -> "Audit":
         if path is None:
             if self.audit_in_use is None:
@@ -174,7 +181,7 @@ def _scorer(spec: ConceptSpec, loaded: _Loaded) -> Any:
     if spec.cluster is not None:
         audit = loaded.audit(spec.audit)
         features, layer = audit.features(spec.cluster).tolist(), audit.info["sae"]["layer"]
-        sae = loaded.sae(audit.info["sae"]["source"])
+        sae = loaded.sae_of(audit)
     else:
         features, sae, layer = list(spec.features or ()), loaded.sae(spec.sae or {}), spec.layer
         if layer is not None and sae.layer is not None and layer != sae.layer:
