@@ -654,9 +654,10 @@ def _compare(argv: list[str]) -> int:
     args = parser.parse_args(argv)
 
     from .audit.folder import load_audit
-    from .checking.compare import compare, comparison_report, prompts_for
+    from .checking.compare import compare, comparison_report, names_of, prompts_for
     from .reading.storage import local, shown
 
+    after = names_of(args.after)
     with redirect_stdout(sys.stderr):  # as in plan
         audit = load_audit(args.audit)
         audit.check_kind("compare")
@@ -665,7 +666,7 @@ def _compare(argv: list[str]) -> int:
         comparison = compare(
             audit,
             args.before,
-            {Path(path).name: path for path in args.after},
+            after,
             prompts,
             out=out,
             max_new_tokens=args.max_new_tokens,
