@@ -129,15 +129,23 @@ def test_all_that_does_not_fit_is_told_at_once(folder: Path, audit: Audit) -> No
         {"explain_away": "a", **shape},
         {"explain_away": "b", **shape, "where": {"column": "topics", "equals": 1}},
         {"explain_away": "c", **shape, "where": {"data": "B77"}},
+        {"explain_away": "c", **shape, "where": {"prompts": "A77"}},
     )
     with pytest.raises(PolicyError) as caught:
         check_policy(found, audit, tiny_config("llama"), ["prompt", "topic"])
-    starts = ("2: concepts.a.layer", "3: concepts.b", "7: rules[1].where.column", "8: rules[2].where.data")
+    starts = (
+        "2: concepts.a.layer",
+        "3: concepts.b",
+        "7: rules[1].where.column",
+        "8: rules[2].where.data",
+        "9: rules[3].where.prompts",
+    )
     assert len(caught.value.problems) == len(starts)
     for problem, start in zip(caught.value.problems, starts, strict=True):
         assert problem.startswith(f"{folder}/policy.yaml:{start}"), problem
     assert "Did you mean 'topic'?" in caught.value.problems[2]
     assert "found context 'B77'" in caught.value.problems[3]
+    assert "found context 'A77'" in caught.value.problems[4]
 
 
 def test_a_cluster_of_an_sae_that_has_changed_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -84,12 +84,14 @@ def _gate_problems(
 ) -> list[str]:
     if where.column is not None and columns is not None and where.column not in columns:
         return [_no_column(policy, f"{path}.column", where.column, columns)]
-    if where.data is not None:
-        place = policy.place(f"{path}.data")
+    for key, context in (("data", where.data), ("prompts", where.prompts)):
+        if context is None:
+            continue
+        place = policy.place(f"{path}.{key}")
         if audit is None:
-            return [f"{place}: found {where.data!r}, a context of an audit, but no audit was given."]
+            return [f"{place}: found {context!r}, a context of an audit, but no audit was given."]
         try:
-            audit.rows_in(where.data)
+            audit.rows_in(context)
         except AnatomyError as error:
             return [f"{place}: {error}"]
     return []
