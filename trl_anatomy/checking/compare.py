@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import AnatomyError
-from ..reading.files import make_folder, remove_partial, write_atomically
+from ..reading.files import make_folder, remove_partial, without_nan, write_atomically
 from ..reading.storage import fetch, local
 from ..trainers.card import put_comparison
 from .rates import TEXT_RULES, rate_interval, recovery, rule_hits, word_counts
@@ -271,7 +270,7 @@ def compare(
             name: _means_with_intervals(word_counts(texts)[:, None], prompt_of)[0] for name, texts in responses.items()
         },
     }
-    result = _known(result)
+    result = without_nan(result)
     write_atomically(out / "compare.json", json.dumps(result, indent=2).encode())
     write_comparison(result, out / PAGE)
     for name, model in after.items():
@@ -396,15 +395,6 @@ def _product(a: float | None, b: float | None) -> float | None:
 
 def _between(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f"[{low:+.3f},{high:+.3f}]"
-
-
-def _known(value: Any) -> Any:
-    """The value with None for numbers that are not known: JSON has no NaN."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _known(item) for key, item in value.items()}
-    return [_known(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _shown(value: float | None) -> str:
