@@ -130,6 +130,28 @@ def test_several_responses_to_a_prompt_are_not_as_many_prompts(root: Path, audit
     np.testing.assert_allclose(repeated["words"]["out"], once["words"]["out"])
 
 
+def test_an_audit_that_was_moved_without_what_it_was_made_of_says_what_is_missing(
+    root: Path, tmp_path: Path, audit: Audit, capsys: Any
+) -> None:
+    """On another machine: which file of which audit, not only that some file is not there."""
+    shutil.copytree(audit.path, tmp_path / "audit")
+    info = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    info["settings"]["dataset"] = str(tmp_path / "gone.jsonl")
+    info["sae"]["source"] = {"path": str(tmp_path / "no-sae")}
+    (tmp_path / "audit" / "audit.json").write_text(json.dumps(info))
+    assert main(["report", "--audit", str(tmp_path / "audit")]) == 2
+    told = capsys.readouterr().err
+    assert f"{tmp_path / 'audit'}: the dataset of the audit is needed again" in told
+    assert "gone.jsonl: no such file. Put it back there" in told
+    words = ["--before", str(root / "model"), "--after", str(root / "one" / "out")]
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": PROMPTS[0]}))
+    moved = ["compare", "--audit", str(tmp_path / "audit"), "--prompts", str(tmp_path / "prompts.jsonl")]
+    assert main([*moved, *words]) == 2
+    told = capsys.readouterr().err
+    assert f"{tmp_path / 'audit'}: the SAE of the audit is needed again" in told
+    assert "no-sae" in told
+
+
 def test_an_sae_that_has_changed_is_refused_before_anything_is_sampled(
     root: Path, audit: Audit, tmp_path: Path
 ) -> None:

@@ -213,7 +213,10 @@ class Audit:
         from ..reading.sae import load_sae
 
         said = self.info["sae"]
-        sae = load_sae(said["source"], device=device)
+        try:
+            sae = load_sae(said["source"], device=device)
+        except AnatomyError as error:
+            raise AnatomyError(f"{self.name}: the SAE of the audit is needed again. {error}") from error
         if sae.fingerprint != said["fingerprint"]:
             raise AnatomyError(
                 f"{self.name}: the SAE at {':'.join(said['source'].values())} has changed since the audit, so its "
