@@ -346,6 +346,7 @@ def test_bad_input_is_told_before_the_pass(setup, tmp_path):
     refused("unknown kind of file", dataset=str(tmp_path / "pairs.csv"))
     refused("tokenizer cannot be loaded", model=str(tmp_path / "nothing"))
     refused("layer is 0, but the SAE", layer=0)
+    refused("setting device: found 'bananas', which cannot be used here", device="bananas")
     (tmp_path / "pairs.jsonl").write_text('{"question": "a", "good": "b"}\n')
     refused("no column 'chosen'", dataset=str(tmp_path / "pairs.jsonl"))
     (tmp_path / "empty.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": " "}\n')
@@ -369,3 +370,16 @@ def test_datasets_are_read_from_files_and_folders(tmp_path):
     assert len(rows(tmp_path / "two", dataset_split="test")) == 1
     with pytest.raises(AnatomyError, match="found splits train, test, not 'validation'"):
         rows(tmp_path / "two", dataset_split="validation")
+
+
+@pytest.mark.parametrize("setting", [{"dataset_split": "test"}, {"dataset_subset": "maths"}])
+def test_a_split_of_what_has_none_is_refused(tmp_path, setting):
+    """All of a file, where its test split is asked for, would be another audit than the one that was wanted."""
+    data = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3)
+    data.to_json(tmp_path / "d.jsonl")
+    data.save_to_disk(tmp_path / "one")
+    for path in ("d.jsonl", "one"):
+        with pytest.raises(
+            AnatomyError, match=rf"setting {next(iter(setting))}: found .*{path} is a .*, which has none"
+        ):
+            run.load_dataset(AuditConfig(dataset=str(tmp_path / path), **setting))

@@ -1,5 +1,7 @@
 """What the command line refuses, and what it prints, before any model is loaded."""
 
+import json
+import os
 import subprocess
 import sys
 
@@ -45,6 +47,72 @@ def test_a_misspelt_key_of_a_recipe_is_refused(command, tmp_path, capsys):
     error = refused(capsys, command, "--config", str(recipe))
     assert "learning_rat" in error
     assert "did you mean" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("policy.yaml", "'policy.yaml'"),
+        ("-concept_policy policy.yaml", "'-concept_policy'"),
+        ("--num_processes 1 policy.yaml", "'policy.yaml'"),
+    ],
+)
+@pytest.mark.parametrize("command", ["dpo", "reward"])
+def test_a_word_that_nothing_reads_is_refused(command, words, told, tmp_path, capsys):
+    """A policy that lost its --concept_policy would be as if it were not there."""
+    needed = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", str(tmp_path), "--bf16", "false"]
+    assert f"{told} on the command line" in refused(capsys, command, *needed, *words.split())
+
+
+def test_a_word_that_an_audit_does_not_read_is_refused(capsys):
+    assert "'more' on the command" in refused(capsys, "audit", "--model", "m", "--dataset", "d", "--sae", "s", "more")
+
+
+@pytest.mark.parametrize("command", ["dpo", "reward", "audit"])
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "cannot be read"), ("a: [", "not valid YAML"), ("- a", "no options")]
+)
+def test_a_file_of_options_that_is_none(command, content, message, tmp_path, capsys):
+    file = tmp_path / "recipe.yaml"
+    if content is not None:
+        file.write_text(content)
+    error = refused(capsys, command, "--config", str(file))
+    assert str(file) in error
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(
+            f"compare --audit a --before b --after c --{words}"
+            for words in ("batch_size 0", "max_new_tokens 0", "seed -1")
+        ),
+        *(f"fit --model m --dataset d --out o --{words}" for words in ("seed -1", "max_length 0", "batch_tokens no")),
+        "demo --seed 1.5",
+    ],
+)
+def test_a_number_that_cannot_be_is_refused(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(words.split())
+    assert stopped.value.code == 2
+    assert "allowed: a whole number of at least" in capsys.readouterr().err
+
+
+def test_a_seed_that_the_statistics_cannot_take_is_refused_before_the_pass(capsys):
+    assert "seed: found -1" in refused(capsys, "audit", "--model", "m", "--dataset", "d", "--sae", "s", "--seed", "-1")
+
+
+def test_json_is_all_that_is_printed(tmp_path):
+    """Libraries print notes while they are imported, some only where W&B is offline, as on most clusters."""
+    from audit_files import config_for, write_inputs
+
+    write_inputs(tmp_path)
+    config = config_for(tmp_path, ".")
+    words = [sys.executable, "-m", "trl_anatomy.cli", "audit", "--dry_run", "--json", "--out", config.out]
+    words += ["--model", config.model, "--dataset", config.dataset, "--sae", config.sae]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "WANDB_MODE": "offline"})
+    assert json.loads(done.stdout)["pairs"] == 239
 
 
 @pytest.mark.parametrize("command", ["dpo", "reward"])

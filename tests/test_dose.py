@@ -1,6 +1,8 @@
 """Steering by a direction: what it adds where, and the curve of concept and fluency against the strength."""
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -83,6 +85,15 @@ def test_perplexity_is_the_float64_reference() -> None:
         found = perplexity(model, tokenizer, prompts, responses, batch_size=batch_size)
         assert found == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
     assert math.isnan(perplexity(model, tokenizer, ["Why?"], [""]))
+
+
+def test_a_strength_at_which_nothing_is_said_leaves_a_card_that_every_reader_takes(tmp_path: Path) -> None:
+    """JSON knows no NaN, which is the perplexity of no token."""
+    row = {"strength": 8.0, "perplexity": perplexity(tiny_model(), build_tokenizer(), ["Why?"], [""])}
+    assert math.isnan(row["perplexity"])
+    folder = DirectionScorer(torch.ones(32), LAST, card={"dose_response": [row]}).save(tmp_path)
+    written = json.loads((folder / "card.json").read_text(), parse_constant=pytest.fail)
+    assert written["dose_response"] == [{"strength": 8.0, "perplexity": None}]
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -76,6 +76,29 @@ def test_texts_are_read_without_bos_and_responses_without_their_prompt(model: An
     assert len({read(labelled(10)).fingerprint, read(labelled(11)).fingerprint, responses.fingerprint}) == 3
 
 
+def test_pairs_of_one_prompt_stay_together_wherever_it_stands() -> None:
+    """Also where the prompt is the beginning of both responses: else held-out pairs share it with those fitted on."""
+    words = ["sky", "rivers", "cat", "cheese", "air", "story", "world", "Nile", "Amazon", "time", "sat", "made"]
+    rows = [(f"Q: Tell me of {word}?\nA:", f" It is **{k}**.", f" No {k}") for word in words for k in range(2)]
+    explicit = read(
+        {"prompt": [p for p, _, _ in rows], "chosen": [c for _, c, _ in rows], "rejected": [r for *_, r in rows]}
+    )
+    implicit = read({"chosen": [p + c for p, c, _ in rows], "rejected": [p + r for p, _, r in rows]})
+    assert implicit.grouped_by == explicit.grouped_by == "prompt"
+    assert len(set(implicit.groups.tolist())) == len(set(explicit.groups.tolist())) == 12
+    assert read(labelled(20)).grouped_by == "text"
+
+
+def test_pairs_with_a_column_of_labels_are_pairs() -> None:
+    """Such a column says something else; what is read are chosen and rejected."""
+    rows = as_pairs(10)
+    plain = read(rows)
+    found = read({**rows, "label": [1] * len(rows["chosen"])})
+    assert found.fingerprint == plain.fingerprint
+    assert found.paired
+    assert (found.groups == plain.groups).all()
+
+
 def test_one_pass_reads_several_layers(model: Any) -> None:
     examples = read(as_responses(7))
     hidden, bounds = read_hidden(model, examples, [0, 2], batch_tokens=60, progress=False)

@@ -69,6 +69,23 @@ def test_wilson_interval_closed_form():
     assert all(np.isnan(rate_interval(hits[:0])))
 
 
+def test_interval_of_several_responses_to_a_prompt():
+    hits = np.array([True] * 7 + [False] * 13)
+    prompts = np.arange(20)
+    assert rate_interval(hits, groups=prompts) == rate_interval(hits)
+    # The same responses four times over, prompt by prompt, tell nothing more; drawn anew for each they would.
+    four = rate_interval(np.repeat(hits, 4), groups=np.repeat(prompts, 4))
+    assert four[0] == pytest.approx(0.35)
+    # 20 prompts with the correction G/(G-1) of the variance between them: 19 by themselves.
+    n, p, z = 19, 0.35, 1.959963984540054
+    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    assert (four[2] - four[1]) / 2 == pytest.approx(half)
+    mixed = rate_interval(np.tile(hits, 4), groups=np.repeat(np.arange(40), 2))
+    assert mixed[2] - mixed[1] < 0.7 * (four[2] - four[1])
+    low, high = rate_interval(np.ones(40, bool), groups=np.repeat(np.arange(10), 4))[1:]
+    assert (low, high) == pytest.approx(rate_interval(np.ones(10, bool))[1:])
+
+
 def test_recovery():
     assert recovery(0.3, 0.9, 0.9) == 0
     assert recovery(0.3, 0.9, 0.3) == pytest.approx(1)

@@ -1,6 +1,7 @@
 """A policy meets models, SAEs, directions, audits and datasets."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from reading_world import build_tokenizer, dataset, tiny_config, tiny_model, tin
 
 from trl_anatomy.audit.folder import Audit, load_audit
 from trl_anatomy.errors import AnatomyError
+from trl_anatomy.reading.sae import load_sae
 from trl_anatomy.reading.score import score_pairs
 from trl_anatomy.reading.scorers.direction import DirectionScorer
 from trl_anatomy.reading.spans import read_pairs
@@ -32,7 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     DirectionScorer(torch.arange(32.0), 1, "mean").save(folder / "direction")
     DirectionScorer(torch.arange(8.0), 9).save(folder / "odd")
     audit = make_audit(folder / "audit", make_world(600))
-    audit.info["sae"] |= {"source": {"path": str(folder / "sae")}, "layer": LAYER}
+    made_with = {"source": {"path": str(folder / "sae")}, "fingerprint": load_sae(folder / "sae").fingerprint}
+    audit.info["sae"] |= {**made_with, "layer": LAYER}
     (folder / "audit" / "audit.json").write_text(json.dumps(audit.info))
     return folder
 
@@ -126,15 +129,41 @@ def test_all_that_does_not_fit_is_told_at_once(folder: Path, audit: Audit) -> No
         {"explain_away": "a", **shape},
         {"explain_away": "b", **shape, "where": {"column": "topics", "equals": 1}},
         {"explain_away": "c", **shape, "where": {"data": "B77"}},
+        {"explain_away": "c", **shape, "where": {"prompts": "A77"}},
     )
     with pytest.raises(PolicyError) as caught:
         check_policy(found, audit, tiny_config("llama"), ["prompt", "topic"])
-    starts = ("2: concepts.a.layer", "3: concepts.b", "7: rules[1].where.column", "8: rules[2].where.data")
+    starts = (
+        "2: concepts.a.layer",
+        "3: concepts.b",
+        "7: rules[1].where.column",
+        "8: rules[2].where.data",
+        "9: rules[3].where.prompts",
+    )
     assert len(caught.value.problems) == len(starts)
     for problem, start in zip(caught.value.problems, starts, strict=True):
         assert problem.startswith(f"{folder}/policy.yaml:{start}"), problem
     assert "Did you mean 'topic'?" in caught.value.problems[2]
     assert "found context 'B77'" in caught.value.problems[3]
+    assert "found context 'A77'" in caught.value.problems[4]
+
+
+def test_a_cluster_of_an_sae_that_has_changed_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Latent 3 of an SAE that was trained again is another one: acting on it would explain away something else."""
+    shutil.copytree(folder / "audit", tmp_path / "audit")
+    (tmp_path / "sae").mkdir()
+    info = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    info["sae"]["source"] = {"path": str(tmp_path / "sae")}
+    (tmp_path / "audit" / "audit.json").write_text(json.dumps(info))
+    found = policy(tmp_path, {"x": GOOD["cluster"]})
+    shutil.copytree(folder / "sae", tmp_path / "sae", dirs_exist_ok=True)
+    assert found.scorers()["x"].features
+    again = tiny_sae(d_sae=128, hook=f"blocks.{LAYER}.hook_resid_post", seed=1)
+    again.save_model(str(tmp_path / "sae"))
+    with pytest.raises(PolicyError, match=r"policy.yaml:2: concepts.x: .*/audit: the SAE at .*/sae has changed since"):
+        found.scorers()
+    with pytest.raises(AnatomyError, match="has changed since the audit"):
+        load_audit(tmp_path / "audit").load_sae()
 
 
 def test_what_needs_an_audit_says_so(folder: Path) -> None:

@@ -189,6 +189,20 @@ def test_habit_latents_agree_with_correlation():
     assert found["never"].phi == 0.0
 
 
+def test_generation_settings_stored_with_a_model_do_not_shape_its_rollouts(world):
+    """A model that brings `min_p` or a ban on repetition would be compared with one that does not."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(world.model_path)
+    model = AutoModelForCausalLM.from_pretrained(world.model_path, dtype=torch.float32)
+    plain = rollouts(model, tokenizer, world.prompts[:4], max_new_tokens=12)
+    for name, value in {"min_p": 0.9, "no_repeat_ngram_size": 1, "num_beams": 2, "suppress_tokens": [5, 6]}.items():
+        setattr(model.generation_config, name, value)
+        assert rollouts(model, tokenizer, world.prompts[:4], max_new_tokens=12) == plain, name
+        assert getattr(model.generation_config, name) == value
+        setattr(model.generation_config, name, None)
+
+
 def test_rollouts_follow_the_models_own_distribution_and_leave_the_random_state(world):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

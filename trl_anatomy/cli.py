@@ -87,6 +87,17 @@ def _parser(command: str, example: str) -> argparse.ArgumentParser:
     )
 
 
+def _whole(least: int) -> Callable[[str], int]:
+    """Reads a whole number of at least `least`, for argparse."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d{1,18}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"found {text!r}, allowed: a whole number of at least {least}")
+        return int(text)
+
+    return read
+
+
 # audit ---------------------------------------------------------------------------------------------------------------
 
 
@@ -126,18 +137,17 @@ def _audit(argv: list[str]) -> int:
         epilog="example: trl-anatomy audit --model M --dataset D --sae S --layer 20 --out audits/run1",
     )
     config, flags = _strict_parse(parser, argv)
-    _check_labeller(flags)
-    if flags.dry_run:
-        summary = dry_run(config)
-        print(json.dumps(summary, indent=2) if flags.json else _lines(summary))
-        return 0
-    audit = run_audit(config)
-    if not is_main_process():
-        return 0
-    if flags.label_model is not None:
-        with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr):  # some libraries print notes, which would spoil the JSON
+        _check_labeller(flags)
+        summary = dry_run(config) if flags.dry_run else None
+        audit = None if flags.dry_run else run_audit(config)
+        if audit is not None and is_main_process() and flags.label_model is not None:
             _name_concepts(audit, flags)
-    if flags.json:
+    if audit is None:
+        print(json.dumps(summary, indent=2) if flags.json else _lines(summary or {}))
+    elif not is_main_process():
+        pass
+    elif flags.json:
         print(json.dumps(audit.info, indent=2))
     elif config.data_kind == "sft":
         _print_regions(audit)
@@ -185,21 +195,60 @@ def _name_concepts(audit: Audit, flags: Any) -> None:
 
 def _strict_parse(parser: Any, argv: list[str]) -> tuple[Any, ...]:
     """Parse flags and --config, refusing what nothing reads (TRL itself passes over a misspelt key in silence)."""
-    *parsed, from_config, from_line = parser.parse_args_and_config(
-        argv, return_remaining_strings=True, separate_remaining_strings=True
-    )
-    _refuse_unknown(from_config, from_line, parser, extra=())
+    *parsed, from_config, from_line = _parsed(parser, argv)
+    _refuse_unknown(from_config, from_line, parser)
     return tuple(parsed)
 
 
-def _refuse_unknown(from_config: list[str], from_line: list[str], parser: Any, extra: Any) -> None:
+def _parsed(parser: Any, argv: list[str]) -> tuple[Any, ...]:
+    """What TRL's parser makes of flags and --config, then the words of the file, and of the line, that it did not read.
+
+    Raises:
+        AnatomyError: --config names no file of options, which TRL's parser would tell with a traceback.
+    """
+    import yaml
+
+    if "--config" in argv:
+        given = argv[argv.index("--config") + 1 :]
+        if not given:
+            raise AnatomyError("--config names no file; give the path of a YAML file.")
+        try:
+            with open(given[0], encoding="utf-8") as file:
+                found = yaml.safe_load(file)
+        except OSError as error:
+            raise AnatomyError(f"--config names '{given[0]}', which cannot be read: {error.strerror}.") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise AnatomyError(f"--config: {given[0]} is not valid YAML: {' '.join(str(error).split())}.") from None
+        if not isinstance(found, dict):
+            raise AnatomyError(f"--config: {given[0]} holds no options; write them as NAME: VALUE, one a line.")
+    return parser.parse_args_and_config(argv, return_remaining_strings=True, separate_remaining_strings=True)
+
+
+def _refuse_unknown(from_config: list[str], from_line: list[str], parser: Any, launcher: Any = None) -> None:
+    """Raise AnatomyError for a word that nobody reads: not the parser, nor the launcher, to whom it may be passed."""
     known = {option for action in parser._actions for option in action.option_strings}
-    for where, words in (("in the --config file", from_config), ("on the command line", from_line)):
-        for word in words:
-            if word.startswith("--") and word.split("=")[0] not in extra:
-                name = word.split("=")[0]
-                shown = name.lstrip("-") if where.startswith("in") else name
-                raise AnatomyError(f"Unknown option '{shown}' {where}{_did_you_mean(name, [*known, *extra])}.")
+    passed = (
+        {option: action.nargs for action in launcher._actions for option in action.option_strings} if launcher else {}
+    )
+    passed |= {"--accelerate_config": None} if launcher else {}
+    for word in from_config:
+        name = word.split("=")[0]
+        if word.startswith("--") and name not in passed:
+            close = _did_you_mean(name, [*known, *passed])
+            raise AnatomyError(f"Unknown option '{name.lstrip('-')}' in the --config file{close}.")
+    values = 0.0  # words that the last option still takes
+    for word in from_line:
+        name, has_value, _ = word.partition("=")
+        if name in passed:
+            nargs = 1 if passed[name] is None else passed[name]
+            values = 0 if has_value else nargs if isinstance(nargs, int) else float("inf")
+        elif word.startswith("-") and name.strip("-"):
+            close = _did_you_mean(f"--{name.lstrip('-')}", [*known, *passed])
+            raise AnatomyError(f"Unknown option '{name}' on the command line{close}.")
+        elif values < 1:
+            raise AnatomyError(f"Found '{word}' on the command line, which no option takes; every value needs a name.")
+        else:
+            values -= 1
 
 
 def _print_regions(audit: Audit) -> None:
@@ -320,14 +369,11 @@ def _train(kind: str, argv: list[str]) -> int:
         description=f"{COMMANDS[kind][1]} Options of accelerate launch are passed on.",
         epilog=f"example: trl-anatomy {kind} --config recipe.yaml --concept_policy policy.yaml",
     )
-    *arguments, policy, from_config, from_line = parser.parse_args_and_config(
-        argv, return_remaining_strings=True, separate_remaining_strings=True
-    )
+    *arguments, policy, from_config, from_line = _parsed(parser, argv)
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     launcher = launch_command_parser()
-    launch_options = {option for action in launcher._actions for option in action.option_strings}
-    _refuse_unknown(from_config, from_line, parser, extra=launch_options | {"--accelerate_config"})
+    _refuse_unknown(from_config, from_line, parser, launcher)
     for name in ("concept_policy", "audit"):
         path = getattr(policy, name)
         if path is not None and not exists(path):
@@ -408,7 +454,7 @@ def _fit(argv: list[str]) -> int:
     parser.add_argument("--judge_model", help="name of the judge there")
     parser.add_argument("--judge_key_variable", help="environment variable with its key, if it wants one")
     parser.add_argument(
-        "--n_per_question", type=int, default=1, help="responses to a question of a persona (default 1)"
+        "--n_per_question", type=_whole(1), default=1, help="responses to a question of a persona (default 1)"
     )
     parser.add_argument("--engine", default="transformers", help="what samples them: transformers (default) or vllm")
     parser.add_argument("--dataset_split", default="train", help="split of the dataset (default train)")
@@ -427,19 +473,19 @@ def _fit(argv: list[str]) -> int:
     )
     parser.add_argument("--ends", type=int, help="of reft: tokens edited at either end of a response (default 11)")
     parser.add_argument("--held_out", type=float, default=0.2, help="share judged; as much again chooses the layer")
-    parser.add_argument("--max_length", type=int, default=1024, help="tokens read of prompt and response")
+    parser.add_argument("--max_length", type=_whole(1), default=1024, help="tokens read of prompt and response")
     parser.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16 or float16")
     parser.add_argument("--device", default="auto", help="auto (cuda where there is one), cpu, cuda, ...")
-    parser.add_argument("--batch_tokens", type=int, default=8192, help="tokens in one batch of the frozen pass")
+    parser.add_argument("--batch_tokens", type=_whole(1), default=8192, help="tokens in one batch of the frozen pass")
     parser.add_argument(
         "--dose", help="steer by the direction, or by the edit of reft: strengths to try, such as --dose=-8,-4,0,4,8"
     )
     parser.add_argument("--dose_prompts", help="file with a 'prompt' column, for --dose")
     parser.add_argument("--dose_pattern", help="regular expression that tells which steered responses show the concept")
     parser.add_argument(
-        "--max_new_tokens", type=int, help="length of a sampled response (default: 64 steered, 256 of a persona)"
+        "--max_new_tokens", type=_whole(1), help="length of a sampled response (default: 64 steered, 256 of a persona)"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_whole(0), default=0)
     parser.add_argument("--out", required=True, help="folder of the stored concept, or its URL")
     parser.add_argument("--json", action="store_true", help="print the card as JSON")
     args = parser.parse_args(argv)
@@ -487,7 +533,8 @@ def _fitted(args: argparse.Namespace) -> tuple[str, str]:
     )
     negatives = None
     if args.negatives is not None:
-        negatives = load_dataset(dataclasses.replace(config, dataset=args.negatives))
+        split = "train" if os.path.isfile(args.negatives) else args.dataset_split  # a file has no splits
+        negatives = load_dataset(dataclasses.replace(config, dataset=args.negatives, dataset_split=split))
     tokenizer = load_tokenizer(args.model)
     model = None
     if persona is None:
@@ -639,24 +686,25 @@ def _compare(argv: list[str]) -> int:
         help="trained model(s); recovery is counted against the first",
     )
     parser.add_argument("--prompts", help="file with a 'prompt' column; default: the audited prompts")
-    parser.add_argument("--n_prompts", type=int, default=1000, help="at most so many prompts (default 1000)")
+    parser.add_argument("--n_prompts", type=_whole(1), default=1000, help="at most so many prompts (default 1000)")
     parser.add_argument(
         "--n_per_prompt",
-        type=int,
+        type=_whole(1),
         default=1,
         help="responses to each prompt (default 1); with 4 or more the tilt of the start model predicts better",
     )
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="length of a rollout (default 256)")
-    parser.add_argument("--batch_size", type=int, default=64, help="rollouts at a time (default 64)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max_new_tokens", type=_whole(1), default=256, help="length of a rollout (default 256)")
+    parser.add_argument("--batch_size", type=_whole(1), default=64, help="rollouts at a time (default 64)")
+    parser.add_argument("--seed", type=_whole(0), default=0)
     parser.add_argument("--out", help="folder (or URL) for rollouts and compare.json (default: AUDIT/compare)")
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON")
     args = parser.parse_args(argv)
 
     from .audit.folder import load_audit
-    from .checking.compare import compare, comparison_report, prompts_for
+    from .checking.compare import compare, comparison_report, names_of, prompts_for
     from .reading.storage import local, shown
 
+    after = names_of(args.after)
     with redirect_stdout(sys.stderr):  # as in plan
         audit = load_audit(args.audit)
         audit.check_kind("compare")
@@ -665,7 +713,7 @@ def _compare(argv: list[str]) -> int:
         comparison = compare(
             audit,
             args.before,
-            {Path(path).name: path for path in args.after},
+            after,
             prompts,
             out=out,
             max_new_tokens=args.max_new_tokens,
@@ -686,20 +734,20 @@ def _report(argv: list[str]) -> int:
         if field.name.startswith("label_"):
             parser.add_argument(f"--{field.name}", help=field.metadata["help"])
     args = parser.parse_args(argv)
-    _check_labeller(args)
 
     from .audit.folder import REPORT, load_audit
     from .audit.reopen import reopen
     from .audit.report import write_report
     from .reading.storage import shown
 
-    audit = load_audit(args.audit)
-    if args.label_model is not None:
-        with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr):  # as in plan
+        _check_labeller(args)
+        audit = load_audit(args.audit)
+        if args.label_model is not None:
             _name_concepts(audit, args)
-        page = audit.path / REPORT
-    else:
-        page = write_report(audit, reopen(audit).pairs.raw)
+            page = audit.path / REPORT
+        else:
+            page = write_report(audit, reopen(audit).pairs.raw)
     print(shown(page))
     if args.open:
         import webbrowser
@@ -711,7 +759,7 @@ def _report(argv: list[str]) -> int:
 def _demo(argv: list[str]) -> int:
     parser = _parser("demo", "trl-anatomy demo --out anatomy-demo")
     parser.add_argument("--out", default="anatomy-demo", help="folder for the model, the data, the audit and the page")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_whole(0), default=0)
     args = parser.parse_args(argv)
 
     from .reading.storage import is_url

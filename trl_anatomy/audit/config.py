@@ -175,6 +175,7 @@ class AuditConfig:
             (self.max_length is None or self.max_length > 0, "max_length", "a positive number or none"),
             (self.batch_tokens > 0, "batch_tokens", "positive"),
             (self.shard_pairs > 0, "shard_pairs", "positive"),
+            (0 <= self.seed < 1 << 32, "seed", "at least 0 and below 2³²"),
             (0 <= self.tau < 1, "tau", "at least 0 and below 1"),
             (0 < self.edge_share <= 1, "edge_share", "above 0 and at most 1"),
             (self.resolution > 0, "resolution", "positive"),

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from ..reading.harvest import Harvest
+    from ..reading.sae import SAE
     from ..reading.spans import Pairs
 
 INFO = "audit.json"
@@ -56,7 +57,7 @@ _INFO_SHAPE = {
     "format": int,
     "versions": {str: str},
     "model": {"name": str, "fingerprint": str},
-    "sae": {"source": {str: str}, "layer": int, "d_sae": int},
+    "sae": {"source": {str: str}, "fingerprint": str, "layer": int, "d_sae": int},
     "data": {"name": str, "fingerprint": str, "n_rows": int, "n_pairs": int, "left_out": {str: int}},
     "settings": {"tau": float, "pooling": str, "alpha": float},
     "counts": {"hypotheses": int, "concepts": int, "responses": int, "pairs": int},
@@ -202,6 +203,26 @@ class Audit:
             names = sorted(alike or names, key=lambda name: (name[0], int(name[1:])))
             raise AnatomyError(f"{self.name}: found context {context!r}, allowed: {_listed(names)}.")
         return np.sort(self.pairs["row"].to_numpy()[inside])
+
+    def load_sae(self, device: Any = "cpu") -> "SAE":
+        """The SAE that the audit was made with: numbers of latents mean nothing in another one.
+
+        Raises:
+            AnatomyError: it is not there any more, or has changed since the audit.
+        """
+        from ..reading.sae import load_sae
+
+        said = self.info["sae"]
+        try:
+            sae = load_sae(said["source"], device=device)
+        except AnatomyError as error:
+            raise AnatomyError(f"{self.name}: the SAE of the audit is needed again. {error}") from error
+        if sae.fingerprint != said["fingerprint"]:
+            raise AnatomyError(
+                f"{self.name}: the SAE at {':'.join(said['source'].values())} has changed since the audit, so its "
+                "latents are others: audit again, or put the SAE of the audit back."
+            )
+        return sae
 
     def check_kind(self, command: str) -> None:
         """Make sure that this is an audit of preference pairs, which `command` needs.

@@ -174,12 +174,10 @@ def read_firings(source: Source) -> Firings:
     loaded: list[tuple[Any, Any]] = []
 
     def read(wanted: dict[int, list[str]]) -> pa.Table:
-        from ..reading.sae import load_sae
-
-        if not loaded:
-            loaded.append((source.model, load_sae(source.config.sae)))
-        model, sae = loaded[0]
         audit = source.audit
+        if not loaded:
+            loaded.append((source.model, audit.load_sae()))
+        model, sae = loaded[0]
         names = {name for of in wanted.values() for name in of}
         features = {name: audit.features(name) for name in names}
         layer = audit.info["sae"]["layer"]

@@ -55,8 +55,15 @@ class Source:
         from ..reading.sft import read_rows
 
         self._named("dataset")
+        try:
+            raw = load_dataset(self.config)
+        except AnatomyError as error:
+            raise AnatomyError(
+                f"{self.audit.name}: the dataset of the audit is needed again, and cannot be read. {error} Put it "
+                "back there, or audit it where it is now."
+            ) from error
         pairs = read_rows(
-            load_dataset(self.config),
+            raw,
             self.tokenizer,
             data_kind=self.config.data_kind,
             max_length=self.config.max_length,

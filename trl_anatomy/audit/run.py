@@ -60,6 +60,7 @@ def load_dataset(config: AuditConfig) -> "Dataset":
         if path.is_file() or remote:
             if kind is None:
                 raise AnatomyError(f"{path}: unknown kind of file, allowed: .json, .jsonl (also .gz), .parquet.")
+            _check_unsplit(config, "a file")
             with _uncounted():
                 return datasets.load_dataset(kind, data_files=config.dataset if remote else str(path), split="train")
         if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
@@ -78,10 +79,21 @@ def _split(found: Any, config: AuditConfig) -> "Dataset":
     from datasets import Dataset
 
     if isinstance(found, Dataset):
+        _check_unsplit(config, "a single dataset")
         return found
     if config.dataset_split not in found:
         raise AnatomyError(f"{config.dataset}: found splits {', '.join(found)}, not {config.dataset_split!r}.")
     return found[config.dataset_split]
+
+
+def _check_unsplit(config: AuditConfig, what: str) -> None:
+    """Refuse to pass over a split or a subset that is asked for where there is none."""
+    asked = {"dataset_split": config.dataset_split != "train", "dataset_subset": config.dataset_subset is not None}
+    for name in (name for name, given in asked.items() if given):
+        raise AnatomyError(
+            f"audit setting {name}: found {getattr(config, name)!r}, but {config.dataset} is {what}, which has none; "
+            "leave it out, or name a folder with a file for each split."
+        )
 
 
 @contextmanager
@@ -121,15 +133,33 @@ def empty_model(name: str) -> Any:
 
 def load_model(config: AuditConfig) -> Any:
     """The start model in evaluation mode on its device, without remote code."""
-    import torch
     from transformers import AutoModelForCausalLM
 
-    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(config)
     try:
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype)
     except Exception as error:
         raise AnatomyError(f"model {config.model}: cannot be loaded ({_first_line(error)}).") from error
     return model.to(device).eval()
+
+
+def _device(config: AuditConfig) -> str:
+    """Where the model goes.
+
+    Raises:
+        AnatomyError: there is no such device.
+    """
+    import torch
+
+    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise AnatomyError(
+            f"audit setting device: found {device!r}, which cannot be used here ({_first_line(error)}); allowed: auto, "
+            "cpu, or a device that torch finds, such as cuda."
+        ) from error
+    return device
 
 
 def _first_line(error: Exception) -> str:
@@ -141,6 +171,8 @@ def _require(config: AuditConfig, model: Any, dataset: Any) -> None:
     missing = [name for name in missing if not getattr(config, name)]
     if missing:
         raise AnatomyError(f"audit: no {' and no '.join(missing)} given.")
+    if model is None:
+        _device(config)
 
 
 def _tokenizer(config: AuditConfig, model: Any, tokenizer: Any) -> Any:

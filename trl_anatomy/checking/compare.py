@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import AnatomyError
-from ..reading.files import make_folder, remove_partial, write_atomically
+from ..reading.files import make_folder, remove_partial, without_nan, write_atomically
 from ..reading.storage import fetch, local
 from ..trainers.card import put_comparison
 from .rates import TEXT_RULES, rate_interval, recovery, rule_hits, word_counts
 from .report import PAGE, write_comparison
+from .rollouts import encode_prompt, rollouts, stop_ids
 
 if TYPE_CHECKING:
     import scipy.sparse as sp
@@ -26,10 +28,34 @@ if TYPE_CHECKING:
     from ..reading.spans import Pairs
 
 Prompt = str | list[dict[str, Any]]
+Interval = tuple[float, float, float]
 
+# What a trained model can not be called: names of what compare writes of others.
+TAKEN = ("before", "compare")
 # Pairs whose likelihood is read for the baseline.
 LIKELIHOOD_PAIRS = 2000
 _TEXTS_AT_ONCE = 1000
+
+
+def names_of(paths: Sequence[str]) -> dict[str, str]:
+    """Name -> path of trained models: the last part of the path, and more of it where that would name several.
+
+    Raises:
+        AnatomyError: a path that is given twice.
+
+    >>> names_of(["runs/a/out", "runs/b/out"])
+    {'a/out': 'runs/a/out', 'b/out': 'runs/b/out'}
+    """
+    parts = [Path(path).resolve().parts if os.path.exists(path) else Path(path).parts for path in paths]
+    twice = [path for path, of in zip(paths, parts, strict=True) if parts.count(of) > 1]
+    if twice:
+        raise AnatomyError(f"--after names the same model twice: {' and '.join(twice)}; name each once.")
+    for n in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(of[-n:]) for of in parts]
+        slugs = list(map(_slug, names))
+        if len(set(slugs)) == len(slugs) and not set(slugs) & set(TAKEN):
+            break
+    return dict(zip(names, paths, strict=True)) if parts else {}
 
 
 def prompts_for(audit: Audit, path: str | None, n_prompts: int, seed: int) -> list[Prompt]:
@@ -118,7 +144,8 @@ def compare(
         with an interval.
 
     Raises:
-        AnatomyError: no prompt, no trained model, a model that cannot be loaded or is not the one audited.
+        AnatomyError: no prompt, no trained model, names that cannot be told from each other or from what else is
+            written, a model that cannot be loaded or is not the one audited.
     """
     from transformers import AutoTokenizer
 
@@ -126,7 +153,6 @@ def compare(
     from ..audit.reopen import reopen
     from ..reading.fingerprint import model_fingerprint
     from ..reading.harvest import harvest
-    from ..reading.sae import load_sae
     from ..reading.spans import read_pairs
     from .prompt_shift import prompt_view_agreement
 
@@ -134,6 +160,13 @@ def compare(
         raise AnatomyError("compare needs at least one prompt.")
     if not after:
         raise AnatomyError("compare needs at least one trained model.")
+    slugs = list(map(_slug, after))
+    for name, slug in zip(after, slugs, strict=True):
+        if slug in ("", *TAKEN) or slugs.count(slug) > 1:
+            raise AnatomyError(
+                f"compare would write what it reads of the trained model {name!r} over something else: call it by "
+                f"another name than {', '.join(TAKEN)} and than the other models."
+            )
     audit.check_harvest()
     start_model = _load(before)
     if model_fingerprint(start_model) != audit.info["model"]["fingerprint"]:
@@ -141,11 +174,13 @@ def compare(
             f"--before is {_name(before)}, which is not the model that was audited "
             f"({audit.info['model']['name']}): give that one, or audit this one."
         )
+    sae = audit.load_sae(next(start_model.parameters()).device)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(_name(before))
     make_folder(out := local(out))
     remove_partial(out)
     sampling = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
+    prompt_of = np.unique([json.dumps(prompt) for prompt in prompts], return_inverse=True)[1]
     responses = {"before": _sampled(start_model, tokenizer, prompts, out / "before.json", sampling)}
     for name, model in after.items():
         responses[name] = _sampled(_load(model), tokenizer, prompts, out / f"{_slug(name)}.json", sampling)
@@ -165,8 +200,8 @@ def compare(
     except AnatomyError:  # in memory, or not there any more: only two baselines need the pairs
         audited = None
     baselines = cheap_predictions(audit, audited, start_model, rules, seed=seed)
-    sae = load_sae(audit.info["sae"]["source"], device=str(next(start_model.parameters()).device))
     observed: dict[str, np.ndarray] = {}
+    seen: dict[str, list[Interval]] = {}
     agreements: dict[str, dict[str, Any]] = {}
     for name in after:
         pairs = read_pairs(
@@ -176,10 +211,17 @@ def compare(
             truncation="keep_start",
         )
         read = harvest(
-            start_model, sae, pairs, out / f"harvest-{_slug(name)}", layer=audit.info["sae"]["layer"], progress=progress
+            start_model,
+            sae,
+            pairs,
+            out / f"harvest-{_slug(name)}",
+            layer=audit.info["sae"]["layer"],
+            progress=progress,
+            replace=True,  # of other responses, as the files of responses are
         )
         trained, start = _activities(read, features, tau)
         observed[name] = trained - start
+        seen[name] = _means_with_intervals(observed[name], pairs.prompt_groups)
         shift = observed[name].mean(axis=0)
         control_shift = np.subtract(*_activities(read, control, tau)).mean(axis=0)
         agreements[name] = {
@@ -206,7 +248,7 @@ def compare(
             "left_out": pairs.left_out,
         }
 
-    result = {
+    result: dict[str, Any] = {
         "audit": audit.name,
         "before": _name(before),
         "after": {name: _name(model) for name, model in after.items()},
@@ -218,14 +260,17 @@ def compare(
                 "predicted": row["predicted"],
                 "ci_low": row["ci_low"],
                 "ci_high": row["ci_high"],
-                "observed": {name: _mean_with_interval(u[:, k]) for name, u in observed.items()},
+                "observed": {name: shifts[k] for name, shifts in seen.items()},
             }
             for k, row in enumerate(concepts)
         ],
         "agreement": agreements,
-        "rates": _rates(responses, list(after), rules),
-        "words": {name: _mean_with_interval(word_counts(texts)) for name, texts in responses.items()},
+        "rates": _rates(responses, list(after), rules, prompt_of),
+        "words": {
+            name: _means_with_intervals(word_counts(texts)[:, None], prompt_of)[0] for name, texts in responses.items()
+        },
     }
+    result = without_nan(result)
     write_atomically(out / "compare.json", json.dumps(result, indent=2).encode())
     write_comparison(result, out / PAGE)
     for name, model in after.items():
@@ -287,7 +332,7 @@ def comparison_report(result: Mapping[str, Any]) -> str:
     lines.append(f"  {'concept':<8} {'predicted':>9}  " + "  ".join(f"{name[:22]:>22}" for name in names) + "  label")
     for row in sorted(result["concepts"], key=lambda row: -abs(row["predicted"]))[:20]:
         seen = (row["observed"][name] for name in names)
-        shifts = "  ".join(f"{mean:+6.3f} [{low:+.3f},{high:+.3f}]"[:22].rjust(22) for mean, low, high in seen)
+        shifts = "  ".join(f"{mean:+6.3f} {_between(low, high)}"[:22].rjust(22) for mean, low, high in seen)
         lines.append(f"  {row['concept']:<8} {row['predicted']:+9.3f}  {shifts}  {row['label']}")
     for name, figures in result["agreement"].items():
         if figures["r2"] is None:
@@ -348,6 +393,10 @@ def _product(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a * b
 
 
+def _between(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"[{low:+.3f},{high:+.3f}]"
+
+
 def _shown(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.2f}"
 
@@ -378,9 +427,9 @@ def _sampled(
 ) -> list[str]:
     """One response to each prompt, kept on disk under a key of everything it depends on."""
     from ..reading.fingerprint import hash_json, model_fingerprint
-    from .rollouts import rollouts
 
-    key = hash_json([model_fingerprint(model), list(prompts), dict(sampling)])
+    tokens = [encode_prompt(tokenizer, prompt) for prompt in prompts]  # by tokenizer and chat template
+    key = hash_json([model_fingerprint(model), list(prompts), tokens, stop_ids(model, tokenizer), dict(sampling)])
     if fetch(file, own=True):
         try:
             kept = json.loads(file.read_bytes())
@@ -521,18 +570,24 @@ def split_half_reliability(u: np.ndarray, seed: int, groups: np.ndarray | None =
     return float(np.median(found)) if found else None
 
 
-def _mean_with_interval(values: np.ndarray) -> tuple[float, float, float]:
-    mean, error = float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else np.nan
-    return mean, mean - 1.96 * error, mean + 1.96 * error
+def _means_with_intervals(values: np.ndarray, groups: np.ndarray) -> list[Interval]:
+    """Mean of each column (n, K) with its 95 % interval, which takes the rows of one prompt together; NaN below two."""
+    from scipy.stats import t
+
+    from ..audit.stats import mean_test
+
+    mean, error, _ = mean_test(values, groups)
+    half = t.ppf(0.975, max(1, len(np.unique(groups)) - 1)) * error
+    return list(zip(mean.tolist(), (mean - half).tolist(), (mean + half).tolist(), strict=True))
 
 
 def _rates(
-    responses: Mapping[str, Sequence[str]], after: Sequence[str], rules: Mapping[str, str]
+    responses: Mapping[str, Sequence[str]], after: Sequence[str], rules: Mapping[str, str], groups: np.ndarray
 ) -> list[dict[str, Any]]:
     hits = {name: rule_hits(texts, rules) for name, texts in responses.items()}
     rows = []
     for rule in rules:
-        rates = {name: rate_interval(found[rule]) for name, found in hits.items()}
+        rates = {name: rate_interval(found[rule], groups=groups) for name, found in hits.items()}
         start, plain = rates["before"][0], rates[after[0]][0]
         back = {name: recovery(start, plain, rates[name][0]) for name in after[1:]}
         rows.append(

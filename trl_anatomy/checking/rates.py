@@ -11,6 +11,8 @@ import evaluate
 import numpy as np
 from scipy import stats
 
+from ..audit.stats import mean_test
+
 TEXT_RULES: Mapping[str, str] = {
     "bold": r"\*\*[^*\n]+\*\*",
     "bullet": r"(?m)^\s*[-*•]\s+\S",
@@ -113,20 +115,32 @@ def rule_hits(texts: Iterable[str], rules: Mapping[str, str]) -> dict[str, np.nd
     }
 
 
-def rate_interval(hits: np.ndarray, confidence: float = 0.95) -> tuple[float, float, float]:
+def rate_interval(
+    hits: np.ndarray, confidence: float = 0.95, *, groups: np.ndarray | None = None
+) -> tuple[float, float, float]:
     """Rate with its Wilson score interval.
 
     Args:
         hits: bool, shape (n,).
         confidence: coverage of the interval.
+        groups: (n,) prompt of each response: several responses to one prompt tell less than as many prompts. They
+            count as what would vary as much by itself (Korn and Graubard 1998: n over the design effect), and as one a
+            prompt where all or none of them are hits. Default: every response its own.
 
     Returns:
         (rate, low, high); (nan, nan, nan) where `hits` is empty.
     """
-    if len(hits) == 0:
+    n = float(len(hits))
+    if n == 0:
         return float("nan"), float("nan"), float("nan")
-    interval = stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(confidence, method="wilson")
-    return float(hits.mean()), float(interval.low), float(interval.high)
+    rate = float(hits.mean())
+    if groups is not None and (n_groups := len(np.unique(groups))) < n:
+        _, (error,), _ = mean_test(np.asarray(hits, dtype=np.float64)[:, None], groups)
+        n = min(n, rate * (1 - rate) / error**2) if error > 0 else float(n_groups)
+    z = stats.norm.ppf(0.5 + confidence / 2)
+    middle, half = rate + z**2 / (2 * n), z * np.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
+    low, high = (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
+    return rate, float(max(0.0, low)) if rate > 0 else 0.0, float(min(1.0, high)) if rate < 1 else 1.0
 
 
 def recovery(start: float, trained: float, shaped: float) -> float:

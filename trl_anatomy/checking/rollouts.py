@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,9 +27,9 @@ def rollouts(
 ) -> list[list[str]]:
     """Samples `n_per_prompt` responses to each prompt.
 
-    Only the temperature shapes the samples: top-k, top-p and repetition settings stored with the model are overridden,
-    so that rates of different models can be compared. A text prompt is tokenised as it stands, a conversation by the
-    tokenizer's chat template. The caller's random state and the model's mode are left as they were found.
+    Only the temperature shapes the samples: of the generation settings stored with the model nothing counts but its end
+    tokens, so that rates of different models can be compared. A text prompt is tokenised as it stands, a conversation
+    by the tokenizer's chat template. The caller's random state and the model's mode are left as they were found.
 
     Where the device runs out of memory, the batch is sampled in halves, and so are those after it. What had been drawn
     for it is drawn again, so the same batch running out in the same place gives the same responses; but each batch goes
@@ -62,6 +63,7 @@ def rollouts(
     was_training = model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
+    ends = stop_ids(model, tokenizer)
 
     def sample(batch: list[int]) -> list[str]:
         longest = max(len(encoded[i]) for i in batch)
@@ -74,11 +76,9 @@ def rollouts(
                 attention_mask=torch.tensor(mask, device=model.device),
                 max_new_tokens=max_new_tokens,
                 top_k=0,
-                top_p=1.0,
-                repetition_penalty=1.0,
                 use_cache=True,
                 pad_token_id=pad,
-                eos_token_id=_stop_ids(model, tokenizer),
+                eos_token_id=ends,
                 **sampling,
             )
         except torch.OutOfMemoryError:  # after as many draws as it had memory for
@@ -90,7 +90,7 @@ def rollouts(
 
     batches = (jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size))
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), _without_settings(model):
             torch.manual_seed(seed)
             for batch, answers in each_in_halves(batches, sample, one="response: lower max_new_tokens, or free memory"):
                 for i, text in zip(batch, answers, strict=True):
@@ -107,7 +107,28 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+@contextmanager
+def _without_settings(model: Any) -> Iterator[None]:
+    """Put the generation settings stored with a model aside: `generate` takes from them whatever it is not told."""
+    from transformers import GenerationConfig
+
+    held = [part for part in {id(m): m for m in (model, _base(model))}.values() if "generation_config" in vars(part)]
+    stored = [part.generation_config for part in held]
+    for part in held:
+        part.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for part, settings in zip(held, stored, strict=True):
+            part.generation_config = settings
+
+
+def _base(model: Any) -> Any:
+    """The model of transformers below PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
     """End tokens of the tokenizer and of the model's generation settings together (chat models stop on several)."""
     stored = model.generation_config.eos_token_id
     ids = {*(stored if isinstance(stored, list) else [stored]), tokenizer.eos_token_id} - {None}

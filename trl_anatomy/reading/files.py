@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 import warnings
@@ -99,6 +100,19 @@ def unsealed(file: Path) -> dict[str, np.ndarray] | None:
         return tensors if same else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):
         return None
+
+
+def without_nan(value: Any) -> Any:
+    """What `json.dumps` may be given: JSON knows neither NaN nor infinity, and strict readers stop at them.
+
+    >>> without_nan({"a": (1.5, float("nan"))})
+    {'a': [1.5, None]}
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    return [without_nan(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def misfit(value: Any, shape: Any, place: str = "") -> str | None:

@@ -109,7 +109,7 @@ def read_examples(
     if tokens not in TOKENS:
         raise AnatomyError(f"tokens is {tokens!r}; allowed: {', '.join(TOKENS)}.")
     read = _read_rows(dataset, tokenizer, tokens, max_length)
-    paired = "label" not in dataset.column_names
+    paired = {"chosen", "rejected"} <= set(dataset.column_names)
     if negatives is not None:
         if paired:
             raise AnatomyError("negatives go with labelled text; labelled pairs bring their own.")
@@ -119,7 +119,7 @@ def read_examples(
     spans = [span for _, span, _, _ in read]
     labels = np.array([label for _, _, label, _ in read], bool)
     prompts = [prompt for _, _, _, prompt in read]
-    by_prompt = "prompt" in dataset.column_names and len(set(prompts)) >= _FEW_PROMPTS
+    by_prompt = len(set(prompts)) >= _FEW_PROMPTS  # of plain texts they are all empty; pairs may hold theirs inside
     named = prompts if by_prompt else [json.dumps(ids) for ids in sequences]
     if paired and not by_prompt:
         named = [named[i - i % 2] for i in range(len(named))]

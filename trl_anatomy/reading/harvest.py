@@ -193,6 +193,7 @@ def harvest(
     shard_pairs: int = 2048,
     progress: bool = True,
     ranks: Ranks | None = None,
+    replace: bool = False,
 ) -> Harvest:
     """Read every pair once and keep, per span and latent, the largest activation and the firing tokens.
 
@@ -209,9 +210,11 @@ def harvest(
         shard_pairs: pairs of one file.
         progress: show a progress bar, in the main process.
         ranks: processes that share the shards among them; all call this, each with its own model. Default: this one.
+        replace: write over a harvest of something else, instead of refusing to.
 
     Raises:
-        AnatomyError: the folder holds a harvest of something else, or the model gives NaN or infinity.
+        AnatomyError: the folder holds a harvest of something else that is not to be replaced, or the model gives NaN or
+            infinity.
     """
     ranks = ranks or Ranks()
     out = storage.local(out)
@@ -230,7 +233,7 @@ def harvest(
             stacklevel=2,
         )
     manifest = {"key": key, "n_pairs": len(pairs), "d_sae": sae.d_sae, "shard_pairs": shard_pairs}
-    entries = ranks.in_main(lambda: _settle(out, manifest))
+    entries = ranks.in_main(lambda: _settle(out, manifest, replace))
     assert entries is not None
     shards = {_shard_name(i): start for i, start in enumerate(range(0, len(pairs), shard_pairs))}
     mine = [name for name in shards if name not in entries][ranks.index :: ranks.size]
@@ -278,7 +281,7 @@ def harvest(
     return Harvest(out, {**manifest, "shards": [entries[name] for name in shards]})
 
 
-def _settle(out: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _settle(out: Path, manifest: Mapping[str, Any], replace: bool = False) -> dict[str, dict[str, Any]]:
     """Entries of the shards that earlier runs left whole; what they left of no use is removed.
 
     The manifest then names these shards, also those that other processes of an interrupted run had noted apart.
@@ -292,7 +295,7 @@ def _settle(out: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]
         if before is None:
             continue
         if before["key"] != manifest["key"]:
-            if old:  # a copy of what lay at the URL once; what lies there now counts
+            if old or replace:  # old: a copy of what lay at the URL once; what lies there now counts
                 continue
             changed = [name for name, value in manifest["key"].items() if before["key"].get(name) != value]
             raise AnatomyError(

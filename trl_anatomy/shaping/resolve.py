@@ -84,12 +84,14 @@ def _gate_problems(
 ) -> list[str]:
     if where.column is not None and columns is not None and where.column not in columns:
         return [_no_column(policy, f"{path}.column", where.column, columns)]
-    if where.data is not None:
-        place = policy.place(f"{path}.data")
+    for key, context in (("data", where.data), ("prompts", where.prompts)):
+        if context is None:
+            continue
+        place = policy.place(f"{path}.{key}")
         if audit is None:
-            return [f"{place}: found {where.data!r}, a context of an audit, but no audit was given."]
+            return [f"{place}: found {context!r}, a context of an audit, but no audit was given."]
         try:
-            audit.rows_in(where.data)
+            audit.rows_in(context)
         except AnatomyError as error:
             return [f"{place}: {error}"]
     return []
@@ -148,6 +150,13 @@ class _Loaded:
             self._saes[key] = load_sae(source, device=self.device)
         return self._saes[key]
 
+    def sae_of(self, audit: "Audit") -> "SAE":
+        """The SAE of an audit, which it checks to be the one that it was made with."""
+        key = f"{audit.info['sae']['source']} {audit.info['sae']['fingerprint']}"
+        if key not in self._saes:
+            self._saes[key] = audit.load_sae(self.device)
+        return self._saes[key]
+
     def audit(self, path: str | None) -> "Audit":
         if path is None:
             if self.audit_in_use is None:
@@ -174,7 +183,7 @@ def _scorer(spec: ConceptSpec, loaded: _Loaded) -> Any:
     if spec.cluster is not None:
         audit = loaded.audit(spec.audit)
         features, layer = audit.features(spec.cluster).tolist(), audit.info["sae"]["layer"]
-        sae = loaded.sae(audit.info["sae"]["source"])
+        sae = loaded.sae_of(audit)
     else:
         features, sae, layer = list(spec.features or ()), loaded.sae(spec.sae or {}), spec.layer
         if layer is not None and sae.layer is not None and layer != sae.layer:

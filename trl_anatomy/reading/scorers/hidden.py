@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ...errors import AnatomyError
-from ..files import make_folder, remove_partial, write_atomically
+from ..files import make_folder, remove_partial, without_nan, write_atomically
 from ..fingerprint import layer_fingerprint
 from ..locate import hidden_size, layer_module
 from ..storage import fetch, local, shown
@@ -138,7 +138,8 @@ class HiddenScorer:
         write_atomically(path / _TENSOR_FILE, data)
         own = {"kind": self.kind, "layer": self.layer, "d_model": self.d_model, "reduce": self.reduce}
         own["sha256"] = hashlib.sha256(data).hexdigest()  # so that a kill here leaves no card beside other tensors
-        write_atomically(path / _CARD_FILE, (json.dumps({**self.card, **own}, indent=1) + "\n").encode())
+        card = without_nan({**self.card, **own})
+        write_atomically(path / _CARD_FILE, (json.dumps(card, indent=1) + "\n").encode())
         return path
 
     @classmethod
