@@ -234,16 +234,29 @@ def hypotheses(audit: Audit, n: int = 6) -> list[str]:
 
 def train(world: World, out: Path, seed: int, *, learning_rate: float = LEARNING_RATE, **policy: Any) -> Any:
     """DPO on the world's pairs with the demo's settings; saves the model and returns the trainer's plan (or None)."""
-    from transformers import PrinterCallback, ProgressCallback
-    from trl import DPOConfig
-
-    from ..trainers.dpo import AnatomyDPOTrainer
+    from transformers import ProgressCallback
 
     class Bar(ProgressCallback):
         """The progress bar without the logs that it prints."""
 
         def on_log(self, *_args: Any, **_kwargs: Any) -> None:
             pass
+
+    trainer = dpo_trainer(world, out, seed, learning_rate=learning_rate, **policy)
+    trainer.add_callback(Bar)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        trainer.train()
+    trainer.save_model(str(out))
+    return trainer.plan
+
+
+def dpo_trainer(world: World, out: Path, seed: int, *, learning_rate: float = LEARNING_RATE, **policy: Any) -> Any:
+    """The trainer of `train` before it begins; it shows no progress."""
+    from transformers import PrinterCallback, ProgressCallback
+    from trl import DPOConfig
+
+    from ..trainers.dpo import AnatomyDPOTrainer
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -271,12 +284,9 @@ def train(world: World, out: Path, seed: int, *, learning_rate: float = LEARNING
             train_dataset=world.dataset.select_columns(["prompt", "chosen", "rejected"]),
             **policy,
         )
-        for talker in (ProgressCallback, PrinterCallback):  # which of the two there is depends on the settings
-            trainer.remove_callback(talker)
-        trainer.add_callback(Bar)
-        trainer.train()
-    trainer.save_model(str(out))
-    return trainer.plan
+    for talker in (ProgressCallback, PrinterCallback):  # which of the two there is depends on the settings
+        trainer.remove_callback(talker)
+    return trainer
 
 
 @dataclass(frozen=True)
