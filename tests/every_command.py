@@ -53,6 +53,7 @@ COMMANDS = {
     "fit": "fit --model model --dataset pairs.jsonl.gz --scorer probe --layers 1 --out concept",
     "compare": "compare --audit audit --before model --after again --n_prompts 12 --n_per_prompt 4 --max_new_tokens 6",
     "dpo": f"dpo {TRAIN} --output_dir dpo --audit audit --concept_policy shape.yaml",
+    "predict": f"predict {TRAIN} --output_dir foretold --audit audit --concept_policy shape.yaml --n_pairs 40 --json",
     "reward": f"reward {TRAIN} --output_dir reward --concept_policy weigh.yaml",
 }
 

@@ -54,7 +54,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, dict[str,
 def test_every_command_ends_well(runs: list[tuple[Path, dict[str, Any]]]) -> None:
     for _, told in runs:
         assert set(told["ended"].values()) == {0}
-        assert len(told["ended"]) >= 8
+        assert len(told["ended"]) >= 9
 
 
 def test_no_command_reaches_for_another_machine(runs: list[tuple[Path, dict[str, Any]]]) -> None:
@@ -62,7 +62,7 @@ def test_no_command_reaches_for_another_machine(runs: list[tuple[Path, dict[str,
     (_, as_it_comes), (_, without_telemetry) = runs
     assert without_telemetry["tried"] == []
     assert [told for told in as_it_comes["tried"] if "_telemetry.py" not in told[1]] == []
-    assert {command for command, _ in as_it_comes["tried"]} <= {"dpo", "reward", "demo"}
+    assert {command for command, _ in as_it_comes["tried"]} <= {"predict", "dpo", "reward", "demo"}
 
 
 def test_the_same_command_makes_the_same_files(runs: list[tuple[Path, dict[str, Any]]]) -> None:
@@ -71,6 +71,15 @@ def test_the_same_command_makes_the_same_files(runs: list[tuple[Path, dict[str, 
         files = {name: digest for name, digest in digests(root).items() if name.startswith(WRITTEN)}
         made.append({**files, "plan": told["out"].split('"counts"')[1].split("report.html")[0]})
     assert made[0] == made[1]
-    parts = ("audit.json", "report.html", "samples.parquet", "harvest/shard", "scores/", "compare/compare.json")
+    parts = (
+        "audit.json",
+        "report.html",
+        "samples.parquet",
+        "harvest/shard",
+        "scores/",
+        "compare/compare.json",
+        "prediction/prediction.json",
+    )
+    parts += ("prediction/prediction.json",)
     for start in (*(f"audit/{part}" for part in parts), "concept/card.json", *WRITTEN[2:]):
         assert any(name.startswith(start) for name in made[0]), start

@@ -22,7 +22,8 @@ from trl_anatomy.audit import samples
 from trl_anatomy.audit.report import explore
 from trl_anatomy.audit.samples import sample_rows
 from trl_anatomy.checking import compare
-from trl_anatomy.checking.compare import cheap_predictions, prompts_for
+from trl_anatomy.checking.compare import cheap_predictions
+from trl_anatomy.checking.responses import prompts_for
 from trl_anatomy.reading.harvest import harvest
 from trl_anatomy.reading.sae import SAE
 from trl_anatomy.reading.score import score_pairs

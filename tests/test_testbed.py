@@ -9,7 +9,7 @@ import torch
 import yaml
 from scipy.sparse import csr_array
 
-from trl_anatomy.checking.compare import sampled_responses
+from trl_anatomy.checking.responses import sampled_responses
 from trl_anatomy.checking.rollouts import rollouts
 from trl_anatomy.testbed.demo import POLICY, SHAPED, run_demo
 from trl_anatomy.testbed.language import (

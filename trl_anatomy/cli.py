@@ -1,4 +1,4 @@
-"""The command line: `trl-anatomy audit | plan | dpo | reward | fit | compare | report | demo`.
+"""The command line: `trl-anatomy audit | plan | predict | dpo | reward | fit | compare | report | demo`.
 
 Exit codes: 0 done; 2 bad input, told in one sentence on standard error; 1 anything unexpected, with its traceback;
 130 interrupted (start the same command again: finished parts are kept).
@@ -7,6 +7,7 @@ Exit codes: 0 done; 2 bad input, told in one sentence on standard error; 1 anyth
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import json
@@ -400,6 +401,99 @@ def _train(kind: str, argv: list[str]) -> int:
     return 0
 
 
+@dataclasses.dataclass
+class PredictArguments:
+    """What `predict` adds to them."""
+
+    prompts: str | None = dataclasses.field(
+        default=None, metadata={"help": "File with a 'prompt' column. None: prompts of the audited dataset."}
+    )
+    n_prompts: int = dataclasses.field(default=250, metadata={"help": "At most so many prompts."})
+    n_per_prompt: int = dataclasses.field(
+        default=4, metadata={"help": "Responses of the start model to each prompt, an even number."}
+    )
+    max_new_tokens: int = dataclasses.field(default=256, metadata={"help": "Length of a response, in tokens."})
+    sample_batch_size: int = dataclasses.field(default=64, metadata={"help": "Responses sampled at a time."})
+    n_pairs: int = dataclasses.field(
+        default=4000, metadata={"help": "Pairs that the step is taken on, at most (in whole batches of the recipe)."}
+    )
+    prediction: str | None = dataclasses.field(
+        default=None, metadata={"help": "Folder (or URL) for responses and prediction.json. None: AUDIT/prediction."}
+    )
+    json: bool = dataclasses.field(default=False, metadata={"help": "Print the prediction as JSON."})
+
+
+def _predict(argv: list[str]) -> int:
+    """Build the trainer of a `dpo` recipe, and take its first step on paper."""
+    from trl import TrlParser
+
+    script = import_module("trl.scripts.dpo")
+    parser = TrlParser(
+        (*script.make_parser(prog="trl dpo").dataclass_types, PolicyArguments, PredictArguments),
+        prog="trl-anatomy predict",
+        description=COMMANDS["predict"][1],
+        epilog="example: trl-anatomy predict --config recipe.yaml --audit audits/run1 --concept_policy policy.yaml",
+    )
+    script_args, training, model_args, *rest = _strict_parse(parser, argv)
+    *other, policy, flags = rest
+    if policy.audit is None:
+        raise AnatomyError("predict needs the audit of the training set: --audit.")
+    for name in ("n_prompts", "n_per_prompt", "max_new_tokens", "sample_batch_size", "n_pairs"):
+        if getattr(flags, name) < 1:
+            raise AnatomyError(f"--{name} is {getattr(flags, name)}; give a whole number above 0.")
+
+    from .audit.folder import load_audit
+    from .checking.prediction import PLAIN, POLICY, predict, prediction_report
+    from .checking.responses import prompts_for
+    from .reading.storage import local
+
+    with redirect_stdout(sys.stderr):  # as in plan
+        audit = load_audit(policy.audit)
+        audit.check_kind("predict")
+        prompts = prompts_for(audit, flags.prompts, flags.n_prompts, training.seed)
+        training.report_to, training.save_strategy, training.push_to_hub = [], "no", False
+        training.eval_strategy = type(training.eval_strategy)("no")
+        if not (model_args.use_peft or model_args.load_in_4bit or model_args.load_in_8bit):
+            model_args.dtype = "float32"  # a small step would be lost in the rounding of trained weights
+        arguments = (script_args, training, model_args, *other)
+        made = {PLAIN: lambda: _trainer_of(script, arguments, None, None)}
+        if policy.concept_policy is not None:
+            made[POLICY] = lambda: _trainer_of(script, arguments, policy.concept_policy, policy.audit)
+        result = predict(
+            audit,
+            model_args.model_name_or_path,
+            made,
+            prompts,
+            out=local(flags.prediction) if flags.prediction else audit.path / "prediction",
+            n_per_prompt=flags.n_per_prompt,
+            max_new_tokens=flags.max_new_tokens,
+            batch_size=flags.sample_batch_size,
+            seed=training.seed,
+            n_pairs=flags.n_pairs,
+        )
+    print(json.dumps(result, indent=2) if flags.json else prediction_report(result))
+    return 0
+
+
+class _Made(Exception):
+    """Carries a trainer out of TRL's script, which would go on to train it."""
+
+
+def _trainer_of(script: Any, arguments: Sequence[Any], concept_policy: Any, audit: Any) -> Any:
+    """The trainer that TRL's script makes of its arguments, before it begins."""
+    from .trainers.dpo import AnatomyDPOTrainer
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        raise _Made(AnatomyDPOTrainer(*args, concept_policy=concept_policy, audit=audit, **kwargs))
+
+    with _replaced(import_module("trl"), "DPOTrainer", build):
+        try:
+            script.main(*map(copy.deepcopy, arguments))
+        except _Made as made:
+            return made.args[0]
+    raise RuntimeError("TRL's script made no trainer.")
+
+
 def _several_devices() -> bool:
     """Whether `trl dpo`, which always goes through accelerate, would start more than this one process."""
     import torch
@@ -701,7 +795,8 @@ def _compare(argv: list[str]) -> int:
     args = parser.parse_args(argv)
 
     from .audit.folder import load_audit
-    from .checking.compare import compare, comparison_report, names_of, prompts_for
+    from .checking.compare import compare, comparison_report, names_of
+    from .checking.responses import prompts_for
     from .reading.storage import local, shown
 
     after = names_of(args.after)
@@ -774,6 +869,7 @@ def _demo(argv: list[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "audit": (_audit, "Read a preference dataset: what it will teach, where, and how surely."),
     "plan": (_plan, "Show what each rule of a policy would touch, before any training."),
+    "predict": (_predict, "Foretell what a `dpo` recipe will change, from the first step of it."),
     "dpo": (_dpo, "Train with DPO: the flags and YAML of `trl dpo`, plus a concept policy."),
     "reward": (_reward, "Train a reward model: the flags and YAML of `trl reward`, plus a concept policy."),
     "fit": (_fit, "Learn a concept from labelled text, judge it on held-out text, and store it for policies."),

@@ -239,6 +239,36 @@ def odds_shift(chosen: np.ndarray, rejected: np.ndarray, n_pairs: int, start: np
     return grown / (1 - start + grown) - start
 
 
+def step_shift(activity: np.ndarray, change: np.ndarray, prompt_groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Shift of what the start model does, to first order in a small step of training: a covariance within each prompt.
+
+    A response whose log-probability rises by d comes exp(d) times as often, so that the mean of a concept moves by its
+    covariance with the rises among the responses to one prompt. A prompt with a single response says nothing.
+
+    Args:
+        activity: (n_responses, K) of each concept in responses of the start model.
+        change: (n_responses,) of their log-probability along the step.
+        prompt_groups: (n_responses,) int, equal for responses to one prompt.
+
+    Returns:
+        (K,) shift and its standard error over prompts, per unit of the step; NaN where it cannot be told.
+
+    Source: method.md section 12.
+    """
+    _, group = np.unique(prompt_groups, return_inverse=True)
+    size = np.bincount(group)
+    used = size[group] > 1
+    if not used.any():
+        return np.full(activity.shape[1], np.nan), np.full(activity.shape[1], np.nan)
+    activity, change, group = activity[used], change[used], group[used]
+    inside = stats.one_hot(group, len(size))
+    centred = activity - (inside @ activity / np.maximum(size, 1)[:, None])[group]
+    # Of n responses the sum of products is n - 1 covariances; every prompt counts by its number of responses.
+    products = centred * (change * (size / np.maximum(size - 1, 1))[group])[:, None]
+    mean, error, _ = stats.mean_test(products, group)
+    return mean, error
+
+
 def concept_means(values: np.ndarray, features: Sequence[np.ndarray]) -> np.ndarray:
     """(K,) mean over each concept's features of what is said of single ones, (d,)."""
     return np.array([values[of].mean() for of in features], dtype=np.float64)

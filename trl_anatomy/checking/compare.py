@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +13,11 @@ import numpy as np
 
 from ..errors import AnatomyError
 from ..reading.files import make_folder, remove_partial, without_nan, write_atomically
-from ..reading.storage import fetch, local
+from ..reading.storage import local
 from ..trainers.card import put_comparison
 from .rates import TEXT_RULES, rate_interval, recovery, rule_hits, word_counts
 from .report import PAGE, write_comparison
-from .rollouts import encode_prompt, rollouts, stop_ids
+from .responses import Interval, Prompt, activities, as_pairs, load_model, means_with_intervals, name_of, sampled, slug
 
 if TYPE_CHECKING:
     import scipy.sparse as sp
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
     from ..audit.folder import Audit
     from ..reading.harvest import Harvest
     from ..reading.spans import Pairs
-
-Prompt = str | list[dict[str, Any]]
-Interval = tuple[float, float, float]
 
 # What a trained model can not be called: names of what compare writes of others.
 TAKEN = ("before", "compare")
@@ -52,52 +48,10 @@ def names_of(paths: Sequence[str]) -> dict[str, str]:
         raise AnatomyError(f"--after names the same model twice: {' and '.join(twice)}; name each once.")
     for n in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(of[-n:]) for of in parts]
-        slugs = list(map(_slug, names))
+        slugs = list(map(slug, names))
         if len(set(slugs)) == len(slugs) and not set(slugs) & set(TAKEN):
             break
     return dict(zip(names, paths, strict=True)) if parts else {}
-
-
-def prompts_for(audit: Audit, path: str | None, n_prompts: int, seed: int) -> list[Prompt]:
-    """Prompts to sample responses to: those of a file, or of the audited dataset, without repetition.
-
-    Args:
-        audit: the audit of the training set.
-        path: a file (json lines, json, parquet) with a `prompt` column, or None for the audited dataset.
-        n_prompts: at most so many, drawn with `seed`.
-        seed: of the draw.
-
-    Raises:
-        AnatomyError: the file has no `prompt` column, or there is no prompt.
-    """
-    from ..audit.config import AuditConfig
-    from ..audit.reopen import reopen
-    from ..audit.run import load_dataset
-    from ..reading.spans import split_row
-
-    if path is None:
-        pairs = reopen(audit).pairs
-        raw, rows = pairs.raw, pairs.rows.tolist()
-    else:
-        raw = load_dataset(AuditConfig(dataset=path))
-        if "prompt" not in raw.column_names:
-            raise AnatomyError(f"{path} has no 'prompt' column (found: {', '.join(raw.column_names)}).")
-        raw = raw.select_columns(["prompt"])
-        rows = list(range(len(raw)))
-
-    def prompt_of(row: int) -> Prompt:
-        return split_row(raw[row])["prompt"]
-
-    # Not the prompts themselves, which are as large as the dataset.
-    unique: dict[bytes, int] = {}
-    for row in rows:
-        if prompt := prompt_of(row):
-            unique.setdefault(hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).digest(), row)
-    if not unique:
-        raise AnatomyError(f"{path or audit.name} holds no prompt to sample responses to.")
-    drawn = np.random.default_rng(seed).permutation(len(unique))[:n_prompts]
-    kept = list(unique.values())
-    return [prompt_of(kept[i]) for i in sorted(drawn)]
 
 
 def compare(
@@ -160,30 +114,30 @@ def compare(
         raise AnatomyError("compare needs at least one prompt.")
     if not after:
         raise AnatomyError("compare needs at least one trained model.")
-    slugs = list(map(_slug, after))
-    for name, slug in zip(after, slugs, strict=True):
-        if slug in ("", *TAKEN) or slugs.count(slug) > 1:
+    slugs = list(map(slug, after))
+    for name, written in zip(after, slugs, strict=True):
+        if written in ("", *TAKEN) or slugs.count(written) > 1:
             raise AnatomyError(
                 f"compare would write what it reads of the trained model {name!r} over something else: call it by "
                 f"another name than {', '.join(TAKEN)} and than the other models."
             )
     audit.check_harvest()
-    start_model = _load(before)
+    start_model = load_model(before)
     if model_fingerprint(start_model) != audit.info["model"]["fingerprint"]:
         raise AnatomyError(
-            f"--before is {_name(before)}, which is not the model that was audited "
+            f"--before is {name_of(before)}, which is not the model that was audited "
             f"({audit.info['model']['name']}): give that one, or audit this one."
         )
     sae = audit.load_sae(next(start_model.parameters()).device)
     if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(_name(before))
+        tokenizer = AutoTokenizer.from_pretrained(name_of(before))
     make_folder(out := local(out))
     remove_partial(out)
     sampling = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
     prompt_of = np.unique([json.dumps(prompt) for prompt in prompts], return_inverse=True)[1]
-    responses = {"before": _sampled(start_model, tokenizer, prompts, out / "before.json", sampling)}
+    responses = {"before": sampled(start_model, tokenizer, prompts, out / "before.json", sampling)}
     for name, model in after.items():
-        responses[name] = _sampled(_load(model), tokenizer, prompts, out / f"{_slug(name)}.json", sampling)
+        responses[name] = sampled(load_model(model), tokenizer, prompts, out / f"{slug(name)}.json", sampling)
 
     settings, concepts = audit.info["settings"], audit.labelled(audit.concepts).to_pylist()
     tau = settings["tau"]
@@ -205,7 +159,7 @@ def compare(
     agreements: dict[str, dict[str, Any]] = {}
     for name in after:
         pairs = read_pairs(
-            _as_pairs(prompts, responses[name], responses["before"]),
+            as_pairs(prompts, responses[name], responses["before"]),
             tokenizer,
             max_length=settings["max_length"],
             truncation="keep_start",
@@ -214,16 +168,16 @@ def compare(
             start_model,
             sae,
             pairs,
-            out / f"harvest-{_slug(name)}",
+            out / f"harvest-{slug(name)}",
             layer=audit.info["sae"]["layer"],
             progress=progress,
             replace=True,  # of other responses, as the files of responses are
         )
-        trained, start = _activities(read, features, tau)
+        trained, start = activities(read, features, tau)
         observed[name] = trained - start
-        seen[name] = _means_with_intervals(observed[name], pairs.prompt_groups)
+        seen[name] = means_with_intervals(observed[name], pairs.prompt_groups)
         shift = observed[name].mean(axis=0)
-        control_shift = np.subtract(*_activities(read, control, tau)).mean(axis=0)
+        control_shift = np.subtract(*activities(read, control, tau)).mean(axis=0)
         agreements[name] = {
             **agreement(predicted, shift, seed=seed).to_dict(),
             "noise_ceiling_r2": (ceiling := split_half_reliability(observed[name], seed, pairs.prompt_groups)),
@@ -250,8 +204,8 @@ def compare(
 
     result: dict[str, Any] = {
         "audit": audit.name,
-        "before": _name(before),
-        "after": {name: _name(model) for name, model in after.items()},
+        "before": name_of(before),
+        "after": {name: name_of(model) for name, model in after.items()},
         "sampling": {**sampling, "n_prompts": len(prompts)},
         "concepts": [
             {
@@ -267,7 +221,7 @@ def compare(
         "agreement": agreements,
         "rates": _rates(responses, list(after), rules, prompt_of),
         "words": {
-            name: _means_with_intervals(word_counts(texts)[:, None], prompt_of)[0] for name, texts in responses.items()
+            name: means_with_intervals(word_counts(texts)[:, None], prompt_of)[0] for name, texts in responses.items()
         },
     }
     result = without_nan(result)
@@ -318,11 +272,6 @@ def cheap_predictions(
     likelihood = log_likelihoods(start_model, pairs, drawn.tolist())
     found["likelihood"] = explained_shift(u[drawn], likelihood[:, :1] - likelihood[:, 1:])
     return found
-
-
-def sampled_responses(out: Path, name: str) -> list[str]:
-    """The responses that `compare` sampled from "before" or a name of `after`, in the order of its prompts."""
-    return json.loads((out / f"{_slug(name)}.json").read_text())["responses"]
 
 
 def comparison_report(result: Mapping[str, Any]) -> str:
@@ -399,69 +348,6 @@ def _between(low: float | None, high: float | None) -> str:
 
 def _shown(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.2f}"
-
-
-def _name(model: Any) -> str:
-    return str(model if isinstance(model, str | Path) else getattr(model, "name_or_path", type(model).__name__))
-
-
-def _slug(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
-
-
-def _load(model: Any) -> Any:
-    if not isinstance(model, str | Path):
-        return model
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(str(model))
-    except (OSError, ValueError) as error:
-        raise AnatomyError(f"The model at {model} cannot be loaded: {error}") from error
-    return loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-def _sampled(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], file: Path, sampling: Mapping[str, int]
-) -> list[str]:
-    """One response to each prompt, kept on disk under a key of everything it depends on."""
-    from ..reading.fingerprint import hash_json, model_fingerprint
-
-    tokens = [encode_prompt(tokenizer, prompt) for prompt in prompts]  # by tokenizer and chat template
-    key = hash_json([model_fingerprint(model), list(prompts), tokens, stop_ids(model, tokenizer), dict(sampling)])
-    if fetch(file, own=True):
-        try:
-            kept = json.loads(file.read_bytes())
-        except ValueError:  # cut short by a crash: sampled again
-            kept = None
-        if isinstance(kept, dict) and kept.get("key") == key:
-            return kept["responses"]
-    responses = [group[0] for group in rollouts(model, tokenizer, prompts, **sampling)]
-    kept = {"key": key, "prompts": list(prompts), "responses": responses}
-    write_atomically(file, json.dumps(kept, indent=1).encode())
-    return responses
-
-
-def _as_pairs(prompts: Sequence[Prompt], after: Sequence[str], before: Sequence[str]) -> Any:
-    import datasets
-
-    def side(texts: Sequence[str]) -> list[Any]:
-        if isinstance(prompts[0], str):
-            return list(texts)
-        return [[{"role": "assistant", "content": text}] for text in texts]
-
-    return datasets.Dataset.from_dict({"prompt": list(prompts), "chosen": side(after), "rejected": side(before)})
-
-
-def _activities(read: Harvest, features: Sequence[np.ndarray], tau: float) -> list[np.ndarray]:
-    """(n, K) share of each cluster's features that fire in chosen, and in rejected; read shard by shard."""
-    from ..audit.views import concept_activity
-
-    return [
-        np.concatenate([concept_activity(shard.frequency(span), features, tau) for shard in read.shards()])
-        for span in ("chosen", "rejected")
-    ]
 
 
 def _disparity(chosen: sp.csr_array, rejected: sp.csr_array, features: Sequence[np.ndarray], tau: float) -> np.ndarray:
@@ -568,17 +454,6 @@ def split_half_reliability(u: np.ndarray, seed: int, groups: np.ndarray | None =
     halves = [mask.astype(np.float64) @ u / mask.sum(axis=1)[:, None] for mask in (masks, ~masks)]
     found = [stepped for pair in zip(*halves, strict=True) if (stepped := stepped_up(*pair)) is not None]
     return float(np.median(found)) if found else None
-
-
-def _means_with_intervals(values: np.ndarray, groups: np.ndarray) -> list[Interval]:
-    """Mean of each column (n, K) with its 95 % interval, which takes the rows of one prompt together; NaN below two."""
-    from scipy.stats import t
-
-    from ..audit.stats import mean_test
-
-    mean, error, _ = mean_test(values, groups)
-    half = t.ppf(0.975, max(1, len(np.unique(groups)) - 1)) * error
-    return list(zip(mean.tolist(), (mean - half).tolist(), (mean + half).tolist(), strict=True))
 
 
 def _rates(

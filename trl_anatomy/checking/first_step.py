@@ -51,8 +51,8 @@ class _Recorder(torch.optim.Optimizer):
         return found
 
 
-def first_step(trainer: Any) -> list[tuple[Tensor, Tensor]]:
-    """The direction of Adam's first step over all rows of a trainer, whose weights stay as they are.
+def first_step(trainer: Any, n_pairs: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    """The direction of Adam's first step over the rows of a trainer, whose weights stay as they are.
 
     The trainer runs as it would, for one pass over its training set: its loss, policy, masks, weights, edits, adapters.
     Only the optimizer is another: it records. Adam divides each weight's mean gradient by its root mean square over the
@@ -60,12 +60,13 @@ def first_step(trainer: Any) -> list[tuple[Tensor, Tensor]]:
 
     Args:
         trainer: a trainer of transformers that has not begun, in one process, that saves and evaluates nothing.
+        n_pairs: rows read at most, in whole batches; default all, of a dataset that has a length.
 
     Returns:
         (weight, direction) for every trained weight; float32, as large as the trained weights, and once more meanwhile.
 
     Raises:
-        AnatomyError: several processes.
+        AnatomyError: several processes; a dataset without length or `n_pairs`.
 
     Source: method.md section 12 (one step of the actual loss).
     """
@@ -73,7 +74,14 @@ def first_step(trainer: Any) -> list[tuple[Tensor, Tensor]]:
         raise AnatomyError("The first step of a training is read in one process: start it without a launcher.")
     recorder = _Recorder([weight for weight in trainer.model.parameters() if weight.requires_grad])
     trainer.optimizer, trainer.lr_scheduler = recorder, torch.optim.lr_scheduler.ConstantLR(recorder)
-    trainer.args.max_grad_norm = 0.0  # a batch that is clipped would count for less
+    args, rows = trainer.args, trainer.train_dataset
+    args.max_grad_norm = 0.0  # a batch that is clipped would count for less
+    if hasattr(rows, "__len__"):
+        n_pairs = min(len(rows), n_pairs or len(rows))
+    if n_pairs is None:
+        raise AnatomyError("The training set has no length: say how many pairs the first step is to read.")
+    args.num_train_epochs = 1.0
+    args.max_steps = math.ceil(n_pairs / (args.per_device_train_batch_size * args.gradient_accumulation_steps))
     trainer.train()
     return recorder.direction()
 
@@ -88,28 +96,30 @@ def log_prob_changes(
 
     Args:
         model: the model that the direction is of, in evaluation mode.
-        responses: the chosen side is read, given its prompt.
+        responses: two responses to each prompt, as pairs.
         batch_tokens: padded tokens of one forward pass; its logits are what takes memory, beside a copy of the weights.
     Returns:
-        (n,) float64; zeros where nothing moves.
+        (n, 2) float64, of the chosen and the rejected side; zeros where nothing moves.
     """
     from ..reading.forward import in_halves, length_sorted_batches
 
     norm = math.sqrt(sum(float(step.double().pow(2).sum()) for _, step in direction))
     if not norm:
-        return np.zeros(len(responses))
+        return np.zeros((len(responses), 2))
     kept = [weight.detach().clone() for weight, _ in direction]
     exact = all(weight.dtype == torch.float32 for weight in model.parameters())
 
     def along(size: float, indices: Sequence[int]) -> np.ndarray:
-        change = np.zeros(len(responses))
+        change = np.zeros((len(responses), 2))
         for sign in (1, -1):
             for (weight, step), start in zip(direction, kept, strict=True):
                 weight.copy_(torch.add(start.float(), step, alpha=sign * size))
 
             def read(batch: list[int], sign: int = sign) -> None:
-                sides = [responses.arrays(i)[:2] for i in batch]
-                change[batch] += sign * log_probs(model, sides, responses.pad_token_id).cpu().double().numpy()
+                arrays = [responses.arrays(i) for i in batch]
+                for side in (0, 1):
+                    said = [(of[2 * side], of[2 * side + 1]) for of in arrays]
+                    change[batch, side] += sign * log_probs(model, said, responses.pad_token_id).cpu().double().numpy()
 
             in_halves(length_sorted_batches(responses, indices, batch_tokens), read)
         return change / (2 * size)

@@ -141,7 +141,8 @@ def _one_thread() -> Iterator[None]:
 def _run(out: Path, seed: int, size: Size, say: Callable[[str], None]) -> DemoResult:
     from ..audit.config import AuditConfig
     from ..audit.run import run_audit
-    from ..checking.compare import compare, sampled_responses
+    from ..checking.compare import compare
+    from ..checking.responses import sampled_responses
 
     out.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}

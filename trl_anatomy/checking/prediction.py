@@ -1,0 +1,217 @@
+"""What training will change, foretold from the start model's own responses and the first step of that very training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import AnatomyError
+from ..reading.files import make_folder, remove_partial, without_nan, write_atomically
+from ..reading.storage import local
+from .rates import TEXT_RULES, rate_interval, rule_hits
+from .responses import Prompt, activities, as_pairs, load_model, name_of, sampled
+
+if TYPE_CHECKING:
+    from ..audit.folder import Audit
+    from ..reading.spans import Pairs
+
+PLAIN, POLICY = "plain", "policy"
+FILE = "prediction.json"
+
+
+def predict(
+    audit: Audit,
+    before: Any,
+    trainers: Mapping[str, Callable[[], Any]],
+    prompts: Sequence[Prompt],
+    *,
+    out: Path,
+    tokenizer: Any = None,
+    rules: Mapping[str, str] | None = None,
+    n_per_prompt: int = 4,
+    max_new_tokens: int = 256,
+    batch_size: int = 64,
+    seed: int = 0,
+    n_pairs: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Sample responses of the start model, take the first step of a training, and say what becomes of the responses.
+
+    The disparity of the pairs says what they reward; whether a model can follow depends on what it does already. So the
+    first step of the training (`first_step`) is carried over to the start model's own responses: those that rise come
+    more often, and with them what they show. Both predictions miss different things; the mean of both was best on real
+    pairs (benchmarks/README.md).
+
+    Args:
+        audit: audit of the training set.
+        before: the audited model: a path or a loaded model. The trainers have their own.
+        trainers: name -> what makes a trainer that has not begun: `PLAIN`, and maybe `POLICY` for the same with one.
+        prompts: strings or conversations.
+        out: folder for the sampled responses and `prediction.json`.
+        tokenizer: default: the start model's.
+        rules: name -> regular expression, counted in the responses; default `TEXT_RULES`.
+        n_per_prompt: responses to each prompt, an even number.
+        max_new_tokens: longest response sampled, in tokens.
+        batch_size: responses sampled at a time.
+        seed: of sampling.
+        n_pairs: rows that the steps are taken on, at most; default all.
+        progress: show progress bars.
+
+    Returns:
+        What `prediction.json` holds: per concept the share of its features that fire in a response of the start model,
+        the shift by disparity, by the step of each trainer with a 95 % interval over prompts, and the mean of both;
+        per text rule the rate and the shift by the step. A step has no length of its own: shifts by it are scaled to
+        the root mean square of the disparities, by one factor for all. Null where nothing can be told: a text rule that
+        the start model never meets cannot be foretold from what it does.
+
+    Raises:
+        AnatomyError: no prompt, an odd number of responses, a model that is not the one audited, several processes.
+
+    Source: method.md section 12.
+    """
+    from transformers import AutoTokenizer
+
+    from ..audit.predict import step_shift
+    from ..reading.fingerprint import model_fingerprint
+    from ..reading.harvest import harvest
+    from ..reading.spans import read_pairs
+    from .first_step import first_step, log_prob_changes
+
+    if not prompts:
+        raise AnatomyError("predict needs at least one prompt.")
+    if n_per_prompt < 2 or n_per_prompt % 2:
+        raise AnatomyError(f"n_per_prompt is {n_per_prompt}; give an even number, 2 or more.")
+    audit.check_harvest()
+    model = load_model(before)
+    if model_fingerprint(model) != audit.info["model"]["fingerprint"]:
+        raise AnatomyError(
+            f"{name_of(before)} is not the model that was audited ({audit.info['model']['name']}): "
+            "train that one, or audit this one."
+        )
+    sae = audit.load_sae(next(model.parameters()).device)
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(name_of(before))
+    rules = TEXT_RULES if rules is None else rules
+    make_folder(out := local(out))
+    remove_partial(out)
+    sampling = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
+    asked = [prompt for prompt in prompts for _ in range(n_per_prompt)]
+    said = sampled(model, tokenizer, asked, out / "before.json", sampling)
+    settings = audit.info["settings"]
+    pairs = read_pairs(
+        as_pairs(asked[::2], said[::2], said[1::2]),
+        tokenizer,
+        max_length=settings["max_length"],
+        truncation="keep_start",
+    )
+    read = harvest(
+        model, sae, pairs, out / "harvest", layer=audit.info["sae"]["layer"], progress=progress, replace=True
+    )
+    concepts = audit.labelled(audit.concepts).to_pylist()
+    features = [np.asarray(row["features"], dtype=np.int64) for row in concepts]
+    activity = np.concatenate(activities(read, features, settings["tau"]))
+    hits = {rule: _of_pairs(found, pairs) for rule, found in rule_hits(said, rules).items()}
+    groups = np.concatenate([pairs.prompt_groups, pairs.prompt_groups])
+    del model, sae
+
+    shown = np.concatenate([activity, np.stack(list(hits.values()), axis=1)], axis=1)
+    steps: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for name, made in trainers.items():
+        trainer = made()
+        direction = first_step(trainer, n_pairs)
+        trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+        change = log_prob_changes(trained, direction, pairs)
+        steps[name] = step_shift(shown, change.T.ravel(), groups)
+        del trainer, direction, trained
+
+    disparity = np.array([row["predicted"] for row in concepts], dtype=np.float64)
+    scale = _scale(disparity, steps[PLAIN][0][: len(concepts)])
+
+    def by_step(k: int) -> dict[str, tuple[float, float, float]]:
+        of = {name: (scale * shift[k], scale * 1.96 * error[k]) for name, (shift, error) in steps.items()}
+        return {name: (shift, shift - half, shift + half) for name, (shift, half) in of.items()}
+
+    result = {
+        "audit": audit.name,
+        "before": name_of(before),
+        "sampling": {**sampling, "n_prompts": len(prompts), "n_per_prompt": n_per_prompt},
+        "responses": 2 * len(pairs),
+        "concepts": [
+            {
+                "concept": row["concept"],
+                "label": row["label"],
+                "start": float(activity[:, k].mean()),
+                "disparity": row["predicted"],
+                "step": (found := by_step(k)),
+                "both": {name: (row["predicted"] + of[0]) / 2 for name, of in found.items()},
+            }
+            for k, row in enumerate(concepts)
+        ],
+        "rates": [
+            {
+                "rule": rule,
+                "start": rate_interval(found, groups=groups),
+                "step": by_step(len(concepts) + k) if found.any() and not found.all() else None,
+            }
+            for k, (rule, found) in enumerate(hits.items())
+        ],
+    }
+    result = without_nan(result)
+    write_atomically(out / FILE, json.dumps(result, indent=2).encode())
+    return result
+
+
+def _of_pairs(hits: np.ndarray, pairs: Pairs) -> np.ndarray:
+    """Of hits over sampled responses, those of the responses that were read: first sides, then second ones."""
+    return np.concatenate([hits[::2][pairs.rows], hits[1::2][pairs.rows]])
+
+
+def _scale(disparity: np.ndarray, step: np.ndarray) -> float:
+    """By how much steps are multiplied to be of the size of disparities; NaN where one of them is nothing."""
+    told = np.isfinite(disparity) & np.isfinite(step)
+    size = float(np.sqrt(np.square(step[told]).mean())) if told.any() else 0.0
+    return float(np.sqrt(np.square(disparity[told]).mean())) / size if size else float("nan")
+
+
+def prediction_report(result: Mapping[str, Any]) -> str:
+    """The prediction as text for a terminal: concepts by the mean of both predictions, then text rules."""
+    named = list(result["concepts"][0]["step"]) if result["concepts"] else [PLAIN]
+    policy = POLICY in named
+    lines = [
+        "Foretold shift of each concept (share of its features that fire in a response): by the pairs' disparity, by",
+        "the first step of this training on the start model's own responses, and the mean of both:",
+        f"  {'concept':<8} {'start':>6} {'by pairs':>8} {'by step':>8}  {'95 % interval':<18} {'both':>7}"
+        + (f" {'by step, policy':>15}" if policy else "")
+        + "  label",
+    ]
+    for row in sorted(result["concepts"], key=lambda row: -abs(row["both"][PLAIN] or 0.0))[:20]:
+        lines.append(
+            f"  {row['concept']:<8} {row['start']:6.3f} {_signed(row['disparity']):>8} {_step(row, PLAIN)}"
+            f" {_signed(row['both'][PLAIN]):>7}"
+            + (f" {_signed(row['step'][POLICY][0]):>15}" if policy else "")
+            + f"  {row['label']}"
+        )
+    lines.append("\nShare of the start model's responses in which a text rule holds, and its shift by the step:")
+    for row in result["rates"]:
+        if row["step"] is None:
+            continue
+        lines.append(
+            f"  {row['rule']:<16} {row['start'][0]:6.3f} {_step(row, PLAIN)}"
+            + (f" {_signed(row['step'][POLICY][0]):>15}" if policy else "")
+        )
+    never = [row["rule"] for row in result["rates"] if row["step"] is None]
+    if never:
+        lines.append(f"  Never or always shown by the start model, so not foretold: {', '.join(never)}.")
+    return "\n".join(lines)
+
+
+def _step(row: Mapping[str, Any], name: str) -> str:
+    shift, low, high = row["step"][name]
+    return f"{_signed(shift):>8}  {f'[{_signed(low)}, {_signed(high)}]':<18}"
+
+
+def _signed(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:+.3f}"
