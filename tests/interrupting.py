@@ -359,7 +359,7 @@ def compared(root: Path) -> Work:
 
     def do(folder: Path) -> None:
         stages = (
-            (comparing, "_sampled", "responses"),
+            (comparing, "sampled", "responses"),
             (comparing, "cheap_predictions", "cheap predictions"),
             (comparing, "_random_features", "random clusters"),
             (comparing, "write_comparison", "page"),

@@ -12,10 +12,10 @@ from trl_anatomy.checking.compare import (
     cheap_predictions,
     comparison_report,
     fired_counts,
-    prompts_for,
     split_half_reliability,
 )
 from trl_anatomy.checking.report import render_comparison
+from trl_anatomy.checking.responses import prompts_for
 from trl_anatomy.errors import AnatomyError
 
 

@@ -95,8 +95,8 @@ def test_kept_responses_are_those_of_these_tokens(root: Path, audit: Audit, tmp_
     sampling, found = {"max_new_tokens": 5, "batch_size": 4, "seed": 0}, []
     for n, template in enumerate(("{{ messages[0].content }}", "say {{ messages[0].content }} nice")):
         tokenizer.chat_template = template
-        found.append(comparing._sampled(model, tokenizer, prompts, tmp_path / "kept.json", sampling))
-        assert found[n] == comparing._sampled(model, tokenizer, prompts, tmp_path / f"{n}.json", sampling)
+        found.append(comparing.sampled(model, tokenizer, prompts, tmp_path / "kept.json", sampling))
+        assert found[n] == comparing.sampled(model, tokenizer, prompts, tmp_path / f"{n}.json", sampling)
     assert found[0] != found[1]
 
 
@@ -122,7 +122,7 @@ def test_several_responses_to_a_prompt_are_not_as_many_prompts(root: Path, audit
     files = {name: json.loads((tmp_path / "once" / f"{name}.json").read_text()) for name in ("before", "out")}
     sampled = {name: held["responses"] * 4 for name, held in files.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparing, "_sampled", lambda model, tokenizer, prompts, file, sampling: sampled[file.stem])
+        patch.setattr(comparing, "sampled", lambda model, tokenizer, prompts, file, sampling: sampled[file.stem])
         repeated = compared(audit, root, tmp_path / "repeated", PROMPTS * 4)
     for one, four in zip(once["concepts"], repeated["concepts"], strict=True):
         np.testing.assert_allclose(four["observed"]["out"], one["observed"]["out"], atol=1e-12)

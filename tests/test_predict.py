@@ -8,7 +8,8 @@ from scipy import stats as reference
 
 from trl_anatomy.audit import predict, views
 from trl_anatomy.audit.config import AuditConfig
-from trl_anatomy.checking.compare import _activities, _disparity
+from trl_anatomy.checking.compare import _disparity
+from trl_anatomy.checking.responses import activities
 
 COMMUNITIES = [np.array(h["features"]) for h in HABITS.values()]
 
@@ -148,7 +149,7 @@ def test_observed_disparity_is_in_the_unit_of_u(world):
     scores = views.activity(world, COMMUNITIES)
     observed = _disparity(world.frequency("chosen"), world.frequency("rejected"), COMMUNITIES, AuditConfig().tau)
     np.testing.assert_allclose(observed, scores.u, atol=1e-12)
-    assert np.array_equal(np.subtract(*_activities(world, COMMUNITIES, AuditConfig().tau)), observed)  # shard by shard
+    assert np.array_equal(np.subtract(*activities(world, COMMUNITIES, AuditConfig().tau)), observed)  # shard by shard
     np.testing.assert_allclose(observed.mean(axis=0), predict.predicted_shift(scores.u), atol=1e-12)
     before = sparse.csr_array(np.array([[0.5, 0.005, 0.0]], np.float32))
     after = sparse.csr_array(np.array([[0.5, 0.02, 0.0]], np.float32))

@@ -46,6 +46,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "pairs").mkdir()
     shutil.copy(root / "pairs.jsonl.gz", root / "pairs" / "train.jsonl.gz")
     run.run_audit(config_for(root, "inputs"), progress=False)
+    other = AutoModelForCausalLM.from_pretrained(root / "model")
+    with torch.no_grad():
+        other.lm_head.weight.mul_(5)
+    other.save_pretrained(root / "other")
+    AutoTokenizer.from_pretrained(root / "model").save_pretrained(root / "other")
     (root / "recipe.yaml").write_text(RECIPE)
     (root / "policy.yaml").write_text(POLICY_FILE)
     return root
@@ -84,6 +89,21 @@ def test_a_recipe_is_foretold_without_training(at_root: Path, capsys: pytest.Cap
     by_pairs, by_step = (np.array(of) for of in ([r["disparity"] for r in told], [r["step"][PLAIN][0] for r in told]))
     assert np.square(by_pairs).mean() == pytest.approx(np.square(by_step).mean())
     assert any(abs(row["step"][PLAIN][0] - row["step"][POLICY][0]) > 1e-6 for row in told)
+    # compare finds it there, and says how well it held.
+    words = ["compare", "--audit", "inputs/audit", "--before", "model", "--after", "other", "--max_new_tokens", "8"]
+    assert main([*words, "--n_per_prompt", "100", "--seed", "5", "--json"]) == 0
+    agreement = json.loads(capsys.readouterr().out)["agreement"]["other"]
+    shift = np.array(
+        [
+            row["observed"]["other"][0]
+            for row in json.loads((at_root / "inputs" / "audit" / "compare" / "compare.json").read_text())["concepts"]
+        ]
+    )
+    for name, told_of in (("step_r2", lambda r: r["step"][PLAIN][0]), ("both_r2", lambda r: r["both"][PLAIN])):
+        values = np.array([told_of(row) for row in result["concepts"]], dtype=float)
+        assert agreement[name] == pytest.approx(np.corrcoef(values, shift)[0, 1] ** 2)
+    page = (at_root / "inputs" / "audit" / "compare" / "compare.html").read_text()
+    assert "mean of it and the disparity" in page
     # Again: the responses are there, and it says the same.
     assert main(command("--concept_policy", "policy.yaml")) == 0
     shown = capsys.readouterr().out
@@ -176,12 +196,6 @@ def test_what_a_step_makes_likelier_is_foretold_to_rise(audit: Audit, root: Path
 def test_what_cannot_be_is_one_sentence(
     at_root: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
 ) -> None:
-    if "other" in words and not (at_root / "other").exists():
-        changed = AutoModelForCausalLM.from_pretrained(at_root / "model")
-        with torch.no_grad():
-            changed.lm_head.weight.mul_(2)
-        changed.save_pretrained(at_root / "other")
-        AutoTokenizer.from_pretrained(at_root / "model").save_pretrained(at_root / "other")
     assert main(command(*words)) == 2
     assert re.search(said, capsys.readouterr().err)
 
@@ -189,6 +203,17 @@ def test_what_cannot_be_is_one_sentence(
 def test_without_an_audit(at_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", "--config", "recipe.yaml"]) == 2
     assert "--audit" in capsys.readouterr().err
+
+
+def test_another_prediction_than_the_audits_is_refused(at_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["compare", "--audit", "inputs/audit", "--before", "model", "--after", "other", "--prediction", "elsewhere"]
+    assert main(words) == 2
+    assert "elsewhere holds no prediction.json: run trl-anatomy predict first." in capsys.readouterr().err
+    (at_root / "elsewhere").mkdir()
+    for text, said in (("{", "is damaged"), ('{"concepts_key": "a"}', "is not of the concepts of")):
+        (at_root / "elsewhere" / "prediction.json").write_text(text)
+        assert main(words) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_no_prompt_is_refused(audit: Audit, tmp_path: Path) -> None:

@@ -443,7 +443,7 @@ def _predict(argv: list[str]) -> int:
             raise AnatomyError(f"--{name} is {getattr(flags, name)}; give a whole number above 0.")
 
     from .audit.folder import load_audit
-    from .checking.prediction import PLAIN, POLICY, predict, prediction_report
+    from .checking.prediction import FOLDER, PLAIN, POLICY, predict, prediction_report
     from .checking.responses import prompts_for
     from .reading.storage import local
 
@@ -464,7 +464,7 @@ def _predict(argv: list[str]) -> int:
             model_args.model_name_or_path,
             made,
             prompts,
-            out=local(flags.prediction) if flags.prediction else audit.path / "prediction",
+            out=local(flags.prediction) if flags.prediction else audit.path / FOLDER,
             n_per_prompt=flags.n_per_prompt,
             max_new_tokens=flags.max_new_tokens,
             batch_size=flags.sample_batch_size,
@@ -790,14 +790,16 @@ def _compare(argv: list[str]) -> int:
     parser.add_argument("--max_new_tokens", type=_whole(1), default=256, help="length of a rollout (default 256)")
     parser.add_argument("--batch_size", type=_whole(1), default=64, help="rollouts at a time (default 64)")
     parser.add_argument("--seed", type=_whole(0), default=0)
+    parser.add_argument("--prediction", help="what predict wrote (default: AUDIT/prediction, if there is one)")
     parser.add_argument("--out", help="folder (or URL) for rollouts and compare.json (default: AUDIT/compare)")
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON")
     args = parser.parse_args(argv)
 
     from .audit.folder import load_audit
     from .checking.compare import compare, comparison_report, names_of
+    from .checking.prediction import FILE, FOLDER, load_prediction
     from .checking.responses import prompts_for
-    from .reading.storage import local, shown
+    from .reading.storage import fetch, local, shown
 
     after = names_of(args.after)
     with redirect_stdout(sys.stderr):  # as in plan
@@ -805,6 +807,8 @@ def _compare(argv: list[str]) -> int:
         audit.check_kind("compare")
         prompts = prompts_for(audit, args.prompts, args.n_prompts, args.seed) * args.n_per_prompt
         out = local(args.out) if args.out else audit.path / "compare"
+        foretold = args.prediction or str(audit.path / FOLDER)
+        prediction = load_prediction(foretold, audit) if args.prediction or fetch(local(foretold) / FILE) else None
         comparison = compare(
             audit,
             args.before,
@@ -814,6 +818,7 @@ def _compare(argv: list[str]) -> int:
             max_new_tokens=args.max_new_tokens,
             batch_size=args.batch_size,
             seed=args.seed,
+            prediction=prediction,
         )
     print(json.dumps(comparison, indent=2) if args.json else comparison_report(comparison))
     if not args.json:

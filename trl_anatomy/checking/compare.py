@@ -15,6 +15,7 @@ from ..errors import AnatomyError
 from ..reading.files import make_folder, remove_partial, without_nan, write_atomically
 from ..reading.storage import local
 from ..trainers.card import put_comparison
+from .prediction import PLAIN
 from .rates import TEXT_RULES, rate_interval, recovery, rule_hits, word_counts
 from .report import PAGE, write_comparison
 from .responses import Interval, Prompt, activities, as_pairs, load_model, means_with_intervals, name_of, sampled, slug
@@ -66,6 +67,7 @@ def compare(
     max_new_tokens: int = 256,
     batch_size: int = 64,
     seed: int = 0,
+    prediction: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Sample responses of the start model and of trained models, read both with the audit's SAE, and compare.
@@ -85,6 +87,7 @@ def compare(
         max_new_tokens: longest response sampled, in tokens.
         batch_size: responses sampled at a time.
         seed: of sampling and resampling.
+        prediction: what `predict` said before training (`prediction.load_prediction`); None where it was not asked.
         progress: show progress bars.
 
     Returns:
@@ -92,7 +95,8 @@ def compare(
         (R² and rank correlation with intervals, a permutation p-value, the noise floor of the responses, and of
         responses and pairs, from split prompts, the same for size-matched random clusters, the prompt-conditioned view
         by `prompt_shift.prompt_view_agreement`, R² of the two other predictions, which read the start model's
-        responses too: its tilt, and the pairs' change of log-odds from its rates; and R² of what cheap measures
+        responses too: its tilt, and the pairs' change of log-odds from its rates; with `prediction` R² of the first
+        step of training, and of the mean of that and the disparity; and R² of what cheap measures
         predict: length, text rules, likelihood under the start model; None for the last two if the audited dataset is
         not to be found); per text rule the rates before and after with intervals, and recovery; words per response
         with an interval.
@@ -191,6 +195,7 @@ def compare(
                 observed[name],
                 pairs.prompt_groups,
             ),
+            **_foretold(prediction, shift),
             "baselines_r2": {
                 measure: None
                 if told is None
@@ -231,6 +236,23 @@ def compare(
         if isinstance(model, str | Path):
             put_comparison(Path(model) / "README.md", result, name)
     return result
+
+
+def _foretold(prediction: Mapping[str, Any] | None, shift: np.ndarray) -> dict[str, float | None]:
+    """R² of what `predict` said: by the first step, and by the mean of that and the disparity; {} without it.
+
+    The start model's responses were drawn anew for it, so that it shares no noise with `shift`.
+    """
+    from ..audit.predict import agreement
+
+    if prediction is None:
+        return {}
+    rows = prediction["concepts"]
+    told = {"step_r2": [row["step"][PLAIN][0] for row in rows], "both_r2": [row["both"][PLAIN] for row in rows]}
+    return {
+        name: agreement(np.array(values, dtype=np.float64), shift, n_bootstrap=1, n_permutations=1).to_dict()["r2"]
+        for name, values in told.items()
+    }
 
 
 def cheap_predictions(
@@ -294,7 +316,13 @@ def comparison_report(result: Mapping[str, Any]) -> str:
             f" random clusters of the same sizes: {_shown(figures['random_clusters_r2'])};"
             f" predicted from the start model's responses too, by log-odds: {_shown(figures['odds_r2'])},"
             f" by tilting them: {_shown(figures['tilt_r2'])};"
-            " by cheap measures: "
+            + (
+                f" by the first step of training: {_shown(figures['step_r2'])}, by the mean of it and the disparity:"
+                f" {_shown(figures['both_r2'])};"
+                if "step_r2" in figures
+                else ""
+            )
+            + " by cheap measures: "
             + ", ".join(f"{measure} {_shown(r2)}" for measure, r2 in figures["baselines_r2"].items())
             + "."
         )

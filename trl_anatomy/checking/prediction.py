@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import AnatomyError
-from ..reading.files import make_folder, remove_partial, without_nan, write_atomically
-from ..reading.storage import local
+from ..reading.files import make_folder, misfit, remove_partial, without_nan, write_atomically
+from ..reading.fingerprint import hash_json, model_fingerprint
+from ..reading.storage import fetch, local
 from .rates import TEXT_RULES, rate_interval, rule_hits
 from .responses import Prompt, activities, as_pairs, load_model, name_of, sampled
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from ..reading.spans import Pairs
 
 PLAIN, POLICY = "plain", "policy"
-FILE = "prediction.json"
+FOLDER, FILE = "prediction", "prediction.json"  # in an audit's folder, unless it is told otherwise
 
 
 def predict(
@@ -76,7 +77,6 @@ def predict(
     from transformers import AutoTokenizer
 
     from ..audit.predict import step_shift
-    from ..reading.fingerprint import model_fingerprint
     from ..reading.harvest import harvest
     from ..reading.spans import read_pairs
     from .first_step import first_step, log_prob_changes
@@ -136,6 +136,7 @@ def predict(
 
     result = {
         "audit": audit.name,
+        "concepts_key": concepts_key(audit),
         "before": name_of(before),
         "sampling": {**sampling, "n_prompts": len(prompts), "n_per_prompt": n_per_prompt},
         "responses": 2 * len(pairs),
@@ -162,6 +163,32 @@ def predict(
     result = without_nan(result)
     write_atomically(out / FILE, json.dumps(result, indent=2).encode())
     return result
+
+
+def load_prediction(folder: str | Path, audit: Audit) -> dict[str, Any]:
+    """What `predict` wrote into a folder (or URL).
+
+    Raises:
+        AnatomyError: nothing there, a damaged file, or a prediction of other concepts than the audit's.
+    """
+    file = local(folder) / FILE
+    if not fetch(file):
+        raise AnatomyError(f"{folder} holds no {FILE}: run trl-anatomy predict first.")
+    try:
+        found = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise AnatomyError(f"{folder}: {FILE} is damaged ({error}); run trl-anatomy predict again.") from error
+    if not isinstance(found, dict) or found.get("concepts_key") != concepts_key(audit):
+        raise AnatomyError(f"{folder}: {FILE} is not of the concepts of {audit.name}: run trl-anatomy predict again.")
+    wrong = misfit(found, {"concepts": [{"step": {PLAIN: list}, "both": {PLAIN: object}}]})
+    if wrong is not None:
+        raise AnatomyError(f"{folder}: {FILE} is damaged ({wrong}); run trl-anatomy predict again.")
+    return found
+
+
+def concepts_key(audit: Audit) -> str:
+    """What tells the concepts of an audit from those of another: the latents of each, of which SAE."""
+    return hash_json([audit.info["sae"]["fingerprint"], [of.tolist() for of in audit.communities]])
 
 
 def _of_pairs(hits: np.ndarray, pairs: Pairs) -> np.ndarray:
