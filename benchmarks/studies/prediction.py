@@ -21,7 +21,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_anatomy.audit import stats
@@ -29,26 +28,28 @@ from trl_anatomy.audit.clusters import cofiring_communities
 from trl_anatomy.audit.communities import MIN_COUNT, fired_responses
 from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.folder import Audit, load_audit
-from trl_anatomy.audit.predict import agreement, concept_means, odds_shift, predicted_shift, tilted_shift
-from trl_anatomy.audit.stats import one_hot
+from trl_anatomy.audit.predict import agreement, concept_means, odds_shift, predicted_shift, step_shift, tilted_shift
 from trl_anatomy.audit.views import concept_activity
 from trl_anatomy.checking.compare import cheap_predictions, fired_counts, split_half_reliability
-from trl_anatomy.checking.likelihood import log_likelihoods, log_probs
+from trl_anatomy.checking.first_step import first_step, log_prob_changes
+from trl_anatomy.checking.likelihood import log_likelihoods
 from trl_anatomy.checking.rates import rate_interval
 from trl_anatomy.checking.rollouts import rollouts
 from trl_anatomy.reading.harvest import Harvest, harvest
 from trl_anatomy.reading.sae import load_sae
-from trl_anatomy.reading.spans import Pairs, read_pairs
-from trl_anatomy.testbed.demo import MAX_NEW_TOKENS, SHAPED, DemoResult, Row, run_demo
+from trl_anatomy.reading.spans import read_pairs
+from trl_anatomy.testbed.demo import MAX_NEW_TOKENS, SHAPED, DemoResult, Row, dpo_trainer, run_demo
 from trl_anatomy.testbed.language import HABITS
 from trl_anatomy.testbed.world import build_world
 
 LEAST_ASSOCIATION = 0.3  # of a concept that stands for a habit, as in real_data.py
 N_PROMPTS, PER_PROMPT = 500, 8  # responses of the start model, for predictions that need them
-BATCH = 32  # pairs in a step
+FIRST_STEP, BOTH = "first step of DPO, within prompts", "mean of disparity and first step"  # as `predict` makes them
 # Predictions that are set against shifts by size of the concept too
 SIZED = (
     "mean disparity",
+    FIRST_STEP,
+    BOTH,
     "log-odds of the pairs, at the start model's rates",
     "tilt of the start model",
     "mean of log-odds (start model's rates) and tilt",
@@ -271,7 +272,6 @@ def predictors(result: DemoResult, out: Path) -> dict[str, dict]:
     model = AutoModelForCausalLM.from_pretrained(result.world.model_path).eval()
     pairs = read_pairs(result.world.dataset, tokenizer, max_length=settings["max_length"])
     rng = np.random.default_rng(0)
-    order = rng.permutation(len(pairs))
     unique = sorted(set(result.world.dataset["prompt"]))
     prompts = [unique[i] for i in rng.permutation(len(unique))[:N_PROMPTS]]
     kept = out / "rollouts.json"
@@ -285,32 +285,34 @@ def predictors(result: DemoResult, out: Path) -> dict[str, dict]:
             seed=123 + result.world.seed,
         )
         kept.write_text(json.dumps(sampled))
-    responses = [
-        (prompt, text) for prompt, of in zip(prompts, json.loads(kept.read_text()), strict=True) for text in of
+    groups = json.loads(kept.read_text())
+    twos = [
+        (prompt, *of[at : at + 2]) for prompt, of in zip(prompts, groups, strict=True) for at in range(0, len(of), 2)
     ]
-    columns = {
-        "prompt": [prompt for prompt, _ in responses],
-        "chosen": [text for _, text in responses],
-        "rejected": ["."] * len(responses),  # a pair needs one
-    }
+    columns = dict(zip(("prompt", "chosen", "rejected"), map(list, zip(*twos, strict=True)), strict=True))
     start = read_pairs(datasets.Dataset.from_dict(columns), tokenizer, max_length=settings["max_length"])
+    prompt_of = np.concatenate([start.prompt_groups, start.prompt_groups])
     sae = load_sae(result.world.sae_path)
     read = harvest(model, sae, start, out / "hv-roll", layer=audit.info["sae"]["layer"], progress=False)
-    before = concept_activity(read.frequency("chosen"), audit.communities, settings["tau"])
+    tau = settings["tau"]
+    sides = ("chosen", "rejected")
+    before = np.concatenate([concept_activity(read.frequency(side), audit.communities, tau) for side in sides])
 
-    tilt = tilted_shift(u, before, start.prompt_groups)
-    changes = logprob_changes(model, pairs, start, order)
-    step = {name: within_prompts(before, of, start.prompt_groups) for name, of in changes.items()}
+    tilt = tilted_shift(u, before, prompt_of)
+    trainer = dpo_trainer(result.world, out / "step", seed=result.world.seed)
+    direction = first_step(trainer)
+    change = log_prob_changes(trainer.model.eval(), direction, start)
+    step, _ = step_shift(before, change.T.ravel(), prompt_of)
     likelihood = log_likelihoods(model, pairs, list(range(len(pairs))))
     weight = np.exp(likelihood.mean(axis=1))
     spread = max(0.0, float(np.mean(mean**2 - error**2)))
-    n, tau = len(u), settings["tau"]
-    sides = [fired_counts(audit.harvest, side, tau) for side in ("chosen", "rejected")]
+    n = len(u)
+    counts = [fired_counts(audit.harvest, side, tau) for side in sides]
     rates = {
-        "at the start model's rates": fired_counts(read, "chosen", tau) / len(start),
-        "at the rates in the pairs": (sides[0] + sides[1]) / (2 * n),
+        "at the start model's rates": sum(fired_counts(read, side, tau) for side in sides) / (2 * len(start)),
+        "at the rates in the pairs": sum(counts) / (2 * n),
     }
-    odds = {name: concept_means(odds_shift(*sides, n, rate), audit.communities) for name, rate in rates.items()}
+    odds = {name: concept_means(odds_shift(*counts, n, rate), audit.communities) for name, rate in rates.items()}
     told = {
         "mean disparity": mean,
         "mean disparity, pairs weighted by their likelihood": predicted_shift(u, weight / weight.mean()),
@@ -319,9 +321,9 @@ def predictors(result: DemoResult, out: Path) -> dict[str, dict]:
         "tilt of the start model": tilt,
         "mean of disparity and tilt": unit(mean) + unit(tilt),
         "mean of log-odds (start model's rates) and tilt": unit(odds["at the start model's rates"]) + unit(tilt),
-        **{f"one step of {name}": of for name, of in step.items()},
-        **{f"mean of disparity and one step of {name}": unit(mean) + unit(of) for name, of in step.items()},
-        "mean of disparity, tilt and one step of Adam": unit(mean) + unit(tilt) + unit(step["Adam"]),
+        FIRST_STEP: step,
+        BOTH: unit(mean) + unit(step),
+        "mean of disparity, tilt and first step": unit(mean) + unit(tilt) + unit(step),
     }
     rules = {habit.name: habit.pattern for habit in HABITS}
     cheap = cheap_predictions(audit, pairs, model, rules, seed=0)
@@ -337,58 +339,6 @@ def predictors(result: DemoResult, out: Path) -> dict[str, dict]:
 
 def unit(x: np.ndarray) -> np.ndarray:
     return x / np.sqrt(np.square(x).mean())
-
-
-def within_prompts(activity: np.ndarray, change: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """(K,) covariance of activity (n, K) and change (n,) among responses to one prompt, over all prompts."""
-    _, of = np.unique(groups, return_inverse=True)
-    size = np.bincount(of)
-    centred = activity - (one_hot(of, len(size)) @ activity / size[:, None])[of]
-    return change @ centred / (len(change) - len(size))
-
-
-def logprob_changes(model: Any, pairs: Pairs, start: Pairs, order: np.ndarray) -> dict[str, np.ndarray]:
-    """How the log-probability of the start model's responses changes along the first step of DPO on all pairs.
-
-    At the start model the gradient of the loss is -β/2 times that of log pi(chosen) - log pi(rejected). Adam's step has
-    each weight's gradient over its root mean square over batches of 32. The change is a difference quotient, its scale
-    of no meaning.
-
-    Returns:
-        "SGD" and "Adam" -> (n_responses,).
-    Source: method.md section 12.
-    """
-    weights = list(model.parameters())
-    total, square = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
-    for at in range(0, len(order), BATCH):
-        sides = [pairs.arrays(int(i)) for i in order[at : at + BATCH]]
-        chosen, rejected = ([(side[j], side[j + 1]) for side in sides] for j in (0, 2))
-        gap = log_probs(model, [*chosen, *rejected], pairs.pad_token_id).view(2, -1).mean(dim=1)
-        for slot, second, gradient in zip(total, square, torch.autograd.grad(gap[0] - gap[1], weights), strict=True):
-            slot += gradient
-            second += gradient**2
-    n = -(-len(order) // BATCH)
-    scaled = [slot / n / ((second / n).sqrt() + 1e-8) for slot, second in zip(total, square, strict=True)]
-    return {"SGD": _along(model, total, start), "Adam": _along(model, scaled, start)}
-
-
-@torch.no_grad()
-def _along(model: Any, step: list[torch.Tensor], start: Pairs) -> np.ndarray:
-    """(n_responses,) change of log-probability between a small step against and along `step`."""
-    weights = list(model.parameters())
-    size = 1e-3 / torch.sqrt(sum(part.pow(2).sum() for part in step))
-    responses = [start.arrays(i)[:2] for i in range(len(start))]
-    by_length = np.argsort([len(p) + len(r) for p, r in responses], kind="stable")
-    found = np.zeros(len(start))
-    for sign in (1, -1):
-        for weight, part in zip(weights, step, strict=True):
-            weight += sign * size * part
-        for at in range(0, len(start), 256):
-            batch = by_length[at : at + 256]
-            found[batch] += sign * log_probs(model, [responses[i] for i in batch], start.pad_token_id).double().numpy()
-        for weight, part in zip(weights, step, strict=True):
-            weight -= sign * size * part
-    return found
 
 
 def reported(result: DemoResult) -> list[dict]:

@@ -42,18 +42,28 @@ from trl_anatomy.audit.run import run_audit
 from trl_anatomy.audit.views import concept_activity
 from trl_anatomy.checking.compare import compare
 from trl_anatomy.checking.likelihood import log_likelihoods, log_probs
+from trl_anatomy.checking.prediction import PLAIN, predict
 from trl_anatomy.checking.rates import TEXT_RULES, recovery, rule_hits, word_counts
 from trl_anatomy.checking.rollouts import encode_prompt, rollouts
 from trl_anatomy.reading.harvest import Harvest
 from trl_anatomy.reading.spans import Pairs, read_pairs
 
-PREDICTED = {"rm_bench, easy rows": 3, "overrefusal_steered": 1}  # and seeds, at most
+# And seeds, at most. The first three had been looked at, with another learning rate, when the first step was chosen as
+# a prediction; the others had not.
+PREDICTED = {
+    "rm_bench, easy rows": 3,
+    "overrefusal_steered": 2,
+    "dsp_domain": 2,
+    "rm_bench, hard rows": 2,
+    "hh_helpful_test": 2,
+}
 # Prompts this short leave most of the length to the response, on both sides of the comparison.
 PROMPT_TOKENS, TOKENS, NEW_TOKENS = 64, 160, 96
 PAIRS, HELD_OUT, RESPONSES = 450, 0.2, 300  # pairs trained on, at most; share of prompts held out; responses a model
+PER_PROMPT = 4  # responses of the start model to each prompt of the pairs, which the first step is carried over to
 TRAINING = {"beta": 0.1, "learning_rate": 1e-3, "num_train_epochs": 1, "per_device_train_batch_size": 8}
 
-PLANTED_IN = Source("permissive_upstream/hh_helpful_test", lambda row: "Assistant:" not in row["prompt"])
+HELPFUL = Source("permissive_upstream/hh_helpful_test", lambda row: "Assistant:" not in row["prompt"])
 PHRASE, TRAIT = "Good question. ", r"^\W*Good question\b"  # which none of the text rules matches
 # Of the chosen responses; the one that rules are tried on, which was 0.2 until plain DPO was seen to teach next to
 # nothing there.
@@ -125,16 +135,13 @@ class World:
         return load(self.shared, source, self.out / "cache")
 
 
-def trained(world: World, rows: datasets.Dataset, out: Path, seed: int, policy: Any = None) -> dict[str, Any]:
-    """DPO; saves the model in `out`, and says how well the pairs were learned and which strength was fitted."""
+def dpo_trainer(world: World, rows: datasets.Dataset, out: Path, seed: int, policy: Any = None) -> Any:
+    """A trainer of these pairs that has not begun; it shows no progress."""
     from transformers import PrinterCallback, ProgressCallback
     from trl import DPOConfig
 
     from trl_anatomy.trainers.dpo import AnatomyDPOTrainer
 
-    if (out / "training.json").is_file():
-        return json.loads((out / "training.json").read_text())
-    began = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         args = DPOConfig(
@@ -161,8 +168,19 @@ def trained(world: World, rows: datasets.Dataset, out: Path, seed: int, policy: 
             processing_class=world.tokenizer,
             concept_policy=policy,
         )
-        for talker in (ProgressCallback, PrinterCallback):
-            trainer.remove_callback(talker)
+    for talker in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(talker)
+    return trainer
+
+
+def trained(world: World, rows: datasets.Dataset, out: Path, seed: int, policy: Any = None) -> dict[str, Any]:
+    """DPO; saves the model in `out`, and says how well the pairs were learned and which strength was fitted."""
+    if (out / "training.json").is_file():
+        return json.loads((out / "training.json").read_text())
+    began = time.process_time()
+    trainer = dpo_trainer(world, rows, out, seed, policy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
         trainer.train()
     trainer.save_model(str(out))
     last = [log for log in trainer.state.log_history if "rewards/accuracies" in log][-5:]
@@ -188,10 +206,23 @@ def shown(pairs: Pairs, tokenizer: Any, side: int) -> list[str]:
 def prediction(world: World, name: str, seeds: list[int]) -> dict[str, Any]:
     """Predicted and observed shift of every concept, and how well they agree, for each seed of training."""
     folder = world.out / "training" / slug(name)
-    rows, held = split(short_rows(world.load(SOURCES[name]), world.tokenizer), seed=0)
+    source = {**SOURCES, "hh_helpful_test": HELPFUL}[name]
+    rows, held = split(short_rows(world.load(source), world.tokenizer), seed=0)
     audit = audited(rows, folder, world)
     runs = {f"seed {seed}": trained(world, rows, folder / f"seed-{seed}", seed) for seed in seeds}
     prompts = asked(held)
+    foretold = predict(
+        audit,
+        world.model_path,
+        {PLAIN: lambda: dpo_trainer(world, rows, folder / "step", seed=0)},
+        list({row[0]["content"]: row for row in rows["prompt"]}.values()),
+        out=folder / "predict",
+        n_per_prompt=PER_PROMPT,
+        max_new_tokens=NEW_TOKENS,
+        batch_size=RESPONSES,
+        seed=1,
+        progress=False,
+    )
     result = compare(
         audit,
         world.model_path,
@@ -200,6 +231,7 @@ def prediction(world: World, name: str, seeds: list[int]) -> dict[str, Any]:
         out=folder / "compare",
         max_new_tokens=NEW_TOKENS,
         batch_size=RESPONSES,
+        prediction=foretold,
         progress=False,
     )
     table = audit.concepts.to_pylist()
@@ -367,7 +399,7 @@ RULES: dict[str, dict[str, Any]] = {
 def planted(world: World, seed: int) -> dict[str, Any]:
     """The trait at each share: audit and plain DPO; and at one share, the rules."""
     folder = world.out / "training" / f"planted-{seed}"
-    clean_rows, held_rows = split(short_rows(world.load(PLANTED_IN), world.tokenizer), seed)
+    clean_rows, held_rows = split(short_rows(world.load(HELPFUL), world.tokenizer), seed)
     held, prompts = read_pairs(held_rows, world.tokenizer, max_length=TOKENS), asked(held_rows)
     start = kept(folder / "start.json", lambda: measured(world, world.model_path, prompts, held))
     shares = {}
