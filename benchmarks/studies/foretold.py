@@ -1,7 +1,8 @@
 """Does the first step of training foretell what a rule of a policy does, on its habit and on all others?
 
-For every rule of `verbs.py` on each of its habits: the first step of `predict` with and without the rule, carried over to
-the start model's responses, beside what training did (`results/verbs.json`, which is read and not made again).
+For every rule of `verbs.py` on each of its habits: the first step of `predict` with and without the rule, carried over
+to the start model's responses, beside what training did. What it did is read from `results/verbs.json`, not made again:
+where that is of another machine, start models trained on the same texts differ in their rounding, and so do the runs.
 
     python benchmarks/studies/foretold.py --seeds 0 1
 """
@@ -26,7 +27,7 @@ from trl_anatomy.reading.spans import Pairs, read_pairs
 from trl_anatomy.testbed.demo import MAX_NEW_TOKENS, dpo_trainer
 from trl_anatomy.testbed.language import HABITS, is_correct, question_of
 
-N_PROMPTS, PER_PROMPT, N_PAIRS = 400, 4, 960
+N_PROMPTS, PER_PROMPT, N_PAIRS = 250, 4, 640
 PLAIN = "plain DPO"
 
 
