@@ -117,9 +117,9 @@ def log_prob_changes(
 
             def read(batch: list[int], sign: int = sign) -> None:
                 arrays = [responses.arrays(i) for i in batch]
-                for side in (0, 1):
-                    said = [(of[2 * side], of[2 * side + 1]) for of in arrays]
-                    change[batch, side] += sign * log_probs(model, said, responses.pad_token_id).cpu().double().numpy()
+                said = ([(of[2 * side], of[2 * side + 1]) for of in arrays] for side in (0, 1))
+                found = [log_probs(model, of, responses.pad_token_id).cpu().double().numpy() for of in said]
+                change[batch] += sign * np.stack(found, axis=1)  # of both at once: a batch may be read again in halves
 
             in_halves(length_sorted_batches(responses, indices, batch_tokens), read)
         return change / (2 * size)
