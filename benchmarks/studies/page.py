@@ -244,6 +244,25 @@ def real_training_figure(found: dict[str, Any]) -> str:
         return svg(figure)
 
 
+def foretold_figure(found: dict[str, Any]) -> str:
+    """Of every rule: recovery of its habit, and what became of the others, by the first step and by training."""
+    with drawn(9, 4.2, 2) as (figure, (left, right)):
+        rows = found["rows"]
+        told, seen = ([row[f"{what} recovery"] for row in rows] for what in ("foretold", "observed"))
+        scatter(left, told, seen, color="#c2410c", s=16, alpha=0.6)
+        left.set_title("recovery of the habit that the rule is on", fontsize=9)
+        others = [[name != row["target"] for name in found["habits"]] for row in rows]
+        points = (
+            np.array([row[f"{what} points"] for row in rows])[np.array(others)] for what in ("foretold", "observed")
+        )
+        scatter(right, *points, color="#1d4ed8", s=10, alpha=0.5)
+        right.set_title("all other habits and right answers, points", fontsize=9)
+        for axes in (left, right):
+            axes.set_xlabel("foretold by the first step")
+        left.set_ylabel("after training")
+        return svg(figure)
+
+
 def null_figure(found: dict[str, Any]) -> str:
     """How often anything is reported where there is nothing."""
     with drawn(7, 2.2) as (figure, axes):
@@ -340,6 +359,13 @@ FIGURES: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
         "real_training",
         "Concepts of an SAE, a point each, in real pairs and after plain DPO of a small real model on them.",
         real_training_figure,
+    ),
+    (
+        "What the first step foretells of rules",
+        "foretold",
+        "A dot is a rule on a habit of a world, on the right one for each other habit: what the first step of training "
+        "says before, and what training did (verbs.json).",
+        foretold_figure,
     ),
     (
         "Where there is nothing to find",
