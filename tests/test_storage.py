@@ -230,6 +230,7 @@ def test_a_damaged_file_there_is_named(name: str, damage: str, root: Path, alone
         ("memory://a/nothing", r"no such audit folder\. Make one with `trl-anatomy audit --out memory://a/nothing`"),
         ("sftp://me:secret@host/run", r"sftp://\.\.\.@host/run: holds a password"),
         ("memory://a/../run", "allowed: PROTOCOL://FOLDER/NAME"),
+        ("memory://", "memory://: names no place"),
     ],
 )
 def test_what_cannot_be_reached_is_told(

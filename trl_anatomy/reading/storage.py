@@ -40,8 +40,8 @@ def local(path: str | Path) -> Path:
     `file://` is no mirror but the file itself. Nothing is fetched yet, and nothing is made.
 
     Raises:
-        AnatomyError: a protocol that fsspec does not know or lacks a package for; a URL that holds a password (it would
-            be written into what is stored), `..` or `::`.
+        AnatomyError: a protocol that fsspec does not know or lacks a package for; a URL that names no place, or holds
+            a password (it would be written into what is stored), `..` or `::`.
     """
     if not is_url(path):
         return Path(path)
@@ -49,8 +49,9 @@ def local(path: str | Path) -> Path:
     if re.search(r"://[^/]*:[^/]*@", url):
         shown_url = re.sub(r"://[^/]*@", "://...@", url)
         raise AnatomyError(f"{shown_url}: holds a password; leave it out, and set it where fsspec looks for it.")
-    if "::" in url or ".." in url.split("/"):
-        raise AnatomyError(f"{url}: found '..' or '::', allowed: PROTOCOL://FOLDER/NAME.")
+    if not is_url(url) or "::" in url or ".." in url.split("/"):
+        problem = "found '..' or '::'" if is_url(url) else "names no place"
+        raise AnatomyError(f"{path}: {problem}, allowed: PROTOCOL://FOLDER/NAME.")
     fs, inside = _reached(url)
     if isinstance(fs, LocalFileSystem):
         return Path(inside)
@@ -191,7 +192,8 @@ def send(file: Path) -> None:
     except Exception as error:
         raise AnatomyError(
             f"{url}: cannot be written ({_reason(error)}). The finished files lie in {_root(file)}: see to the "
-            "credentials and the room there, and start the same command again, which sends them."
+            "network, the credentials, the permissions and the room there, and start the same command again, which "
+            "sends them."
         ) from error
     _mark(file).unlink(missing_ok=True)
 
