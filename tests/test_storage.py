@@ -344,7 +344,13 @@ def test_pairs_at_a_url(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = run.load_dataset(config_for(root, "x"))
     fsspec.filesystem("memory").put_file(str(root / "pairs.jsonl.gz"), "/data/pairs.jsonl.gz")
     rows.save_to_disk("memory://data/disk")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # memory:// counts as a network
+    changing = AuditConfig(dataset="memory://data/changing.jsonl")
+    for n in (3, 4):
+        fsspec.filesystem("memory").pipe_file(
+            "/data/changing.jsonl", "".join(json.dumps(row) + "\n" for row in rows.select(range(n))).encode()
+        )
+        assert len(run.load_dataset(changing)) == n
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # to load_from_disk memory:// counts as a network
     for url in ("memory://data/pairs.jsonl.gz", "memory://data/disk", f"file://{root}/pairs.jsonl.gz"):
         assert run.load_dataset(AuditConfig(dataset=url)).to_list() == rows.to_list()
     for url in ("memory://data/none.jsonl", "memory://data/none", "nope://data/none.jsonl"):
