@@ -27,8 +27,9 @@ from trl_anatomy import cli
 from trl_anatomy.audit import run
 from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.folder import load_audit
+from trl_anatomy.checking import rollouts
 from trl_anatomy.errors import AnatomyError
-from trl_anatomy.reading import harvest, storage
+from trl_anatomy.reading import fit, harvest, storage
 from trl_anatomy.reading.scorers.direction import DirectionScorer
 from trl_anatomy.shaping.policy import ConceptPolicy
 
@@ -186,6 +187,24 @@ def test_a_store_without_room_loses_nothing(
     assert sorted(made) == [f"shard-{i:05d}.safetensors" for i in range(5)]  # each once
     assert at(config.out, tmp_path / "found") == alone
     assert not list(machine.rglob("*.unsent"))
+
+
+def test_fit_and_compare_find_out_first_whether_they_can_write(
+    root: Path, alone: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, began = config_for(root, "alone"), []
+    for module, name in ((fit, "read_hidden"), (rollouts, "rollouts")):
+        monkeypatch.setattr(module, name, lambda *_, **__: began.append("long work"))
+    Shelf.room = 0
+    commands = {
+        "fit": ["--model", config.model, "--dataset", config.dataset, "--scorer", "direction", "--layers", "1"],
+        "compare": ["--audit", config.out, "--before", config.model, "--after", config.model],
+    }
+    for command, words in commands.items():
+        assert cli.main([command, *words, "--out", f"shelf://no-room/{command}"]) == 2
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert f"shelf://no-room/{command}/probe.partial: cannot be written (No space left on device)" in told
+    assert not began
 
 
 NAMES = (

@@ -457,6 +457,7 @@ def _fitted(args: argparse.Namespace) -> tuple[str, str]:
     from .audit.config import AuditConfig
     from .audit.run import load_dataset, load_model, load_tokenizer
     from .checking.dose import dose_report, dose_response
+    from .reading.files import check_writable
     from .reading.fit import KINDS, fit_concept, fit_report, read_examples, split_examples
     from .reading.sae import load_sae
     from .reading.scorers.direction import DirectionScorer
@@ -489,10 +490,11 @@ def _fitted(args: argparse.Namespace) -> tuple[str, str]:
     if args.negatives is not None:
         negatives = load_dataset(dataclasses.replace(config, dataset=args.negatives))
     tokenizer = load_tokenizer(args.model)
-    model = None
+    model, rows = None, None
     if persona is None:
         rows = load_dataset(config)
-    else:
+    check_writable(folder)
+    if persona is not None:
         model, rows = _persona_rows(args, config, tokenizer, *persona)
         if args.scorer == "direction":
             settings.setdefault("per", "response")

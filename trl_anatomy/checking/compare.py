@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import AnatomyError
-from ..reading.files import make_folder, remove_partial, write_atomically
+from ..reading.files import check_writable, remove_partial, write_atomically
 from ..reading.storage import fetch, local
 from ..trainers.card import put_comparison
 from .rates import TEXT_RULES, rate_interval, recovery, rule_hits, word_counts
@@ -143,7 +143,7 @@ def compare(
         )
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(_name(before))
-    make_folder(out := local(out))
+    check_writable(out := local(out))
     remove_partial(out)
     sampling = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
     responses = {"before": _sampled(start_model, tokenizer, prompts, out / "before.json", sampling)}
