@@ -1,5 +1,6 @@
 """Work that is killed at a random moment again and again until it is finished, in a process of its own."""
 
+import atexit
 import ctypes
 import gzip
 import hashlib
@@ -9,11 +10,13 @@ import random
 import shutil
 import signal
 import socket
+import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from conftest import build_tokenizer as chat_tokenizer
 from conftest import preference_rows
 from datasets import Dataset, load_from_disk
 from hidden_world import policy, rule
+from huggingface_hub import constants
 from parity import EXACT
 from reading_world import build_tokenizer, dataset, tiny_model
 from test_audit_folder import word_pairs
@@ -44,7 +48,7 @@ from trl_anatomy.checking import compare as comparing
 from trl_anatomy.cli import main
 from trl_anatomy.reading import fit as fitting
 from trl_anatomy.reading import harvest as harvesting
-from trl_anatomy.reading import score
+from trl_anatomy.reading import score, storage
 from trl_anatomy.reading.scorers.direction import DirectionScorer
 from trl_anatomy.reading.spans import read_pairs
 from trl_anatomy.trainers.checkpoints import flaw, last_whole
@@ -246,31 +250,39 @@ def audit(root: Path) -> Work:
     return Work(do, lambda folder: digests(folder / "audit"))
 
 
+def in_two_ranks(work: Callable[[int], Any]) -> None:
+    """Do the work of both ranks of a launch, in two processes; where one fails, the other is ended too."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def rank(index: int) -> None:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody is left behind
+        PartialState._reset_state()
+        os.environ |= {**common, "RANK": str(index), "LOCAL_RANK": str(index), "ACCELERATE_USE_CPU": "true"}
+        work(index)
+
+    ranks = [in_a_process(partial(rank, index)) for index in (0, 1)]
+    first, code = os.wait()
+    other = ranks[0] if first == ranks[1] else ranks[1]
+    if code:
+        os.kill(other, signal.SIGKILL)
+    codes = [code, os.waitpid(other, 0)[1]]
+    assert codes == [0, 0], codes
+
+
 def audit_by_two(root: Path) -> Work:
     """The same by two processes, of which one or both are killed; then the other is ended too, as a launcher does."""
     config = inputs_for(root)
 
     def do(folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
         def rank(index: int) -> None:
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody is left behind
-            PartialState._reset_state()
-            os.environ |= {**common, "RANK": str(index), "LOCAL_RANK": str(index), "ACCELERATE_USE_CPU": "true"}
             if index == 0:
                 tell(folder, *AUDIT_STAGES)
             run.run_audit(config(folder.name), progress=False)
 
-        ranks = [in_a_process(partial(rank, index)) for index in (0, 1)]
-        first, code = os.wait()
-        other = ranks[0] if first == ranks[1] else ranks[1]
-        if code:
-            os.kill(other, signal.SIGKILL)
-        codes = [code, os.waitpid(other, 0)[1]]
-        assert codes == [0, 0], codes
+        in_two_ranks(rank)
 
     def victims(child: int, rng: random.Random) -> list[int]:
         found = Path(f"/proc/{child}/task/{child}/children").read_text().split()
@@ -278,6 +290,73 @@ def audit_by_two(root: Path) -> Work:
         return rng.choice([ranks[:1], ranks[1:], ranks]) or [child]
 
     return Work(do, lambda folder: digests(folder / "audit"), victims)
+
+
+def audit_at_s3(root: Path) -> Work:
+    """From pairs on disk to a bucket, each time on another machine: without the copy of the one before.
+
+    The bucket is behind a slow wire, and kills are aimed at up to 30 ms after an upload begins. A shard that the
+    manifest there tells of must not be read again.
+    """
+    import s3fs  # noqa: F401  # before the works fork
+    from object_store import BUCKET, served
+
+    config = inputs_for(root)
+    # So that what datasets keeps is there also for the undisturbed run, whose time the others are killed in.
+    assert ended(in_a_process(lambda: run.run_audit(config("before"), progress=False) and None)) == 0
+    serving = served(rate=2 << 20)
+    store = serving.__enter__()
+    atexit.register(serving.__exit__, None, None, None)
+
+    def prefix(folder: Path) -> str:
+        return (folder / "prefix").read_text()
+
+    def do(folder: Path) -> None:
+        os.environ |= store.environment
+        constants.HF_HOME = str(folder / "home")
+        tell(folder, *AUDIT_STAGES, (storage, "send", "uploading"), (storage, "fetch", "fetching"))
+        shutil.rmtree(folder / "home", ignore_errors=True)
+        for left in folder.glob("*.partial"):
+            left.unlink()
+        if not (folder / "prefix").exists():
+            folder.mkdir(exist_ok=True)
+            (folder / "prefix.partial").write_text(uuid.uuid4().hex)
+            (folder / "prefix.partial").rename(folder / "prefix")
+        manifest, entries = "harvest/manifest.json", []
+        if manifest in store.names(prefix(folder)):
+            entries = json.loads(store.get(f"{prefix(folder)}/{manifest}"))["shards"]
+        whole, write = {entry["file"] for entry in entries}, harvesting._write_shard
+
+        def written(out: Path, name: str, tensors: Any) -> Any:
+            assert name not in whole, f"{name} was there, and is read again"
+            return write(out, name, tensors)
+
+        harvesting._write_shard = written
+        send = storage.send
+
+        def sent(file: Path) -> None:
+            moment = threading.Timer(random.uniform(0, 0.03), (folder / f"{file.name}.partial").touch)
+            moment.start()
+            send(file)
+            moment.cancel()
+            moment.join()
+            (folder / f"{file.name}.partial").unlink(missing_ok=True)
+
+        storage.send = sent
+        url = f"s3://{BUCKET}/{prefix(folder)}"
+        run.run_audit(replace(config("x"), out=url), progress=False)
+
+    def result(folder: Path) -> dict[str, str]:
+        found = store.copy(prefix(folder), folder / "found")
+        url = f"s3://{BUCKET}/{prefix(folder)}".encode()
+        for file in (found / "audit.json", found / "report.html"):
+            file.write_bytes(file.read_bytes().replace(url, str(found).encode()))
+        return digests(found)
+
+    def uploading(folder: Path) -> set[str]:
+        return {file.name for file in folder.glob("*.partial")}
+
+    return Work(do, result, writing=uploading)
 
 
 def finished_audit(root: Path) -> AuditConfig:
@@ -461,6 +540,7 @@ def works(model_dir: Path) -> dict[str, Callable[[Path], Work]]:
     return {
         "audit": audit,
         "audit by two processes": audit_by_two,
+        "audit at s3": audit_at_s3,
         "page": page,
         "names": naming,
         "plan": planning,

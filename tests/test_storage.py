@@ -27,8 +27,9 @@ from trl_anatomy import cli
 from trl_anatomy.audit import run
 from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.folder import load_audit
+from trl_anatomy.checking import rollouts
 from trl_anatomy.errors import AnatomyError
-from trl_anatomy.reading import harvest, storage
+from trl_anatomy.reading import fit, harvest, storage
 from trl_anatomy.reading.scorers.direction import DirectionScorer
 from trl_anatomy.shaping.policy import ConceptPolicy
 
@@ -188,6 +189,24 @@ def test_a_store_without_room_loses_nothing(
     assert not list(machine.rglob("*.unsent"))
 
 
+def test_fit_and_compare_find_out_first_whether_they_can_write(
+    root: Path, alone: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, began = config_for(root, "alone"), []
+    for module, name in ((fit, "read_hidden"), (rollouts, "rollouts")):
+        monkeypatch.setattr(module, name, lambda *_, **__: began.append("long work"))
+    Shelf.room = 0
+    commands = {
+        "fit": ["--model", config.model, "--dataset", config.dataset, "--scorer", "direction", "--layers", "1"],
+        "compare": ["--audit", config.out, "--before", config.model, "--after", config.model],
+    }
+    for command, words in commands.items():
+        assert cli.main([command, *words, "--out", f"shelf://no-room/{command}"]) == 2
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert f"shelf://no-room/{command}/probe.partial: cannot be written (No space left on device)" in told
+    assert not began
+
+
 NAMES = (
     "audit.json",
     "concepts.parquet",
@@ -230,6 +249,7 @@ def test_a_damaged_file_there_is_named(name: str, damage: str, root: Path, alone
         ("memory://a/nothing", r"no such audit folder\. Make one with `trl-anatomy audit --out memory://a/nothing`"),
         ("sftp://me:secret@host/run", r"sftp://\.\.\.@host/run: holds a password"),
         ("memory://a/../run", "allowed: PROTOCOL://FOLDER/NAME"),
+        ("memory://", "memory://: names no place"),
     ],
 )
 def test_what_cannot_be_reached_is_told(
@@ -343,7 +363,13 @@ def test_pairs_at_a_url(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = run.load_dataset(config_for(root, "x"))
     fsspec.filesystem("memory").put_file(str(root / "pairs.jsonl.gz"), "/data/pairs.jsonl.gz")
     rows.save_to_disk("memory://data/disk")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # memory:// counts as a network
+    changing = AuditConfig(dataset="memory://data/changing.jsonl")
+    for n in (3, 4):
+        fsspec.filesystem("memory").pipe_file(
+            "/data/changing.jsonl", "".join(json.dumps(row) + "\n" for row in rows.select(range(n))).encode()
+        )
+        assert len(run.load_dataset(changing)) == n
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # to load_from_disk memory:// counts as a network
     for url in ("memory://data/pairs.jsonl.gz", "memory://data/disk", f"file://{root}/pairs.jsonl.gz"):
         assert run.load_dataset(AuditConfig(dataset=url)).to_list() == rows.to_list()
     for url in ("memory://data/none.jsonl", "memory://data/none", "nope://data/none.jsonl"):

@@ -597,6 +597,7 @@ def _fitted(args: argparse.Namespace) -> tuple[str, str]:
     from .audit.config import AuditConfig
     from .audit.run import load_dataset, load_model, load_tokenizer
     from .checking.dose import dose_report, dose_response
+    from .reading.files import check_writable
     from .reading.fit import KINDS, fit_concept, fit_report, read_examples, split_examples
     from .reading.sae import load_sae
     from .reading.scorers.direction import DirectionScorer
@@ -630,10 +631,11 @@ def _fitted(args: argparse.Namespace) -> tuple[str, str]:
         split = "train" if os.path.isfile(args.negatives) else args.dataset_split  # a file has no splits
         negatives = load_dataset(dataclasses.replace(config, dataset=args.negatives, dataset_split=split))
     tokenizer = load_tokenizer(args.model)
-    model = None
+    model, rows = None, None
     if persona is None:
         rows = load_dataset(config)
-    else:
+    check_writable(folder)
+    if persona is not None:
         model, rows = _persona_rows(args, config, tokenizer, *persona)
         if args.scorer == "direction":
             settings.setdefault("per", "response")

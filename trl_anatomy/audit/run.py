@@ -12,7 +12,7 @@ import pyarrow as pa
 from scipy import sparse
 
 from ..errors import AnatomyError
-from ..reading.storage import listed, local, url_of
+from ..reading.storage import exists, fetch, listed, local, url_of
 from . import stats
 from .communities import find_communities
 from .config import AuditConfig
@@ -54,15 +54,19 @@ def load_dataset(config: AuditConfig) -> "Dataset":
     path = local(config.dataset)
     remote = url_of(path) is not None
     kind = next((kind for end, kind in _FILES.items() if path.name.removesuffix(".gz").endswith(end)), None)
+    # The loaders of datasets keep their copy of a file at a URL for ever, also when it has changed there, and refuse to
+    # fetch one where the hub is switched off.
+    if remote and not (exists(path) if kind is None else fetch(path, versioned=True)):
+        raise AnatomyError(f"{config.dataset}: no such {'folder' if kind is None else 'file'}.")
     try:
         if remote and kind is None:
             return _split(datasets.load_from_disk(config.dataset), config)
-        if path.is_file() or remote:
+        if path.is_file():
             if kind is None:
                 raise AnatomyError(f"{path}: unknown kind of file, allowed: .json, .jsonl (also .gz), .parquet.")
             _check_unsplit(config, "a file")
             with _uncounted():
-                return datasets.load_dataset(kind, data_files=config.dataset if remote else str(path), split="train")
+                return datasets.load_dataset(kind, data_files=str(path), split="train")
         if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
             return _split(datasets.load_from_disk(str(path)), config)
         if kind is not None and not path.exists():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import AnatomyError
-from ..reading.files import make_folder, remove_partial, without_nan, write_atomically
+from ..reading.files import check_writable, remove_partial, without_nan, write_atomically
 from ..reading.storage import local
 from ..trainers.card import put_comparison
 from .prediction import PLAIN
@@ -135,7 +135,7 @@ def compare(
     sae = audit.load_sae(next(start_model.parameters()).device)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(name_of(before))
-    make_folder(out := local(out))
+    check_writable(out := local(out))
     remove_partial(out)
     sampling = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
     prompt_of = np.unique([json.dumps(prompt) for prompt in prompts], return_inverse=True)[1]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import AnatomyError
-from ..reading.files import make_folder, misfit, remove_partial, without_nan, write_atomically
+from ..reading.files import check_writable, misfit, remove_partial, without_nan, write_atomically
 from ..reading.fingerprint import hash_json, model_fingerprint
 from ..reading.storage import fetch, local
 from .rates import TEXT_RULES, rate_interval, rule_hits
@@ -95,7 +95,7 @@ def predict(
     sae = audit.load_sae(next(model.parameters()).device)
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(name_of(before))
     rules = TEXT_RULES if rules is None else rules
-    make_folder(out := local(out))
+    check_writable(out := local(out))
     remove_partial(out)
     sampling = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
     asked = [prompt for prompt in prompts for _ in range(n_per_prompt)]

@@ -60,6 +60,19 @@ def make_folder(path: Path) -> None:
         raise AnatomyError(_unwritten(path, error)) from error
 
 
+def check_writable(folder: Path) -> None:
+    """Make a folder, and find out whether files can be written into it, or to its URL: before long work.
+
+    Raises:
+        AnatomyError: they cannot.
+    """
+    make_folder(folder)
+    probe = folder / "probe.partial"
+    write_atomically(probe, b"can be written\n")
+    with suppress(AnatomyError):  # where nothing may be removed, it stays
+        storage.remove(probe)
+
+
 def _unwritten(path: Path, error: OSError) -> str:
     return (
         f"{path}: cannot be written ({error.strerror}). What was finished before is kept: make room, or see to the "

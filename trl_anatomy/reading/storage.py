@@ -21,6 +21,7 @@ from ..errors import AnatomyError
 
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")  # two letters at least: one may be the name of a Windows drive
 _UNSENT = ".unsent"
+_VERSION = ".version"
 # The mirrors of this process: folder or file on this machine -> the URL that it stands for.
 _MIRRORS: dict[Path, str] = {}
 
@@ -40,8 +41,8 @@ def local(path: str | Path) -> Path:
     `file://` is no mirror but the file itself. Nothing is fetched yet, and nothing is made.
 
     Raises:
-        AnatomyError: a protocol that fsspec does not know or lacks a package for; a URL that holds a password (it would
-            be written into what is stored), `..` or `::`.
+        AnatomyError: a protocol that fsspec does not know or lacks a package for; a URL that names no place, or holds
+            a password (it would be written into what is stored), `..` or `::`.
     """
     if not is_url(path):
         return Path(path)
@@ -49,8 +50,9 @@ def local(path: str | Path) -> Path:
     if re.search(r"://[^/]*:[^/]*@", url):
         shown_url = re.sub(r"://[^/]*@", "://...@", url)
         raise AnatomyError(f"{shown_url}: holds a password; leave it out, and set it where fsspec looks for it.")
-    if "::" in url or ".." in url.split("/"):
-        raise AnatomyError(f"{url}: found '..' or '::', allowed: PROTOCOL://FOLDER/NAME.")
+    if not is_url(url) or "::" in url or ".." in url.split("/"):
+        problem = "found '..' or '::'" if is_url(url) else "names no place"
+        raise AnatomyError(f"{path}: {problem}, allowed: PROTOCOL://FOLDER/NAME.")
     fs, inside = _reached(url)
     if isinstance(fs, LocalFileSystem):
         return Path(inside)
@@ -104,7 +106,7 @@ def exists(path: str | Path) -> bool:
     url = url_of(path)
     if url is None:
         return os.path.exists(path)
-    return _kind(url) is not None
+    return bool(_about(url))
 
 
 def listed(folder: Path) -> dict[str, int]:
@@ -127,7 +129,14 @@ def listed(folder: Path) -> dict[str, int]:
     return dict(sorted((posixpath.basename(entry["name"]), int(entry["size"])) for entry in entries))
 
 
-def fetch(file: Path, sha256: str | None = None, *, into: Path | None = None, own: bool = False) -> bool:
+def fetch(
+    file: Path,
+    sha256: str | None = None,
+    *,
+    into: Path | None = None,
+    own: bool = False,
+    versioned: bool = False,
+) -> bool:
     """Whether a file is there; one of a mirror is first brought from its URL.
 
     Processes of one machine fetch one after another, and those that find a copy with the right hash leave it.
@@ -138,9 +147,12 @@ def fetch(file: Path, sha256: str | None = None, *, into: Path | None = None, ow
             its reader does that.
         into: where to put it, instead of `file`.
         own: a copy that could not be sent before is work of this machine: it is sent now, instead of being replaced.
+        versioned: for a large file of which no hash is known: a copy of the version (ETag) that is there is not
+            fetched again. Where the store has no ETags it always is.
 
     Raises:
-        AnatomyError: the place cannot be reached, or the copy cannot be written.
+        AnatomyError: the place cannot be reached, the copy cannot be written, or a versioned file was replaced while it
+            was fetched, so that the copy may hold parts of both.
     """
     url = url_of(file)
     if url is None:
@@ -155,11 +167,20 @@ def fetch(file: Path, sha256: str | None = None, *, into: Path | None = None, ow
         with FileLock(_root(file).parent / "lock"):
             if sha256 is not None and file.is_file() and _hash(file) == sha256:
                 return True
-            if _kind(url) != "file":
+            about = _about(url)
+            if about.get("type") != "file":
                 return False
+            version, noted = _version(about), copy.with_name(copy.name + _VERSION)
+            if versioned and version and copy.is_file() and noted.is_file() and noted.read_text() == version:
+                return True
+            noted.unlink(missing_ok=True)
             fs, inside = _reached(url)
             fs.get_file(inside, str(partial))
+            if versioned and version != _version(_about(url)):
+                raise AnatomyError(f"{url}: was replaced while it was read; start again.")
             partial.replace(copy)
+            if versioned and version:
+                noted.write_text(version)
             return True
     except AnatomyError:
         raise
@@ -191,7 +212,8 @@ def send(file: Path) -> None:
     except Exception as error:
         raise AnatomyError(
             f"{url}: cannot be written ({_reason(error)}). The finished files lie in {_root(file)}: see to the "
-            "credentials and the room there, and start the same command again, which sends them."
+            "network, the credentials, the permissions and the room there, and start the same command again, which "
+            "sends them."
         ) from error
     _mark(file).unlink(missing_ok=True)
 
@@ -206,7 +228,7 @@ def remove(file: Path) -> None:
     if url is not None:
         fs, inside = _reached(url)
         try:
-            if _kind(url) is not None:
+            if _about(url):
                 fs.rm_file(inside)
         except AnatomyError:
             raise
@@ -233,15 +255,19 @@ def _reached(url: str) -> tuple[Any, str]:
     return fs, inside
 
 
-def _kind(url: str) -> str | None:
-    """ "file" or "directory", or None where there is nothing. Not `fs.exists`, which takes any failure for nothing."""
+def _about(url: str) -> dict[str, Any]:
+    """What the store tells of a file or folder, or {}. Not `fs.exists`, which takes any failure for nothing there."""
     fs, inside = _reached(url)
     try:
-        return str(fs.info(inside)["type"])
+        return dict(fs.info(inside))
     except FileNotFoundError:
-        return None
+        return {}
     except Exception as error:
         raise _unreached(url, error) from error
+
+
+def _version(about: dict[str, Any]) -> str | None:
+    return about.get("ETag") or about.get("etag")
 
 
 def _unreached(url: str, error: Exception) -> AnatomyError:
