@@ -19,6 +19,7 @@ from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.folder import TABLES, load_audit, write_audit
 from trl_anatomy.audit.predict import predicted_shift
 from trl_anatomy.errors import AnatomyError
+from trl_anatomy.reading.fingerprint import layer_weights
 
 
 @pytest.fixture(scope="module")
@@ -307,6 +308,7 @@ def test_a_run_from_files_to_page(setup):
     assert state == random_state()
     assert audit.info["data"]["tokens"] == plan["tokens"]
     assert audit.info["data"]["n_rows"] == 400
+    assert audit.info["model"]["layer_weights"] == layer_weights(run.load_model(setup), 1)
     assert 5 < audit.info["sae"]["l0"] <= 6
     assert (audit.info["sae"]["neuronpedia_id"], audit.info["sae"]["card_l0"]) == (None, None)
     assert run.dry_run(setup)["shards_done"] == 4

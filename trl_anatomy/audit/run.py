@@ -297,7 +297,7 @@ def _conclude(
     timings: dict[str, float],
 ) -> None:
     """From a harvest to the audit folder."""
-    from ..reading.fingerprint import model_fingerprint
+    from ..reading.fingerprint import layer_weights, model_fingerprint
     from .labelling import label_audit
     from .region_view import analyse_regions
     from .report import write_report
@@ -327,7 +327,11 @@ def _conclude(
         findings.info["notes"].append(note)
     info = {
         "versions": _versions(),
-        "model": {"name": config.model or _name(model), "fingerprint": model_fingerprint(model)},
+        "model": {
+            "name": config.model or _name(model),
+            "fingerprint": model_fingerprint(model),
+            "layer_weights": layer_weights(model, layer),
+        },
         "sae": {
             "source": dict(sae.source),
             "fingerprint": sae.fingerprint,
