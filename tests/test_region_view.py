@@ -112,6 +112,16 @@ def test_the_table_equals_a_float64_reference() -> None:
     assert q == pytest.approx(stats.false_discovery_control(p), rel=1e-9)
 
 
+def test_what_all_of_a_region_shows_and_nothing_else_is_found() -> None:
+    """Neither side varies there, so that Welch's test has no answer: the cell is no reason to be silent."""
+    inside = np.arange(300) < 60
+    scores = scores_of(inside[:, None].astype(float), np.full(300, 20))
+    table = region_table(scores, sparse.csr_array(inside[None].astype(float)), AuditConfig(data_kind="sft"))
+    (row,) = table.to_pylist()
+    assert (row["delta"], row["kept"], row["lean"], row["rank"]) == (1.0, True, "more", 1)
+    assert row["q"] < 1e-6
+
+
 @pytest.mark.parametrize("region", [None, "topic=1", "prompt~soup of onions"])
 def test_a_planted_region_is_found(world: World, read: Harvest, region: str | None) -> None:
     """The recipe habit lives in topic 1 alone; flattery lives everywhere alike."""
