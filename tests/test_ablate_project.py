@@ -1,11 +1,13 @@
 """ablate_features and project_out: loss and gradient of both trainers against an explicit forward in float64."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from audit_world import make_audit, make_world
 from conftest import build_tokenizer, preference_rows
 from datasets import Dataset
 from explicit_dpo import EPSILON, TAU, dpo, lora
@@ -25,15 +27,19 @@ from hidden_world import (
     vector,
     without_features,
     without_span,
+    write_concepts,
 )
 from peft import LoraConfig
 from reading_world import FAMILIES, tiny_model, tiny_sae
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from trl_anatomy.errors import AnatomyError
+from trl_anatomy.reading.fingerprint import layer_fingerprint, layer_weights
 from trl_anatomy.reading.locate import hidden_size, layer_module, residual_dimension
 from trl_anatomy.reading.removal import Removal
-from trl_anatomy.reading.sae import SAE
+from trl_anatomy.reading.sae import SAE, load_sae
+from trl_anatomy.reading.scorers.direction import DirectionScorer
 from trl_anatomy.reading.spans import read_pairs
 from trl_anatomy.shaping.hidden import GradientProjection, Projection, Steering, orthonormal
 from trl_anatomy.shaping.plan import plan_report
@@ -377,6 +383,33 @@ def test_refused_sae_and_span(tiny_model_dir: Path, tmp_path: Path) -> None:
         )
     assert re.search(r"rules\[0\]: The SAE .* 'gated'; latents can be taken out", str(error.value))
     assert "rules[1]: the 40 directions of 'wide' span all 16 dimensions" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["stored", "cluster"])
+def test_a_concept_of_another_model_is_refused(kind: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Also where no score of it is read: edits along what another model means by it would be noise."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    concepts = write_concepts(tmp_path)
+
+    def of(said: dict[str, str | None]) -> dict[str, Any]:
+        """A policy whose concept says of which weights it is."""
+        if kind == "stored":
+            DirectionScorer(vector(1), 0, card={"model_fingerprint": said["stored"]}).save(tmp_path / "v")
+            return {"concepts": {"x": concepts["v"]}, "rules": [rule("x", "project_out")]}
+        audit = make_audit(tmp_path / "audit", make_world(600))
+        tiny_sae(d_in=D, d_sae=audit.info["sae"]["d_sae"], hook="model.layers.0").save_model(tmp_path / "wide")
+        sae = load_sae(tmp_path / "wide")
+        audit.info["sae"] |= {"source": sae.source, "fingerprint": sae.fingerprint, "layer": 0}
+        audit.info["model"]["layer_weights"] = said["cluster"]
+        (audit.path / "audit.json").write_text(json.dumps(audit.info))
+        cluster = {"scorer": "features", "audit": str(audit.path), "cluster": "T1"}
+        return {"concepts": {"x": cluster}, "rules": [rule("x", "ablate_features")]}
+
+    other = "0" * 32
+    with pytest.raises(AnatomyError, match=r"another model|the audit read models/start, and the weights"):
+        dpo(tiny_model_dir, tmp_path / "out", preference_rows(6), policy=of({"stored": other, "cluster": other}))
+    own = of({"stored": layer_fingerprint(model, 0), "cluster": layer_weights(model, 0)})
+    dpo(tiny_model_dir, tmp_path / "out", preference_rows(6), policy=own, peft_config=lora())
 
 
 def test_one_sae_per_layer(tiny_model_dir: Path, tmp_path: Path) -> None:

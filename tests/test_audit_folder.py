@@ -1,9 +1,11 @@
 """The audit folder: written whole, read with checks; and one run from text to page through a model and an SAE."""
 
 import gzip
+import importlib
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +21,7 @@ from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.folder import TABLES, load_audit, write_audit
 from trl_anatomy.audit.predict import predicted_shift
 from trl_anatomy.errors import AnatomyError
+from trl_anatomy.reading.fingerprint import layer_weights
 
 
 @pytest.fixture(scope="module")
@@ -298,6 +301,7 @@ def setup(tmp_path_factory):
 
 
 def test_a_run_from_files_to_page(setup):
+    importlib.import_module("trl.trainer.dpo_trainer")  # with rich, whose import draws a number: once in a process
     state = random_state()
     plan = run.dry_run(setup)
     assert plan["pairs"] == 399
@@ -307,9 +311,16 @@ def test_a_run_from_files_to_page(setup):
     assert state == random_state()
     assert audit.info["data"]["tokens"] == plan["tokens"]
     assert audit.info["data"]["n_rows"] == 400
+    assert audit.info["model"]["layer_weights"] == layer_weights(run.load_model(setup), 1)
     assert 5 < audit.info["sae"]["l0"] <= 6
     assert (audit.info["sae"]["neuronpedia_id"], audit.info["sae"]["card_l0"]) == (None, None)
     assert run.dry_run(setup)["shards_done"] == 4
+    assert run.dry_run(replace(setup, shard_pairs=64))["shards_done"] == 0  # none of that size
+    shard = audit.path / "harvest" / "shard-00002.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    assert run.dry_run(setup)["shards_done"] == 3
+    shard.write_bytes(whole)
 
     assert audit.info["counts"]["n_prompts"] == len(set(audit.pairs["prompt_group"].to_pylist())) == 2
     assert any("399 pairs share 2 prompts, too few" in note for note in audit.info["notes"])
@@ -331,6 +342,38 @@ def test_a_run_from_files_to_page(setup):
     tables = {name: getattr(audit, name).to_pylist() for name in TABLES}
     again = run.run_audit(setup, dataset=raw, progress=False)
     assert {name: getattr(again, name).to_pylist() for name in TABLES} == tables
+
+
+@pytest.mark.parametrize("change", ["dataset", "max_length", "sae", "model in memory"])
+def test_a_harvest_of_something_else_is_told_by_a_dry_run_too(setup, tmp_path, change):
+    """What the run would refuse; without weights in memory it can not tell another model of the same shape."""
+    config = replace(setup, out=str(tmp_path / "out"), dataset=str(tmp_path / "pairs.jsonl"))
+    word_pairs(40).to_json(config.dataset)
+    run.run_audit(config, progress=False)
+    before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    other, given = config, {}
+    if change == "dataset":
+        word_pairs(41).to_json(config.dataset)
+    elif change == "max_length":
+        other = replace(config, max_length=7)
+    elif change == "sae":
+        from sae_lens import SAE
+
+        sae = SAE.load_from_disk(config.sae)
+        sae.W_enc.data += 0.1
+        sae.save_model(str(tmp_path / "sae"))
+        other = replace(config, sae=str(tmp_path / "sae"))
+    else:
+        given["model"] = run.load_model(config)
+        with torch.no_grad():
+            next(given["model"].parameters()).add_(1)
+    refused = []
+    for do in (run.dry_run, run.run_audit):
+        with pytest.raises(AnatomyError, match="holds a harvest of something else") as caught:
+            do(other, **given)
+        refused.append(str(caught.value))
+    assert refused[0] == refused[1]
+    assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()} == before
 
 
 def test_bad_input_is_told_before_the_pass(setup, tmp_path):

@@ -351,11 +351,12 @@ def test_the_page_of_a_comparison_runs_nothing_and_can_be_read_point_by_point(br
         "audit": HOSTILE[1],
         "before": HOSTILE[0],
         "after": dict.fromkeys(names, "out"),
-        "sampling": {"n_prompts": 10, "max_new_tokens": 5, "seed": 0},
+        "sampling": {"n_prompts": 10, "n_responses": 10, "max_new_tokens": 5, "seed": 0},
         "concepts": [
             {
                 "concept": name,
                 "label": HOSTILE[i],
+                "verdict": "rises",
                 "predicted": shift,
                 "ci_low": shift - 0.1,
                 "ci_high": shift + 0.1,
@@ -364,7 +365,8 @@ def test_the_page_of_a_comparison_runs_nothing_and_can_be_read_point_by_point(br
             for i, (name, shift) in enumerate(shifts.items())
         ],
         "agreement": {
-            name: dict.fromkeys(("r2", "noise_ceiling_r2", "random_clusters_r2", "tilt_r2")) | {"n": 3, "n_prompts": 10}
+            name: dict.fromkeys(("r2", "noise_ceiling_r2", "random_clusters_r2", "tilt_r2"))
+            | {"n": 3, "n_prompts": 10, "n_responses": 10}
             for name in names
         },
         "rates": [

@@ -56,12 +56,13 @@ def comparison() -> dict:
     return {
         "audit": "audits/run1",
         "before": "models/start",
-        "sampling": {"n_prompts": 10, "max_new_tokens": 5, "seed": 0},
+        "sampling": {"n_prompts": 10, "n_responses": 10, "max_new_tokens": 5, "seed": 0},
         "after": {"dpo": "a", "policy": "b"},
         "concepts": [
             {
                 "concept": "T1",
                 "label": "bold",
+                "verdict": "rises",
                 "predicted": 0.25,
                 "ci_low": 0.2,
                 "ci_high": 0.3,
@@ -73,6 +74,7 @@ def comparison() -> dict:
                 "r2": None,
                 "n": 1,
                 "n_prompts": 10,
+                "n_responses": 10,
                 "noise_ceiling_r2": None,
                 "random_clusters_r2": None,
                 "tilt_r2": None,
@@ -127,7 +129,7 @@ def test_page_says_what_came_and_what_was_recovered():
     against = {"dpo": (-0.1, -0.2, -0.05), "policy": (0.0, -0.1, 0.1)}
     unforeseen = dict.fromkeys(against, (0.3, 0.2, 0.4))
     result["concepts"].append({**first, "concept": "T2", "observed": against})
-    result["concepts"].append({**first, "concept": "T3", "observed": unforeseen, "ci_low": -0.1})
+    result["concepts"].append({**first, "concept": "T3", "observed": unforeseen, "verdict": "no evidence"})
     text = page_text(result)
     assert "dpo : of 2 predicted shifts, 1 came and 1 went the other way." in text
     assert "policy : of 2 predicted shifts, 0 came and 0 went the other way." in text
@@ -137,6 +139,48 @@ def test_page_says_what_came_and_what_was_recovered():
     assert "bold 30.0 20.0 … 40.0 90.0 80.0 … 100.0 35.0 30.0 … 40.0 92 %" in text
     assert "1 rule holds in no response" in text
     assert "emoji" not in text
+
+
+def test_page_calls_predicted_what_the_audit_reports():
+    """An interval by itself leaves zero out for one concept in twenty where nothing is to be found."""
+    result = comparison()
+    (first,) = result["concepts"]
+    first["verdict"] = "no evidence"
+    result["concepts"].append(
+        {**first, "concept": "T2", "observed": dict.fromkeys(("dpo", "policy"), (0.0, -0.1, 0.1))}
+    )
+    text = page_text(result)
+    assert "dpo : no shift was predicted." in text
+    assert "T1 bold +25.0 +20.0 … +30.0 +50.0 +40.0 … +60.0 not predicted +10.0" in text
+    assert "T2 bold +25.0 +20.0 … +30.0 0.0 −10.0 … +10.0 none predicted, none seen" in text
+
+
+def test_page_tells_what_did_not_come_from_what_can_not_be_told():
+    """An interval that holds nothing and all that was predicted says neither."""
+    result = comparison()
+    result["concepts"][0]["observed"] = {"dpo": (0.1, -0.1, 0.3), "policy": (0.1, -0.05, 0.24)}
+    text = page_text(result)
+    assert (
+        "dpo : of 1 predicted shift, 0 came and 0 went the other way; for 1 there are too few prompts to tell." in text
+    )
+    assert "policy : of 1 predicted shift, 0 came and 0 went the other way. " in text
+    assert "+10.0 −10.0 … +30.0 too few prompts to tell +10.0 −5.0 … +24.0 did not come" in text
+
+
+def test_responses_and_prompts_are_two_numbers():
+    result = comparison()
+    figures = {"r2": 0.5, "r2_low": 0.25, "r2_high": 0.75, "spearman": -0.001, "p": 0.1, "noise_ceiling_r2": 0.75}
+    result["agreement"]["dpo"] |= {**figures, "n_responses": 40, "odds_r2": None}
+    result["agreement"]["dpo"]["prompt_view"] = result["agreement"]["policy"]["prompt_view"] = {"reason": "none"}
+    result["sampling"]["n_responses"] = 40
+    text = page_text(result)
+    assert "40 responses of each to 10 prompts, 5 tokens at most" in text
+    assert "0.75 is the most that could be seen with 40 responses to 10 prompts" in text
+    assert "at most 0.75 can be seen with 40 responses to 10 prompts;" in comparison_report(result)
+    result["sampling"]["n_responses"] = result["agreement"]["dpo"]["n_responses"] = 10
+    assert "one response of each to 10 prompts" in page_text(result)
+    assert "could be seen with 10 prompts" in page_text(result)
+    assert "can be seen with 10 prompts;" in comparison_report(result)
 
 
 def test_page_gives_no_recovery_where_training_hardly_moved():

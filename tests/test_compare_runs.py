@@ -128,6 +128,12 @@ def test_several_responses_to_a_prompt_are_not_as_many_prompts(root: Path, audit
         np.testing.assert_allclose(four["observed"]["out"], one["observed"]["out"], atol=1e-12)
     assert any(row["observed"]["out"][0] != 0 for row in once["concepts"])
     np.testing.assert_allclose(repeated["words"]["out"], once["words"]["out"])
+    for told, n in ((once, 4), (repeated, 16)):
+        assert (told["sampling"]["n_prompts"], told["sampling"]["n_responses"]) == (4, n)
+        figures = told["agreement"]["out"]
+        left_out = sum(figures["left_out"].values()) * 4 // n  # prompts to which a response is empty
+        assert (figures["n_prompts"], figures["n_responses"]) == (4 - left_out, n - left_out * n // 4)
+    assert [row["verdict"] for row in once["concepts"]] == audit.concepts["verdict"].to_pylist()
 
 
 def test_an_audit_that_was_moved_without_what_it_was_made_of_says_what_is_missing(

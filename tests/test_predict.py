@@ -1,5 +1,7 @@
 """Predicted and observed shifts, and their agreement, against scipy and closed forms."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from audit_world import HABITS, make_world
@@ -81,6 +83,15 @@ def test_odds_shift_stays_within_what_rates_can_do():
         assert ((after >= 0) & (after <= 1)).all()
     assert predict.odds_shift(always, never, 50, start)[1] == pytest.approx(0.6, abs=0.01)
     np.testing.assert_allclose(predict.concept_means(np.arange(4.0), [np.array([0, 3]), np.array([1])]), [1.5, 1.0])
+
+
+def test_what_every_pair_says_alike_is_no_lack_of_evidence(world):
+    """A mark that a pipeline leaves in every chosen response and in no other: the clearest habit that there can be."""
+    scores = replace(views.activity(world, COMMUNITIES), u=np.ones((world.n_pairs, 1)), support=np.array([5]))
+    for side, verdict in ((1.0, "rises"), (-0.25, "falls"), (0.0, "too few pairs to tell")):
+        told = replace(scores, u=side * scores.u)
+        (row,) = predict.concept_table(told, COMMUNITIES[:1], AuditConfig(bootstrap=100)).to_pylist()
+        assert (row["verdict"], row["predicted"]) == (verdict, side)
 
 
 def test_concept_table_says_what_was_planted(world):

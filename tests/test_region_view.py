@@ -1,6 +1,7 @@
 """SFT data: regions of the corpus against the rest, with the statistics of the pairs and no predicted shift."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,24 @@ def test_the_table_equals_a_float64_reference() -> None:
         assert row["delta_length_adjusted"] == pytest.approx(adjusted, rel=1e-7, abs=1e-12)
     q = [rows[f"A{k + 1}", f"T{m + 1}"]["q"] for k, m in cells]
     assert q == pytest.approx(stats.false_discovery_control(p), rel=1e-9)
+
+
+def test_what_all_of_a_region_shows_and_nothing_else_is_found() -> None:
+    """Neither side varies there, so that Welch's test has no answer: the cell is no reason to be silent."""
+    inside = np.arange(300) < 60
+    scores = scores_of(inside[:, None].astype(float), np.full(300, 20))
+    table = region_table(scores, sparse.csr_array(inside[None].astype(float)), AuditConfig(data_kind="sft"))
+    (row,) = table.to_pylist()
+    assert (row["delta"], row["kept"], row["lean"], row["rank"]) == (1.0, True, "more", 1)
+    assert row["q"] < 1e-6
+
+
+def test_rows_of_one_prompt_are_called_rows(world: World, read: Harvest) -> None:
+    rows = sft_rows(world)
+    one = rows.dataset.map(lambda row: {"prompt_ids": [1]})
+    found = analyse_regions(read, AuditConfig(data_kind="sft", region="topic=1"), replace(rows, dataset=one))
+    assert f"{N_ROWS} rows share one prompt, too few to tell how much depends on the prompt" in found.info["notes"][0]
+    assert "take every row by itself and hold for this prompt only" in found.info["notes"][0]
 
 
 @pytest.mark.parametrize("region", [None, "topic=1", "prompt~soup of onions"])

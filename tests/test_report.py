@@ -14,6 +14,7 @@ from audit_world import make_audit, make_world, raw_dataset
 from scipy.stats import ttest_1samp
 
 from trl_anatomy.audit.config import AuditConfig
+from trl_anatomy.audit.folder import load_audit
 from trl_anatomy.audit.labels import distinctive_terms, group_terms
 from trl_anatomy.audit.report import explore, render, write_report
 from trl_anatomy.audit.report import page as page_module
@@ -276,10 +277,46 @@ def test_the_page_says_first_which_side_is_longer(tmp_path, add, said):
     page = render(audit)
     if said is None:
         assert (found["chosen_longer"], found["rejected_longer"], found["p"]) == (0, 0, None)
-        assert "Chosen and rejected responses are about equally long" in page
+        assert "Chosen and rejected responses are equally long (" in page
         return
     assert found["p"] == pytest.approx(ttest_1samp(np.log(chosen / rejected), 0).pvalue, rel=1e-9, abs=1e-300)
     assert f'{said} responses are <b class="{"rise" if add > 0 else "fall"}">longer</b> in 100.0 % of the pairs' in page
+
+
+def test_a_difference_in_length_that_can_not_be_told_is_no_equality(tmp_path):
+    """Six tokens against sixty in a few pairs, now the one and now the other side: nobody knows, and it says so."""
+    world = make_world(n=30)
+    world.lengths["chosen"] = np.where(np.arange(30) % 2, 60, 6).astype(np.int32)
+    world.lengths["rejected"] = np.where(np.arange(30) % 2, 6, 80).astype(np.int32)
+    page = render(make_audit(tmp_path, world))  # and that also where no shift is found
+    assert "No evidence that chosen and rejected responses differ in length (33 and 43 tokens on average)." in page
+
+
+def test_what_the_page_says_of_amplify_is_a_policy(page):
+    """Its rule has strength: auto, which amplify refuses."""
+    text = " ".join(" ".join(Reader(page).text).split())
+    assert "amplify in place of explain_away , with a number in place of auto , strengthens it" in text
+    top = yaml.safe_load(
+        html.unescape(re.search(r'<pre class="snippet" id="rule" tabindex="0">(.*?)</pre>', page, re.S)[1])
+    )
+    rule = top["rules"][0]
+    rule["amplify"] = rule.pop("explain_away")
+    with pytest.raises(AnatomyError, match="found auto"):
+        ConceptPolicy.load(top)
+    ConceptPolicy.load({**top, "rules": [{**rule, "strength": 1.0}]})
+
+
+def test_a_snippet_works_wherever_the_policy_lies(tmp_path, monkeypatch):
+    """A policy reads paths from its own folder, and the audit was named from the working directory of its run."""
+    make_audit(tmp_path / "work" / "audits" / "run1", make_world(n=300))
+    monkeypatch.chdir(tmp_path / "work")
+    audit = load_audit("audits/run1")
+    (tmp_path / "elsewhere").mkdir()
+    file = tmp_path / "elsewhere" / "policy.yaml"
+    file.write_text(page_module.snippet(audit, "T1"))
+    assert load_audit(ConceptPolicy.load(file).concepts["habit_t1"].audit).path == audit.path.resolve()
+    data = json.loads(scripts(render(audit))[1]["data"])
+    assert all(str(audit.path.resolve()) in text for text in data["snippets"].values())
 
 
 def test_a_shift_that_is_only_length_is_marked(tmp_path):
@@ -337,10 +374,15 @@ def test_numbers_are_readable():
     assert clean("tab\tand\nline \x7f\ud800") == "tab\tand\nline [U+007F][U+D800]"
 
 
-def test_hypotheses_come_kept_first_by_rank_then_by_size(audit, monkeypatch):
-    tested = audit.hypotheses.to_pylist()
-    assert {h["kept"] for h in tested} == {True, False}
-    order = sorted(tested, key=lambda h: (not h["kept"], h["rank"] or 0, -abs(h["delta"])))
+def test_hypotheses_come_with_evidence_first_then_kept_by_rank_then_by_size(audit, monkeypatch):
+    """A rank is by size of the effect, so the first kept ones may be of a few pairs, and no evidence at all."""
+    tested, alpha = audit.hypotheses.to_pylist(), audit.info["settings"]["alpha"]
+    assert {(h["kept"], h["q"] <= alpha) for h in tested} >= {(True, True), (True, False), (False, False)}
+
+    def place(h):
+        return not (h["kept"] and h["q"] <= alpha), not h["kept"], h["rank"] or 0, -abs(h["delta"])
+
+    order = sorted(tested, key=place)
     monkeypatch.setattr(explore, "N_HYPOTHESES", len(order) - 3)
     found = explore.explore_data(audit, {})
     assert found["n_hypotheses"] == len(order)

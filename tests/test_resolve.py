@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from audit_world import make_audit, make_world
+from peft import LoraConfig, get_peft_model
 from reading_world import build_tokenizer, dataset, tiny_config, tiny_model, tiny_sae
 
 from trl_anatomy.audit.folder import Audit, load_audit
 from trl_anatomy.errors import AnatomyError
+from trl_anatomy.reading.fingerprint import layer_weights
 from trl_anatomy.reading.sae import load_sae
 from trl_anatomy.reading.score import score_pairs
 from trl_anatomy.reading.scorers.direction import DirectionScorer
@@ -164,6 +166,61 @@ def test_a_cluster_of_an_sae_that_has_changed_is_refused(folder: Path, tmp_path:
         found.scorers()
     with pytest.raises(AnatomyError, match="has changed since the audit"):
         load_audit(tmp_path / "audit").load_sae()
+
+
+@pytest.fixture
+def told(folder: Path, tmp_path: Path) -> ConceptPolicy:
+    """A policy with a cluster of an audit that says which weights it read: those of `tiny_model()`."""
+    shutil.copytree(folder / "audit", tmp_path / "audit")
+    info = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    info["model"]["layer_weights"] = layer_weights(tiny_model(), LAYER)
+    (tmp_path / "audit" / "audit.json").write_text(json.dumps(info))
+    return policy(tmp_path, {"x": GOOD["cluster"]})
+
+
+def test_a_cluster_is_refused_by_a_model_that_was_not_audited(told: ConceptPolicy) -> None:
+    """Its latents would read something else in hidden states of other weights, and act on that in silence."""
+    other = tiny_model()
+    with torch.no_grad():
+        other.model.layers[LAYER].mlp.down_proj.weight[0, 0] += 1
+    for model in (other, tiny_model(seed=1), tiny_model(seed=1).bfloat16()):
+        with pytest.raises(PolicyError, match=r"policy.yaml:2: concepts.x: .*/audit: the audit read models/start, and"):
+            told.scorers(model=model)
+
+
+def test_the_audited_model_is_known_in_every_form(told: ConceptPolicy) -> None:
+    above = tiny_model()
+    with torch.no_grad():
+        above.model.layers[LAYER + 1].mlp.down_proj.weight += 1  # above what is read
+    grown = tiny_model()
+    grown.resize_token_embeddings(grown.config.vocab_size + 8)  # for a padding token
+    newer = tiny_model()
+    newer.config.update({"a_setting_of_a_later_release": 1})
+    same = {
+        "as it is": tiny_model(),
+        "bfloat16": tiny_model().bfloat16(),
+        "a reward model": tiny_model(head="score"),
+        "trained above": above,
+        "with another token": grown,
+        "by another release": newer,
+    }
+    for name, model in same.items():
+        assert told.scorers(model=model)["x"].features, name
+
+
+def test_weights_that_tell_nothing_are_not_compared(told: ConceptPolicy) -> None:
+    """A start model may be the audited one though its tensors are others: adapters, 4 bits, the rounding of float16."""
+    adapted = get_peft_model(tiny_model(seed=1), LoraConfig(target_modules=["q_proj"]))
+    quantised = tiny_model(seed=1)
+    quantised.is_quantized = True
+    for model in (adapted, quantised, tiny_model(seed=1).half()):
+        assert layer_weights(model, LAYER) is None
+        assert told.scorers(model=model)["x"].features
+
+
+def test_an_audit_that_says_nothing_of_its_layers_is_believed(folder: Path, audit: Audit) -> None:
+    assert "layer_weights" not in audit.info["model"]  # as those of an earlier version
+    assert policy(folder, {"x": GOOD["in_use"]}).scorers(audit=audit, model=tiny_model(seed=1))["x"].features
 
 
 def test_what_needs_an_audit_says_so(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """Statistics against scipy and closed forms, one cell at a time, in float64."""
 
-import itertools
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -153,6 +152,22 @@ def test_mean_test_equals_scipy(sample):
     assert np.isnan(stats.mean_test(values[:1])[2]).all()
 
 
+@pytest.mark.parametrize("n", [2, 6, 60])
+def test_a_mean_of_values_that_are_all_the_same_is_told_by_swaps(n):
+    """What every pair says alike is the surest of all, and Student's t has no answer: the exact test of swaps has."""
+    values = np.column_stack([np.ones(n), np.full(n, -0.1), np.zeros(n)])
+    _, error, p = stats.mean_test(values)
+    np.testing.assert_allclose(error, 0, atol=1e-15)
+    assert np.isnan(p[2])
+    np.testing.assert_allclose(p[:2], 2.0 ** (1 - n))
+    if n == 6:
+        signs = np.array(list(product([1, -1], repeat=n)))
+        as_large = np.abs(signs @ values[:, 1]) >= abs(values[:, 1].sum()) - 1e-12
+        assert p[1] == pytest.approx(as_large.mean())
+    pairs = np.arange(2 * n) // 2  # two pairs of a prompt, which together say the same in each
+    np.testing.assert_allclose(stats.mean_test(np.tile([[1.0], [0.0]], (n, 1)), pairs)[2], 2.0 ** (1 - n))
+
+
 def test_bootstrap_is_seeded_chunk_free_and_agrees_with_the_normal_interval():
     rng = np.random.default_rng(2)
     values = rng.choice([-1.0, 0.0, 1.0], (2000, 3), p=[0.2, 0.5, 0.3])
@@ -226,7 +241,7 @@ def test_adjusted_difference_equals_least_squares(sample):
 
 
 def all_signs(n):
-    return np.array(list(itertools.product([1.0, -1.0], repeat=n)))
+    return np.array(list(product([1.0, -1.0], repeat=n)))
 
 
 def test_swapped_mean_equals_full_enumeration():
@@ -386,6 +401,31 @@ def test_a_draw_has_the_variance_of_all_draws():
     assert found.p[0, 0] == pytest.approx(2 * reference.t.sf(abs(plain.delta[0, 0]) / expected[0], 5), rel=1e-9)
     half = reference.t.ppf(0.975, 5) * expected[0]
     assert found.ci_high[0, 0] - found.delta[0, 0] == pytest.approx(half, rel=1e-9)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_sides_that_never_overlap_are_told_by_the_draw(shared):
+    """All of a context one thing and all of the rest another: no side varies, and nothing is surer."""
+    n, n_in = 300, 40
+    values = np.column_stack([np.arange(n) < n_in, np.zeros(n), np.ones(n)]).astype(float)
+    groups = np.where(np.arange(n) < n_in, 0, 1)
+    groups[-1] = 2  # a context of one row
+    prompts = np.arange(n) // 2 if shared else None
+    members, pool = stats.one_hot(groups, 3), np.ones(n, bool)
+    found, _ = stats.compare_members(values, members, pool, np.arange(n) % 2)
+    if prompts is not None:
+        found = stats.welch_of_groups(found, values, members, pool, prompts)
+    assert np.isnan(found.p[0]).all()
+    told = stats.no_surer_than_a_draw(found, values, pool, prompts)
+    totals = values[:, 0] - values[:, 0].mean() if prompts is None else np.bincount(prompts, values[:, 0] - n_in / n)
+    spread = np.square(totals).sum() / n * len(totals) / (len(totals) - 1)
+    error = np.sqrt(spread * (1 / n_in + 1 / (n - n_in)))
+    assert told.error[0, 0] == pytest.approx(error, rel=1e-9)
+    assert told.p[0, 0] == pytest.approx(2 * reference.t.sf(1 / error, len(totals) - 2), rel=1e-6)
+    assert told.ci_low[0, 0] == pytest.approx(1 - reference.t.ppf(0.975, len(totals) - 2) * error, rel=1e-9)
+    assert np.isnan(told.p[:, 1:]).all()
+    assert np.isnan(told.p[2]).all()
+    assert np.isnan(told.ci_low[2]).all()
 
 
 def test_a_draw_of_prompts_adds_up_what_their_pairs_share():

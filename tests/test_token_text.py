@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from reading_world import build_tokenizer
 
+from trl_anatomy.reading.firings import token_texts
 from trl_anatomy.reading.token_text import decode, token_text, tokens_of, whole_words
 
 TEXT = " It is **bold** — naïve 😀🇫🇷 café.\n\n- item —\n\n日本語 end"
@@ -41,6 +42,18 @@ def tokenizer_of(kind: str) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+@pytest.mark.parametrize("kind", ["byte-level BPE", "byte fallback", "unigram", "word pieces"])
+def test_texts_of_tokens_are_the_text(kind: str) -> None:
+    """For the page, special tokens too: no blank is lost before a character in parts, and no character comes twice."""
+    tokenizer = tokenizer_of(kind)
+    for text in (TEXT, "bold — bold  — it\n→ a", "It^β is ^^β^ b\u00a0d", "\ufffd a \ufffd"):
+        every = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        for ids in (every, every[3:], []):
+            texts = token_texts(tokenizer, ids)
+            assert len(texts) == len(ids)
+            assert "".join(texts) == tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
 
 
 @pytest.mark.parametrize("kind", ["byte-level BPE", "byte fallback", "unigram", "word pieces"])

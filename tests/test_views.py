@@ -90,6 +90,16 @@ def test_ranks_count_each_side_from_one_by_the_chosen_measure(world):
         assert all(row["rank"] is None for row in table if not row["kept"])
 
 
+def test_pairs_tied_at_the_percentile_are_not_silent():
+    """Below the percentile is silent: where nearly all pairs are equally active, none of them is."""
+    s = np.tile([[1.0, 0.0], [0.0, 1.0]], (100, 1)).astype(np.float32)
+    s[:4] = 0
+    s[4:8] *= 0.5
+    for percentile, silent in ((2.0, 4), (3.0, 4), (5.0, 8), (0.0, 4)):
+        contexts, _ = views.find_contexts(s, AuditConfig(silent_percentile=percentile))
+        assert np.flatnonzero(contexts == 0).tolist() == list(range(silent)), percentile
+
+
 def test_published_concept_size_drops_small_concepts(world):
     table = views.feature_view(world, COMMUNITIES, CONFIG).hypotheses
     assert table.num_rows > 0

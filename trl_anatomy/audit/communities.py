@@ -94,8 +94,8 @@ def sizes_for(n_live: int, config: AuditConfig) -> Sizes:
     community = min(config.min_community, max(1, round(config.min_community * share)))
     concept = min(config.min_concept, max(1, round(config.min_concept * share)))
     note = (
-        f"Only {n_live} features are live, so communities of {community} features or more were kept (setting "
-        f"{config.min_community}), hypotheses need concepts of {concept} or more (setting {config.min_concept}) and "
+        f"Only {n_live} features are live, so the smallest community that is kept has {community} (setting "
+        f"{config.min_community}), the smallest concept of a hypothesis {concept} (setting {config.min_concept}), and "
         "the resolution was doubled."
     )
     return Sizes(community, concept, 2 * config.resolution, (note,))

@@ -35,18 +35,22 @@ class Findings:
     timings: dict[str, float]
 
 
-def shared_prompts(prompt_groups: np.ndarray | None) -> tuple[np.ndarray | None, list[str]]:
-    """Groups of pairs to be taken together: None where no prompt repeats; and what to tell the reader."""
+def shared_prompts(prompt_groups: np.ndarray | None, what: str = "pair") -> tuple[np.ndarray | None, list[str]]:
+    """Groups of pairs to be taken together: None where no prompt repeats; and what to tell the reader.
+
+    Args:
+        what: what a row is called, "pair" or "row".
+    """
     n_prompts = 0 if prompt_groups is None else len(np.unique(prompt_groups))
     if prompt_groups is None or n_prompts == len(prompt_groups):
         return None, []
-    shared = f"{len(prompt_groups)} pairs share {n_prompts} prompts"
+    shared = f"{len(prompt_groups)} {what}s share {'one prompt' if n_prompts == 1 else f'{n_prompts} prompts'}"
     if n_prompts < MIN_PROMPTS:
         return None, [
-            f"{shared}, too few to tell how much depends on the prompt: intervals and tests take every pair by itself "
-            "and hold for these prompts only."
+            f"{shared}, too few to tell how much depends on the prompt: intervals and tests take every {what} by "
+            f"itself and hold for {'this prompt' if n_prompts == 1 else 'these prompts'} only."
         ]
-    return prompt_groups, [f"{shared}: intervals and tests take the pairs of a prompt together."]
+    return prompt_groups, [f"{shared}: intervals and tests take the {what}s of a prompt together."]
 
 
 @contextmanager

@@ -224,6 +224,24 @@ class Audit:
             )
         return sae
 
+    def check_model(self, model: Any) -> None:
+        """Make sure that a model can be the audited one: in hidden states of other weights latents read other things.
+
+        Nothing is compared where weights tell nothing (`layer_weights`), nor with an audit of an earlier version.
+
+        Raises:
+            AnatomyError: the weights of the layers that the audit read are others.
+        """
+        from ..reading.fingerprint import layer_weights
+
+        said, layer = self.info["model"].get("layer_weights"), self.info["sae"]["layer"]
+        if said is not None and layer_weights(model, layer) not in (None, said):
+            raise AnatomyError(
+                f"{self.name}: the audit read {self.info['model']['name']}, and the weights of this model are others "
+                f"up to layer {layer}, so that the audit's latents mean nothing in it: use the audited model, or audit "
+                "this one."
+            )
+
     def check_kind(self, command: str) -> None:
         """Make sure that this is an audit of preference pairs, which `command` needs.
 

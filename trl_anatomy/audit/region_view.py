@@ -98,7 +98,7 @@ def analyse_regions(read: "Harvest", config: AuditConfig, rows: "Pairs") -> "Fin
     """
     timings: dict[str, float] = {}
     has_prompts = bool(read.lengths["prompt"].any())
-    groups, notes = shared_prompts(rows.prompt_groups) if has_prompts else (None, [])
+    groups, notes = shared_prompts(rows.prompt_groups, "row") if has_prompts else (None, [])
     with timed(timings, "regions"):
         members, regions, said = _regions(read, config, rows, has_prompts)
     with timed(timings, "communities"):

@@ -3,7 +3,6 @@
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ import pyarrow as pa
 from scipy import sparse
 
 from ..errors import AnatomyError
-from ..reading.storage import exists, fetch, listed, local, url_of
+from ..reading.storage import exists, fetch, local, url_of
 from . import stats
 from .communities import find_communities
 from .config import AuditConfig
@@ -195,8 +194,10 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
         JSON-able: pairs, left_out, tokens (a span each, after truncation), longest (tokens of the longest pair), shards
         and shards_done, batch_tokens, layer, d_sae, contexts, out.
     Raises:
-        AnatomyError: as `run_audit` would.
+        AnatomyError: as `run_audit` would, but for what only weights tell: that a harvest in the folder is of another
+            model of the same shape.
     """
+    from ..reading.harvest import shards_done
     from ..reading.sae import check_sae, load_sae
     from ..reading.sft import read_rows
     from .region_view import region_rows
@@ -212,9 +213,12 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
     )
     if config.region is not None:
         region_rows(pairs, config.region)
-    model = empty_model(config.model) if model is None else model
+    shape = empty_model(config.model) if model is None else model
     sae = load_sae(config.sae)
-    layer = check_sae(sae, model, config.layer)
+    layer = check_sae(sae, shape, config.layer)
+    done = shards_done(
+        local(config.out) / "harvest", pairs, sae, layer=layer, shard_pairs=config.shard_pairs, model=model
+    )
     tokens = np.array([[len(part) for part in pairs.tokens(i)] for i in range(len(pairs))])
     shards = -(-len(pairs) // config.shard_pairs)
     active = int(len(pairs) * (1 - config.silent_percentile / 100))
@@ -228,7 +232,7 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
         },
         "longest": int(tokens[:, [0, 1, 3]].sum(axis=1).max()),
         "shards": shards,
-        "shards_done": sum(fnmatch(name, "shard-*.safetensors") for name in listed(local(config.out) / "harvest")),
+        "shards_done": done,
         "batch_tokens": config.batch_tokens,
         "layer": layer,
         "d_sae": sae.d_sae,
@@ -301,7 +305,7 @@ def _conclude(
     timings: dict[str, float],
 ) -> None:
     """From a harvest to the audit folder."""
-    from ..reading.fingerprint import model_fingerprint
+    from ..reading.fingerprint import layer_weights, model_fingerprint
     from .labelling import label_audit
     from .region_view import analyse_regions
     from .report import write_report
@@ -331,7 +335,11 @@ def _conclude(
         findings.info["notes"].append(note)
     info = {
         "versions": _versions(),
-        "model": {"name": config.model or _name(model), "fingerprint": model_fingerprint(model)},
+        "model": {
+            "name": config.model or _name(model),
+            "fingerprint": model_fingerprint(model),
+            "layer_weights": layer_weights(model, layer),
+        },
         "sae": {
             "source": dict(sae.source),
             "fingerprint": sae.fingerprint,

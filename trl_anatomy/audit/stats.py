@@ -108,7 +108,7 @@ class Welch:
     delta = mean inside - mean outside; z = delta / Welch's standard error; d = Cohen's d with pooled variance;
     p two-sided from Student's t of delta / `error` with `df` degrees of freedom; ci_low..ci_high at 95 %. `error` and
     `df` are Welch's (with Satterthwaite's degrees of freedom) unless `no_surer_than_a_draw` changed them.
-    NaN where a side has fewer than two members or neither side varies.
+    NaN where a side has fewer than two members; where neither side varies, `error` is 0 and the others are NaN.
     """
 
     delta: np.ndarray
@@ -134,11 +134,11 @@ def welch(inside: Moments, outside: Moments, level: float = 0.95) -> Welch:
     var_in, var_out = inside.variance, outside.variance
     with np.errstate(invalid="ignore", divide="ignore"):
         share_in, share_out = var_in / n_in, var_out / n_out
-        error = _welch_error(inside, outside)
+        error = np.sqrt(share_in + share_out)
         df = (share_in + share_out) ** 2 / (share_in**2 / (n_in - 1) + share_out**2 / (n_out - 1))
         pooled = ((n_in - 1) * var_in + (n_out - 1) * var_out) / (n_in + n_out - 2)
         d = delta / np.where(pooled > 0, np.sqrt(pooled), np.nan)
-    return _tested(delta, error, d, np.where(np.isnan(error), np.nan, df), inside.n, outside.n, level)
+    return _tested(delta, error, d, df, inside.n, outside.n, level)
 
 
 def _tested(
@@ -150,9 +150,10 @@ def _tested(
     n_out: np.ndarray,
     level: float = 0.95,
 ) -> Welch:
-    z = delta / error
+    known = np.where(error > 0, error, np.nan)
+    z = delta / known
     p = 2 * distributions.t.sf(np.abs(z), df)
-    half = distributions.t.ppf(0.5 + level / 2, df) * error
+    half = distributions.t.ppf(0.5 + level / 2, df) * known
     return Welch(delta, error, z, d, df, p, delta - half, delta + half, n_in, n_out)
 
 
@@ -161,9 +162,11 @@ def no_surer_than_a_draw(found: Welch, values: np.ndarray, pool: np.ndarray, gro
 
     A concept that fires in few pairs may happen to be silent in all pairs of a small context. Welch's error sees no
     variance there and calls the silence sure; with rare concepts contexts drawn at random are then "found" in most
-    audits. If n_in of the N rows of the pool were drawn at random, the difference of the means would have exactly the
-    variance S²·(1/n_in + 1/n_out), S² the variance over the pool. Where the draw errs on the other side (a few firing
-    pairs fall together), Welch's error is the larger one. For concepts that vary alike inside and outside both agree.
+    audits. And where neither side varies it has no answer, though a concept that is in every pair of a context and in
+    no other is the surest there can be. If n_in of the N rows of the pool were drawn at random, the difference of the
+    means would have exactly the variance S²·(1/n_in + 1/n_out), S² the variance over the pool. Where the draw errs on
+    the other side (a few firing pairs fall together), Welch's error is the larger one. For concepts that vary alike
+    inside and outside both agree.
 
     Args:
         found: what `compare_members` or `welch_of_groups` says of the same values and pool.
@@ -300,9 +303,10 @@ def welch_of_groups(
             share_in = spread_in / n_in**2 * g_in / (g_in - 1)
             share_out = spread_out / n_out**2 * g_out / (g_out - 1)
             variance = share_in + share_out - 2 * (dev_in * dev_out).sum(axis=0) / (n_in * n_out)
-            good = (variance > 0) & (share_in + share_out > 0)
+            varies = share_in + share_out > 0
+            good = (variance > 0) & varies
             with np.errstate(invalid="ignore", divide="ignore"):
-                error[k, block] = np.where(good, np.sqrt(variance), np.nan)
+                error[k, block] = np.where(good, np.sqrt(variance), np.where(varies, np.nan, 0.0))
                 freedom = (share_in + share_out) ** 2 / (share_in**2 / (g_in - 1) + share_out**2 / (g_out - 1))
                 df[k, block] = np.where(good, freedom, np.nan)
     return _tested(plain.delta, error, plain.d, df, plain.n_in, plain.n_out)
@@ -340,7 +344,8 @@ def mean_test(values: np.ndarray, groups: np.ndarray | None = None) -> tuple[np.
         values: (n, n_columns).
         groups: (n,) group of each row, any integers; default every row its own.
     Returns:
-        mean, error, p: each (n_columns,). error and p are NaN below two groups; p is NaN where nothing varies.
+        mean, error, p: each (n_columns,). error and p are NaN below two groups. Where nothing varies, p is that of the
+        exact test that swaps the sides of whole groups, 2^(1 - G), and NaN for a mean of zero.
     """
     n, empty = len(values), np.full(values.shape[1], np.nan)
     if n == 0:
@@ -358,7 +363,8 @@ def mean_test(values: np.ndarray, groups: np.ndarray | None = None) -> tuple[np.
     error = np.sqrt(square * n_groups / (n_groups - 1)) / n
     with np.errstate(invalid="ignore", divide="ignore"):
         t = np.where(error > ROUNDING, mean / error, np.nan)
-    return mean, error, 2 * distributions.t.sf(np.abs(t), n_groups - 1)
+    swapped = np.where(np.abs(mean) > ROUNDING, np.exp2(1.0 - n_groups), np.nan)
+    return mean, error, np.where(error > ROUNDING, 2 * distributions.t.sf(np.abs(t), n_groups - 1), swapped)
 
 
 def _in_blocks(values: np.ndarray, of: Callable[[np.ndarray], tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:

@@ -203,7 +203,8 @@ def compare(
                 for measure, told in baselines.items()
             },
             "prompt_view": prompt_view_agreement(audit, read, pairs.prompt_groups, seed=seed),
-            "n_prompts": len(pairs),
+            "n_prompts": len(np.unique(pairs.prompt_groups)),
+            "n_responses": len(pairs),
             "left_out": pairs.left_out,
         }
 
@@ -211,11 +212,12 @@ def compare(
         "audit": audit.name,
         "before": name_of(before),
         "after": {name: name_of(model) for name, model in after.items()},
-        "sampling": {**sampling, "n_prompts": len(prompts)},
+        "sampling": {**sampling, "n_prompts": len(np.unique(prompt_of)), "n_responses": len(prompts)},
         "concepts": [
             {
                 "concept": row["concept"],
                 "label": row["label"],
+                "verdict": row["verdict"],
                 "predicted": row["predicted"],
                 "ci_low": row["ci_low"],
                 "ci_high": row["ci_high"],
@@ -312,7 +314,7 @@ def comparison_report(result: Mapping[str, Any]) -> str:
         lines.append(
             f"\n{name}: R² {figures['r2']:.2f} [{figures['r2_low']:.2f}, {figures['r2_high']:.2f}],"
             f" rank correlation {figures['spearman']:.2f}, permutation p {figures['p']:.2g}, {figures['n']} concepts;"
-            f" at most {_shown(figures['noise_ceiling_r2'])} can be seen with {figures['n_prompts']} prompts;"
+            f" at most {_shown(figures['noise_ceiling_r2'])} can be seen with {responses_told(figures)};"
             f" random clusters of the same sizes: {_shown(figures['random_clusters_r2'])};"
             f" predicted from the start model's responses too, by log-odds: {_shown(figures['odds_r2'])},"
             f" by tilting them: {_shown(figures['tilt_r2'])};"
@@ -346,6 +348,17 @@ def comparison_report(result: Mapping[str, Any]) -> str:
     words = ", ".join(f"{name} {interval[0]:.1f}" for name, interval in result["words"].items())
     lines.append(f"Words per response: {words}.")
     return "\n".join(lines)
+
+
+def responses_told(figures: Mapping[str, Any]) -> str:
+    """How many responses to how many prompts; one to each is told by the prompts alone.
+
+    >>> responses_told({"n_prompts": 10, "n_responses": 10}), responses_told({"n_prompts": 10, "n_responses": 40})
+    ('10 prompts', '40 responses to 10 prompts')
+    """
+    prompts = f"{figures['n_prompts']:,} prompts"
+    same = figures["n_responses"] == figures["n_prompts"]
+    return prompts if same else f"{figures['n_responses']:,} responses to {prompts}"
 
 
 def prompt_view_told(view: Mapping[str, Any]) -> str:

@@ -85,6 +85,27 @@ def layer_fingerprint(model: nn.Module, layer: int) -> str:
     return hash_json([settings, base.config.model_type, layer, _switches(base), hash_tensors(used, torch.bfloat16)])
 
 
+def layer_weights(model: nn.Module, layer: int) -> str | None:
+    """Hash of the weights of a model's layers up to one: where two differ, the models are not the same.
+
+    It says less than `layer_fingerprint`, so that it does not tell apart what reads alike: settings change with the
+    release of transformers, embeddings grow by a padding token.
+
+    Returns:
+        The hash, in float32 and bfloat16 alike; None where weights tell nothing: beside adapters, quantised, or in
+        float16, which rounds small numbers otherwise than bfloat16.
+
+    Raises:
+        AnatomyError: an unknown architecture, or no such layer.
+    """
+    layer_module(model, layer)
+    read = [(f"{i}.{name}", p) for i in range(layer + 1) for name, p in decoder_layers(model)[i].named_parameters()]
+    told = {torch.float32, torch.float64, torch.bfloat16}
+    if _switches(model) or getattr(model, "is_quantized", False) or {p.dtype for _, p in read} - told:
+        return None
+    return hash_tensors(read, torch.bfloat16)
+
+
 def model_key(model: nn.Module) -> dict[str, str]:
     """What activations of a model depend on, for caches: its fingerprint and its precision."""
     return {"model": model_fingerprint(model), "dtype": str(next(model.parameters()).dtype)}

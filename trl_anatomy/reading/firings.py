@@ -9,10 +9,7 @@ import numpy as np
 
 from .forward import in_halves, length_sorted_batches, read_spans
 from .spans import SPANS
-
-# Tokens before a token that are decoded with it: a character has four bytes at most.
-_CONTEXT = 6
-_INCOMPLETE = "\ufffd"
+from .token_text import pieces
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,19 +70,11 @@ def span_tokens(pairs: Pairs, i: int) -> dict[str, list[int]]:
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds; end to end they are the text of all.
+    """The text that each token adds, special tokens too; end to end they are the text of all.
 
-    A token that ends inside a character adds nothing, and the one that completes it adds the character.
+    A token that ends inside a character adds nothing, and the one that completes it adds what they hold together.
     """
-    # What a token adds depends on those before it (spaces, characters in parts), but on no more than a few.
-    starts = [max(0, i - _CONTEXT) for i in range(len(ids))]
-    windows = [list(ids[start:i]) for i, start in enumerate(starts)]
-    windows += [list(ids[start : i + 1]) for i, start in enumerate(starts)]
-    decoded = tokenizer.backend_tokenizer.decode_batch(windows, skip_special_tokens=False)
-    texts = []
-    for i, (before, now) in enumerate(zip(decoded[: len(ids)], decoded[len(ids) :], strict=True)):
-        inside = now.endswith(_INCOMPLETE) and i + 1 < len(ids)
-        # Parts of a character may end `before` in place of the character itself.
-        shared = next((k for k, (one, other) in enumerate(zip(before, now, strict=False)) if one != other), len(before))
-        texts.append("" if inside else now[shared:])
-    return texts
+    backend = tokenizer.backend_tokenizer
+    text, bounds = pieces(ids, lambda part: backend.decode(part, skip_special_tokens=False))
+    ends = np.append(bounds[1:, 0], len(text))  # of what comes before the next token's characters
+    return [text[begin:end] if end <= after else "" for (begin, end), after in zip(bounds, ends, strict=False)]

@@ -218,14 +218,7 @@ def harvest(
     """
     ranks = ranks or Ranks()
     out = storage.local(out)
-    key = {
-        "format": _FORMAT,
-        "version": __version__,
-        "pairs": pairs.fingerprint,
-        **model_key(model),
-        "sae": sae.fingerprint,
-        "layer": layer,
-    }
+    key = _key(pairs, sae, layer, model)
     if sae.prepend_bos and not pairs.begins_with_bos:
         warnings.warn(
             "The SAE was trained on text that begins with BOS, and these prompts do not: its activations may be off. "
@@ -281,6 +274,54 @@ def harvest(
     return Harvest(out, {**manifest, "shards": [entries[name] for name in shards]})
 
 
+def shards_done(
+    out: str | Path, pairs: Pairs, sae: SAE, *, layer: int, shard_pairs: int, model: nn.Module | None = None
+) -> int:
+    """How many shards `harvest` would keep of those in a folder, by their sizes; nothing there is changed.
+
+    Args:
+        out, pairs, sae, layer, shard_pairs: as `harvest` would get them.
+        model: the start model; None leaves open whether it is the one of the harvest.
+
+    Raises:
+        AnatomyError: the folder holds a harvest of something else.
+    """
+    out = storage.local(out)
+    if storage.url_of(out) is not None:
+        notes = list(_manifests_there(out).values())
+    else:
+        notes = [_read_manifest(file) for file in (out / _MANIFEST, *sorted(out.glob(_RANK_MANIFEST.format("*"))))]
+    key, sizes, done = _key(pairs, sae, layer, model), storage.listed(out), set()
+    for before in notes:
+        if before is not None:
+            _refuse_another(out, before["key"], key)
+            of_size = before["shards"] if before["shard_pairs"] == shard_pairs else []
+            done |= {entry["file"] for entry in of_size if sizes.get(entry["file"]) == entry["bytes"]}
+    return len(done)
+
+
+def _key(pairs: Pairs, sae: SAE, layer: int, model: nn.Module | None) -> dict[str, Any]:
+    """What a harvest depends on; without a model, all but that."""
+    return {
+        "format": _FORMAT,
+        "version": __version__,
+        "pairs": pairs.fingerprint,
+        **({} if model is None else model_key(model)),
+        "sae": sae.fingerprint,
+        "layer": layer,
+    }
+
+
+def _refuse_another(out: Path, found: Mapping[str, Any], key: Mapping[str, Any]) -> None:
+    """Raise AnatomyError where the key of what lies in a folder is another one."""
+    changed = [name for name, value in key.items() if found.get(name) != value]
+    if changed:
+        raise AnatomyError(
+            f"{storage.shown(out)!r} holds a harvest of something else (different: {', '.join(changed)}): choose "
+            "another folder or delete that one."
+        )
+
+
 def _settle(out: Path, manifest: Mapping[str, Any], replace: bool = False) -> dict[str, dict[str, Any]]:
     """Entries of the shards that earlier runs left whole; what they left of no use is removed.
 
@@ -297,11 +338,7 @@ def _settle(out: Path, manifest: Mapping[str, Any], replace: bool = False) -> di
         if before["key"] != manifest["key"]:
             if old or replace:  # old: a copy of what lay at the URL once; what lies there now counts
                 continue
-            changed = [name for name, value in manifest["key"].items() if before["key"].get(name) != value]
-            raise AnatomyError(
-                f"{storage.shown(out)!r} holds a harvest of something else (different: {', '.join(changed)}): choose "
-                "another folder or delete that one."
-            )
+            _refuse_another(out, before["key"], manifest["key"])
         if before["shard_pairs"] == manifest["shard_pairs"]:
             found |= {entry["file"]: entry for entry in before["shards"]}
     make_folder(out)

@@ -1,7 +1,7 @@
 """Which characters of a response each of its tokens stands for, and back: from characters to tokens."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,19 +24,24 @@ def token_text(tokenizer: Any, ids: Sequence[int]) -> tuple[str, np.ndarray]:
     Returns:
         The text, and (n_tokens, 2) int64: begin and end of each token's characters.
     """
+    return pieces(ids, lambda part: decode(tokenizer, part))
+
+
+def pieces(ids: Sequence[int], decoded: Callable[[list[int]], str]) -> tuple[str, np.ndarray]:
+    """`token_text` with any way to decode a few tokens."""
     ids = [int(i) for i in ids]
     bounds = np.zeros((len(ids), 2), dtype=np.int64)
     text, context, begin = "", 0, 0  # tokens ids[context:begin] are decoded before the next ones
     before = ""
     for i in range(len(ids)):
-        piece = decode(tokenizer, ids[context : i + 1])
+        piece = decoded(ids[context : i + 1])
         if piece.endswith(_UNFINISHED) and i + 1 < len(ids):
             continue
         bounds[begin : i + 1, 0] = len(text)
         text += piece[len(before) :]
         bounds[begin : i + 1, 1] = len(text)
         context, begin = begin, i + 1
-        before = decode(tokenizer, ids[context:begin])
+        before = decoded(ids[context:begin])
     return text, bounds
 
 

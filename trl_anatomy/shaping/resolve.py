@@ -118,6 +118,8 @@ def resolve_scorers(
                 _check_config(scorer, model_config)
                 if model is not None:
                     scorer.check(model)
+                    if spec.cluster is not None:
+                        loaded.audit(spec.audit).check_model(model)
             scorers[name] = scorer
         except _Mismatch as error:
             problems.append(f"{policy.place(f'concepts.{name}.{error.key}')}: {error}")

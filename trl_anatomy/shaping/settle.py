@@ -83,14 +83,30 @@ def begin_policy(
     *,
     audit: "Audit | None" = None,
     cache_dir: Path | None = None,
+    trains: bool = False,
 ) -> Begun:
-    """Resolve what a policy names; arguments and errors as `settle_policy`."""
+    """Resolve what a policy names; arguments and errors as `settle_policy`.
+
+    Args:
+        trains: the start model is about to be trained, so that concepts that are of one model are checked against it
+            even where no score of them is read.
+    """
     check_given(policy)
     gates = rule_gates(policy, pairs, audit)
     # An edit was fitted to one model's weights, and with others it would be no more than noise.
     fitted = any(spec.scorer == "reft" for spec in policy.used.values())
     model = start_model() if fitted or reads_hidden(policy) or any(map(reads_text, policy.rules)) else None
-    return Begun(policy, pairs, audit, cache_dir, gates, policy.scorers(audit=audit, model=model), model)
+    checked = model
+    if model is None and trains and any(spec.path or spec.cluster for spec in policy.used.values()):
+        checked = comparable(start_model())
+    return Begun(policy, pairs, audit, cache_dir, gates, policy.scorers(audit=audit, model=checked), model)
+
+
+def comparable(model: Any) -> Any:
+    """The model, or None where its weights do not tell which model it is (`layer_weights`)."""
+    from ..reading.fingerprint import layer_weights
+
+    return None if layer_weights(model, 0) is None else model
 
 
 def settle_policy(

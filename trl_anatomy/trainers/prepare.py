@@ -358,7 +358,7 @@ def _begin(
     )
     if audit is not None:
         audit.check_pairs(pairs)
-    begun = begin_policy(policy, pairs, lambda: start.model, audit=audit, cache_dir=_beside(dataset))
+    begun = begin_policy(policy, pairs, lambda: start.model, audit=audit, cache_dir=_beside(dataset), trains=True)
     steers = any(rule.verb == "steer" for rule in policy.rules)
     turns = turn_starts(pairs, start.tokenizer, num_proc=start.config.dataset_num_proc) if steers else None
     return begun, turns

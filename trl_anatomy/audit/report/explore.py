@@ -45,8 +45,9 @@ def explore_data(audit: Audit, snippets: dict[str, str]) -> dict[str, Any]:
     places = audit.info.get("maps", {})
     described = audit.info.get("contexts", {})
     tested = audit.hypotheses
-    kept, rank, delta = (tested[name].to_numpy() for name in ("kept", "rank", "delta"))
-    order = np.lexsort((-np.abs(delta), np.nan_to_num(rank), ~kept))[:N_HYPOTHESES]
+    kept, rank, delta, q = (tested[name].to_numpy() for name in ("kept", "rank", "delta", "q"))
+    stands = kept & (q <= audit.info["settings"]["alpha"])
+    order = np.lexsort((-np.abs(delta), np.nan_to_num(rank), ~kept, ~stands))[:N_HYPOTHESES]
     hypotheses = tested.take(order).select(HYPOTHESIS).to_pylist()
     # The two kinds have different units, so each is in the order of its own shifts.
     concepts = [

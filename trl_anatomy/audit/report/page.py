@@ -2,13 +2,14 @@
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import AnatomyError
 from ...reading.files import write_atomically
-from ...reading.storage import local
+from ...reading.storage import local, url_of
 from ..folder import REPORT, Audit
 from ..labels import neuronpedia_url
 from ..predict import FALLS, NO_EVIDENCE, RISES, TOO_FEW
@@ -258,8 +259,10 @@ def snippet(audit: Audit, concept: str, contexts: list[str] | None = None, gate:
         contexts: the context in which it holds most comes first; it becomes a comment.
         gate: what the rule's `where` says; without it the rule acts everywhere.
     """
+    # From the root: a policy sees relative paths from its own folder, and this text may be put into any.
+    place = audit.name if url_of(audit.path) is not None else os.path.abspath(audit.path)
     # A JSON string is a YAML string, whatever the path holds.
-    path = json.dumps(re.sub(r"[\x00-\x1f]", "", audit.name), ensure_ascii=False)
+    path = json.dumps(re.sub(r"[\x00-\x1f]", "", place), ensure_ascii=False)
     name = f"habit_{concept.lower()}"
     rule = f"explain_away: {name}, with: shape_reward, strength: auto"
     lines = [

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ...audit.folder import write_atomically
+from ...audit.predict import FALLS, RISES
 from ...audit.report.shell import render_page
 
 PAGE = "compare.html"
 # Length of the axis of rates, in the drawing's own units.
 WIDTH = 220.0
+_SIGN = {RISES: 1, FALLS: -1}
 
 
 def write_comparison(result: Mapping[str, Any], out: str | Path) -> Path:
@@ -45,7 +47,6 @@ def render_comparison(result: Mapping[str, Any]) -> str:
         names=names,
         audit_name=Path(result["audit"]).name,
         before=Path(result["before"]).name,
-        n_prompts=result["sampling"]["n_prompts"],
         sampling=result["sampling"],
         concepts=[{**c, "met": {name: _met(c, c["observed"][name]) for name in names}} for c in concepts],
         agreement=result["agreement"],
@@ -60,16 +61,15 @@ def render_comparison(result: Mapping[str, Any]) -> str:
 
 
 def _met(concept: Mapping[str, Any], observed: tuple[float, float, float] | list[float]) -> str:
-    """What became of a prediction, by the two 95 % intervals."""
+    """What became of a prediction: the audit's verdict, and the 95 % interval of what was observed."""
     _, low, high = observed
-    if any(not math.isfinite(_number(value)) for value in (concept["ci_low"], concept["ci_high"], low, high)):
+    if any(not math.isfinite(_number(value)) for value in (low, high)):
         return "unknown"
-    predicted = _sign(concept["ci_low"], concept["ci_high"])
-    seen = _sign(low, high)
+    predicted, seen = _SIGN.get(concept["verdict"], 0), 1 if low > 0 else -1 if high < 0 else 0
     if predicted == 0:
-        return "as predicted: no shift" if seen == 0 else "not predicted"
+        return "none predicted, none seen" if seen == 0 else "not predicted"
     if seen == 0:
-        return "did not come"
+        return "too few prompts to tell" if low <= concept["predicted"] <= high else "did not come"
     return "as predicted" if predicted == seen else "the other way"
 
 
@@ -78,13 +78,9 @@ def _apart(one: tuple[float, float, float], other: tuple[float, float, float]) -
     return one[2] < other[1] or other[2] < one[1]
 
 
-def _sign(low: float, high: float) -> int:
-    return 1 if low > 0 else -1 if high < 0 else 0
-
-
 def _told(name: str, figures: Mapping[str, Any], concepts: list[Mapping[str, Any]]) -> dict[str, Any]:
     """How many of the predicted shifts came, as the page's first sentence says it."""
-    shifts = [c for c in concepts if _sign(_number(c["ci_low"]), _number(c["ci_high"]))]
+    shifts = [c for c in concepts if c["verdict"] in _SIGN]
     met = [_met(c, c["observed"][name]) for c in shifts]
     return {
         "name": name,
@@ -92,6 +88,7 @@ def _told(name: str, figures: Mapping[str, Any], concepts: list[Mapping[str, Any
         "n_shifts": len(shifts),
         "n_came": met.count("as predicted"),
         "n_against": met.count("the other way"),
+        "n_unsure": met.count("too few prompts to tell"),
     }
 
 
