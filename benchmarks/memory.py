@@ -29,8 +29,20 @@ SIZES = (2048, 8192)
 PROMPT, RESPONSE = (8, 24), (20, 60)  # words, which are tokens of this model
 SHARD = 512
 TRAIN = "--max_steps 1 --per_device_train_batch_size 2 --bf16 false --use_cpu --report_to none --save_strategy no"
-# What is measured: the pairs grow; of "compare --n_prompts" the prompts, an eighth as many, on one audit.
-COMMANDS = ("audit", "plan", "report", "fit", "compare", "compare --n_prompts", "dpo", "dpo of TRL", "reward")
+# What is measured: the pairs grow; of what ends in "--n_prompts" the prompts, an eighth as many, on one audit.
+COMMANDS = (
+    "audit",
+    "plan",
+    "report",
+    "fit",
+    "compare",
+    "compare --n_prompts",
+    "predict",
+    "predict --n_prompts",
+    "dpo",
+    "dpo of TRL",
+    "reward",
+)
 MASK = """concepts:
   bold: {scorer: text, pattern: bold}
   habit: {scorer: features, audit: AUDIT, cluster: T1}
@@ -74,20 +86,23 @@ def words_of(command: str, root: Path, n: int, largest: int) -> list[str]:
         return ["report", "--audit", str(audit)]
     if command == "fit":
         return ["fit", "--model", model, "--dataset", pairs, "--scorer", "probe", "--out", str(root / "concept")]
+    shown, prompts = (largest, n // 8) if command.endswith("--n_prompts") else (n, 128)
     if command.startswith("compare"):
-        shown, prompts = (n, 128) if command == "compare" else (largest, n // 8)
         words = ["compare", "--audit", str(root / f"audit-{shown}"), "--before", model, "--after", model]
         return [*words, f"--n_prompts={prompts}", "--max_new_tokens=40", "--out", str(root / f"compare-{command}-{n}")]
     policy = root / f"{command}-{n}.yaml"
     policy.write_text(MASK.replace("AUDIT", str(audit)) + (SCORED if command == "reward" else TOKENS))
     if command == "plan":
         return ["plan", "--audit", str(audit), "--policy", str(policy)]
-    data = root / f"data-{n}"
+    data = root / f"data-{shown}"
     data.mkdir(exist_ok=True)
     if not (data / "train.jsonl").exists():
-        (data / "train.jsonl").write_bytes((root / f"pairs-{n}.jsonl").read_bytes())
+        (data / "train.jsonl").write_bytes((root / f"pairs-{shown}.jsonl").read_bytes())
     words = ["--model_name_or_path", model, "--dataset_name", str(data), "--output_dir", str(root / f"out-{command}")]
     words = [command.split()[0], *words, *TRAIN.split(), "--dtype=float32", "--max_length=1024"]
+    if words[0] == "predict":
+        words += ["--audit", str(root / f"audit-{shown}"), "--prediction", str(root / f"foretold-{command}-{n}")]
+        return [*words, f"--n_prompts={prompts}", "--n_per_prompt=2", "--max_new_tokens=40", "--n_pairs=64"]
     ours = {"dpo": ["--audit", str(audit)], "reward": []}  # the audit's truncation is not that of reward training
     if command in ours:
         words += [*ours[command], "--concept_policy", str(policy)]
@@ -171,6 +186,7 @@ def main() -> None:
             found = [run(name, size) for size in sizes]
             pairs = [size // 8 for size in sizes] if "n_prompts" in name else sizes
             measured[name] = {
+                "date": datetime.date.today().isoformat(),
                 "pairs": pairs,
                 **{key: [figures[key] for figures in found] for key in found[0]},
                 "resident_bytes_per_pair": slope(pairs, [figures["resident"] for figures in found]),
@@ -186,7 +202,6 @@ def write_results(commands: dict[str, Any]) -> None:
     packages = ("torch", "transformers", "trl", "datasets", "pyarrow", "numpy")
     result = {
         "command": "python benchmarks/memory.py",
-        "date": datetime.date.today().isoformat(),
         "device": {"cpu": cpu[0].split(":")[1].strip() if cpu else "unknown", "threads": 1},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "data": {
