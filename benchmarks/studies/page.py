@@ -238,18 +238,25 @@ def real_training_figure(found: dict[str, Any]) -> str:
             seen = [100 * np.mean([mean for mean, _, _ in concept["observed"].values()]) for concept in of["concepts"]]
             scatter(axes, told, seen, color="#c2410c", s=10, alpha=0.5)
             r2 = ", ".join(f"{run['r2']:.2f}" for run in of["agreement"].values())
-            axes.set_title(f"{name}: R² {r2}", fontsize=9)
+            axes.set_title(f"{name}\nR² {r2}", fontsize=8)
             axes.set_xlabel("predicted, points")
         panels[0].set_ylabel("observed, points")
         return svg(figure)
+
+
+def foretold_recoveries(axes: Axes, found: dict[str, Any]) -> None:
+    """Recovery of the habit that a rule is on, by the first step and after training."""
+    told, seen = ([row[f"{what} recovery"] for row in found["rows"]] for what in ("foretold", "observed"))
+    scatter(axes, told, seen, color="#c2410c", s=16, alpha=0.6)
+    axes.set_xlabel("recovery foretold by the first step")
+    axes.set_ylabel("recovery after training")
 
 
 def foretold_figure(found: dict[str, Any]) -> str:
     """Of every rule: recovery of its habit, and what became of the others, by the first step and by training."""
     with drawn(9, 4.2, 2) as (figure, (left, right)):
         rows = found["rows"]
-        told, seen = ([row[f"{what} recovery"] for row in rows] for what in ("foretold", "observed"))
-        scatter(left, told, seen, color="#c2410c", s=16, alpha=0.6)
+        foretold_recoveries(left, found)
         left.set_title("recovery of the habit that the rule is on", fontsize=9)
         others = [[name != row["target"] for name in found["habits"]] for row in rows]
         points = (
@@ -257,9 +264,7 @@ def foretold_figure(found: dict[str, Any]) -> str:
         )
         scatter(right, *points, color="#1d4ed8", s=10, alpha=0.5)
         right.set_title("all other habits and right answers, points", fontsize=9)
-        for axes in (left, right):
-            axes.set_xlabel("foretold by the first step")
-        left.set_ylabel("after training")
+        right.set_xlabel("foretold by the first step")
         return svg(figure)
 
 
@@ -279,12 +284,14 @@ def null_figure(found: dict[str, Any]) -> str:
 
 
 def picture() -> str:
-    """The README's: what was predicted and seen, and what the verbs take out."""
-    with drawn(9.5, 3.8, 2, width_ratios=[1, 1.1]) as (figure, (left, right)):
+    """The README's: what was predicted and seen, what the verbs take out, and what is known of that before."""
+    with drawn(13, 3.8, 3, width_ratios=[1, 1.1, 0.9]) as (figure, (left, middle, right)):
         predicted_habits(left, read("prediction"))
         left.set_title("what the data will teach, five worlds", loc="left", fontsize=10)
-        verbs(right, read("verbs"))
-        right.set_title("what each verb keeps out", loc="left", fontsize=10)
+        verbs(middle, read("verbs"))
+        middle.set_title("what each verb keeps out", loc="left", fontsize=10)
+        foretold_recoveries(right, read("foretold"))
+        right.set_title("whether a rule will work", loc="left", fontsize=10)
         return svg(figure)
 
 
