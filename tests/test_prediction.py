@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_anatomy.audit import run
 from trl_anatomy.audit.folder import Audit, load_audit
 from trl_anatomy.audit.predict import step_shift
-from trl_anatomy.checking.prediction import PLAIN, POLICY, predict, prediction_report
+from trl_anatomy.checking.prediction import PLAIN, POLICY, predict, prediction_report, taken_out
 from trl_anatomy.cli import main
 from trl_anatomy.errors import AnatomyError
 
@@ -32,8 +32,10 @@ output_dir: out
 POLICY_FILE = """\
 concepts:
   habit: {scorer: features, audit: inputs/audit, cluster: T1}
+  other: {scorer: features, audit: inputs/audit, cluster: T4}
 rules:
   - {explain_away: habit, with: filter_pairs, above: 0}
+  - {explain_away: other, with: shape_reward, strength: 0.5}
 """
 # There are two prompts.
 SIZES = ["--n_prompts", "40", "--n_per_prompt", "80", "--max_new_tokens", "8", "--n_pairs", "100"]
@@ -89,6 +91,14 @@ def test_a_recipe_is_foretold_without_training(at_root: Path, capsys: pytest.Cap
     by_pairs, by_step = (np.array(of) for of in ([r["disparity"] for r in told], [r["step"][PLAIN][0] for r in told]))
     assert np.square(by_pairs).mean() == pytest.approx(np.square(by_step).mean())
     assert any(abs(row["step"][PLAIN][0] - row["step"][POLICY][0]) > 1e-6 for row in told)
+    still, moved = result["policy"]
+    assert (still["concept"], moved["concept"]) == ("habit", "other")
+    assert still["start"] > 0
+    assert still["step"][PLAIN][1] < 0 < still["step"][PLAIN][2]
+    assert still["taken_out"] is None
+    share, low, high = moved["taken_out"]
+    assert low < share < high
+    assert share == pytest.approx(1 - moved["step"][POLICY][0] / moved["step"][PLAIN][0])
     # compare finds it there, and says how well it held.
     words = ["compare", "--audit", "inputs/audit", "--before", "model", "--after", "other", "--max_new_tokens", "8"]
     assert main([*words, "--n_per_prompt", "100", "--seed", "5", "--json"]) == 0
@@ -109,6 +119,8 @@ def test_a_recipe_is_foretold_without_training(at_root: Path, capsys: pytest.Cap
     shown = capsys.readouterr().out
     assert prediction_report(result) in shown
     assert "by step, policy" in shown
+    assert f"taken out {share:.2f} [{low:.2f}, {high:.2f}]" in shown
+    assert "plain training is not foretold to move it" in shown
 
 
 def test_the_covariance_is_the_derivative_of_a_mean() -> None:
@@ -140,6 +152,34 @@ def test_two_responses_a_prompt_are_enough_and_one_says_nothing() -> None:
     covariances = [np.cov([1.0, 3.0], [0.5, 1.5])[0, 1], np.cov([2.0, 2.0], [7.0, 9.0])[0, 1]]
     assert shift[0] == pytest.approx(np.mean(covariances))
     assert np.isnan(step_shift(activity, change, np.arange(5))[0]).all()
+
+
+def test_what_a_policy_takes_out_has_an_interval_that_holds() -> None:
+    """Responses drawn from a known distribution: the interval covers the exact share in about 95 % of the draws."""
+    rng = np.random.default_rng(1)
+    shows = rng.random((30, 6)) < 0.5
+    plain = rng.normal(size=(30, 6)) + shows
+    policy = plain - 0.8 * shows + 0.2 * rng.normal(size=(30, 6))
+
+    def cov(change: np.ndarray) -> float:
+        return float(np.mean([np.cov(s, c, bias=True)[0, 1] for s, c in zip(shows, change, strict=True)]))
+
+    exact, held = 1 - cov(policy) / cov(plain), 0
+    prompt = np.repeat(np.arange(30), 8)
+    for _ in range(400):
+        drawn = rng.integers(6, size=(30, 8)).ravel()
+        found = taken_out(shows[prompt, drawn].astype(float), plain[prompt, drawn], policy[prompt, drawn], prompt)
+        assert found is not None
+        held += found[1] <= exact <= found[2]
+    assert 0.91 < held / 400 < 0.99
+    assert taken_out(shows[prompt, drawn].astype(float), np.zeros(240), policy[prompt, drawn], prompt) is None
+    constant = np.ones(240)
+    assert taken_out(constant, plain[prompt, drawn], policy[prompt, drawn], prompt) is None
+
+
+def test_a_policy_needs_its_trainer(at_root: Path, audit: Audit, tmp_path: Path) -> None:
+    with pytest.raises(AnatomyError, match="no trainer 'policy'"):
+        predict(audit, "model", {PLAIN: object}, ["a"], out=tmp_path, policy="policy.yaml")
 
 
 class _OneWord:

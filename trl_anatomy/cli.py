@@ -465,6 +465,7 @@ def _predict(argv: list[str]) -> int:
             made,
             prompts,
             out=local(flags.prediction) if flags.prediction else audit.path / FOLDER,
+            policy=policy.concept_policy,
             n_per_prompt=flags.n_per_prompt,
             max_new_tokens=flags.max_new_tokens,
             batch_size=flags.sample_batch_size,

@@ -18,7 +18,9 @@ from .responses import Prompt, activities, as_pairs, load_model, name_of, sample
 
 if TYPE_CHECKING:
     from ..audit.folder import Audit
+    from ..reading.scorers import Scorer
     from ..reading.spans import Pairs
+    from ..shaping.policy import ConceptPolicy
 
 PLAIN, POLICY = "plain", "policy"
 FOLDER, FILE = "prediction", "prediction.json"  # in an audit's folder, unless it is told otherwise
@@ -31,6 +33,7 @@ def predict(
     prompts: Sequence[Prompt],
     *,
     out: Path,
+    policy: str | Path | Mapping[str, Any] | ConceptPolicy | None = None,
     tokenizer: Any = None,
     rules: Mapping[str, str] | None = None,
     n_per_prompt: int = 4,
@@ -53,6 +56,7 @@ def predict(
         trainers: name -> what makes a trainer that has not begun: `PLAIN`, and maybe `POLICY` for the same with one.
         prompts: strings or conversations.
         out: folder for the sampled responses and `prediction.json`.
+        policy: what the trainer `POLICY` was given; its concepts are scored in the responses and followed too.
         tokenizer: default: the start model's.
         rules: name -> regular expression, counted in the responses; default `TEXT_RULES`.
         n_per_prompt: responses to each prompt, an even number.
@@ -65,12 +69,15 @@ def predict(
     Returns:
         What `prediction.json` holds: per concept the share of its features that fire in a response of the start model,
         the shift by disparity, by the step of each trainer with a 95 % interval over prompts, and the mean of both;
-        per text rule the rate and the shift by the step. A step has no length of its own: shifts by it are scaled to
+        per text rule the rate and the shift by the step; per concept of the policy its mean score, the shift by the
+        steps, and how much of plain training's shift the policy takes out (0 none, 1 all), null where plain training
+        is not foretold to move it. A step has no length of its own: shifts by it are scaled to
         the root mean square of the disparities, by one factor for all. Null where nothing can be told: a text rule that
         the start model never meets cannot be foretold from what it does.
 
     Raises:
         AnatomyError: no prompt, an odd number of responses, a model that is not the one audited, several processes.
+        PolicyError: a policy whose concepts cannot be scored.
 
     Source: method.md section 12.
     """
@@ -78,13 +85,17 @@ def predict(
 
     from ..audit.predict import step_shift
     from ..reading.harvest import harvest
+    from ..reading.score import score_pairs
     from ..reading.spans import read_pairs
+    from ..shaping.policy import ConceptPolicy
     from .first_step import first_step, log_prob_changes
 
     if not prompts:
         raise AnatomyError("predict needs at least one prompt.")
     if n_per_prompt < 2 or n_per_prompt % 2:
         raise AnatomyError(f"n_per_prompt is {n_per_prompt}; give an even number, 2 or more.")
+    if policy is not None and POLICY not in trainers:
+        raise AnatomyError(f"predict got a policy and no trainer {POLICY!r} with it.")
     audit.check_harvest()
     model = load_model(before)
     if model_fingerprint(model) != audit.info["model"]["fingerprint"]:
@@ -93,6 +104,7 @@ def predict(
             "train that one, or audit this one."
         )
     sae = audit.load_sae(next(model.parameters()).device)
+    scorers = _scorers(ConceptPolicy.load(policy), audit, model)
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(name_of(before))
     rules = TEXT_RULES if rules is None else rules
     check_writable(out := local(out))
@@ -115,17 +127,19 @@ def predict(
     activity = np.concatenate(activities(read, features, settings["tau"]))
     hits = {rule: _of_pairs(found, pairs) for rule, found in rule_hits(said, rules).items()}
     groups = np.concatenate([pairs.prompt_groups, pairs.prompt_groups])
+    scores = score_pairs(pairs, scorers, model, progress=progress)
+    named = {name: np.concatenate([scores.chosen[name], scores.rejected[name]]) for name in scores.names}
     del model, sae
 
-    shown = np.concatenate([activity, np.stack(list(hits.values()), axis=1)], axis=1)
-    steps: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    shown = np.stack([*activity.T, *hits.values(), *named.values()], axis=1)
+    changes: dict[str, np.ndarray] = {}
     for name, made in trainers.items():
         trainer = made()
         direction = first_step(trainer, n_pairs)
         trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
-        change = log_prob_changes(trained, direction, pairs)
-        steps[name] = step_shift(shown, change.T.ravel(), groups)
+        changes[name] = log_prob_changes(trained, direction, pairs).T.ravel()
         del trainer, direction, trained
+    steps = {name: step_shift(shown, change, groups) for name, change in changes.items()}
 
     disparity = np.array([row["predicted"] for row in concepts], dtype=np.float64)
     scale = _scale(disparity, steps[PLAIN][0][: len(concepts)])
@@ -159,6 +173,15 @@ def predict(
             }
             for k, (rule, found) in enumerate(hits.items())
         ],
+        "policy": [
+            {
+                "concept": name,
+                "start": float(score.mean()),
+                "step": by_step(len(concepts) + len(hits) + k),
+                "taken_out": taken_out(score, changes[PLAIN], changes[POLICY], groups),
+            }
+            for k, (name, score) in enumerate(named.items())
+        ],
     }
     result = without_nan(result)
     write_atomically(out / FILE, json.dumps(result, indent=2).encode())
@@ -189,6 +212,36 @@ def load_prediction(folder: str | Path, audit: Audit) -> dict[str, Any]:
 def concepts_key(audit: Audit) -> str:
     """What tells the concepts of an audit from those of another: the latents of each, of which SAE."""
     return hash_json([audit.info["sae"]["fingerprint"], [of.tolist() for of in audit.communities]])
+
+
+def taken_out(
+    score: np.ndarray, plain: np.ndarray, policy: np.ndarray, groups: np.ndarray
+) -> tuple[float, float, float] | None:
+    """How much of what plain training does to a concept a policy takes out, by their first steps, as `recovery` counts.
+
+    Args:
+        score: (n,) of the concept in responses of the start model.
+        plain, policy: (n,) change of their log-probability along the first step of either.
+        groups: (n,) prompt of each.
+
+    Returns:
+        The share, and its 95 % interval over prompts (delta method: the error of policy − left·plain over the size of
+        plain); None where plain training's own interval holds zero.
+    """
+    from ..audit.predict import step_shift
+
+    (moved,), (error,) = step_shift(score[:, None], plain, groups)
+    if not abs(moved) > 1.96 * error:
+        return None
+    left = float(step_shift(score[:, None], policy, groups)[0][0] / moved)
+    half = 1.96 * float(step_shift(score[:, None], policy - left * plain, groups)[1][0]) / abs(moved)
+    return 1 - left, 1 - left - half, 1 - left + half
+
+
+def _scorers(policy: ConceptPolicy, audit: Audit, model: Any) -> dict[str, Scorer]:
+    """Of a policy's concepts, those that have a score."""
+    found = policy.scorers(audit=audit, model=model) if policy else {}
+    return {name: scorer for name, scorer in found.items() if policy.concepts[name].scorer != "reft"}
 
 
 def _of_pairs(hits: np.ndarray, pairs: Pairs) -> np.ndarray:
@@ -232,6 +285,17 @@ def prediction_report(result: Mapping[str, Any]) -> str:
     never = [row["rule"] for row in result["rates"] if row["step"] is None]
     if never:
         lines.append(f"  Never or always shown by the start model, so not foretold: {', '.join(never)}.")
+    if result["policy"]:
+        lines.append(
+            "\nConcepts of the policy: mean score in the start model's responses, its shift by the step of plain\n"
+            "training, and how much of that the policy takes out (0 nothing, 1 all of it; below 0 it adds):"
+        )
+    for row in result["policy"]:
+        told = "plain training is not foretold to move it"
+        if row["taken_out"] is not None:
+            share, low, high = row["taken_out"]
+            told = f"taken out {share:.2f} [{low:.2f}, {high:.2f}]"
+        lines.append(f"  {row['concept']:<16} {row['start']:8.3f} {_step(row, PLAIN)}  {told}")
     return "\n".join(lines)
 
 
