@@ -45,6 +45,8 @@ from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.folder import load_audit
 from trl_anatomy.audit.report import write_report
 from trl_anatomy.checking import compare as comparing
+from trl_anatomy.checking import first_step as stepping
+from trl_anatomy.checking import prediction as predicting
 from trl_anatomy.cli import main
 from trl_anatomy.reading import fit as fitting
 from trl_anatomy.reading import harvest as harvesting
@@ -453,6 +455,34 @@ def compared(root: Path) -> Work:
     return Work(do, lambda folder: digests(folder / "out"))
 
 
+def foretold(root: Path) -> Work:
+    """`predict`: responses of the start model, and what the first steps with and without a policy do to them."""
+    config = finished_audit(root)
+    (root / "pairs").mkdir()
+    shutil.copy(config.dataset, root / "pairs")
+    concepts = {"bold": {"scorer": "text", "pattern": "bold"}}
+    rules = [rule("bold", "shape_reward", strength=0.5)]
+    (root / "policy.yaml").write_text(yaml.safe_dump({"version": 1, "concepts": concepts, "rules": rules}))
+
+    def do(folder: Path) -> None:
+        stages = (
+            (predicting, "sampled", "responses"),
+            (harvesting, "harvest", "harvest"),
+            (score, "score_pairs", "scoring"),
+            (stepping, "first_step", "a first step"),
+            (stepping, "log_prob_changes", "what it changes"),
+        )
+        tell(folder, *stages)
+        words = ["predict", "--model_name_or_path", str(root / "model"), "--dataset_name", str(root / "pairs")]
+        words += ["--output_dir", str(folder / "nothing"), "--bf16=false", "--use_cpu", "--n_pairs=32"]
+        words += ["--audit", config.out, "--concept_policy", str(root / "policy.yaml"), "--n_prompts=20"]
+        words += ["--n_per_prompt=4", "--max_new_tokens=8", "--prediction", str(folder / "out")]
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            assert main(words) == 0
+
+    return Work(do, lambda folder: digests(folder / "out"))
+
+
 def fitted(root: Path) -> Work:
     """`fit` of a probe, stored over one of another layer."""
     tiny_model().save_pretrained(root / "model")
@@ -546,6 +576,7 @@ def works(model_dir: Path) -> dict[str, Callable[[Path], Work]]:
         "plan": planning,
         "scoring": scoring,
         "compare": compared,
+        "predict": foretold,
         "fit": fitted,
         "training": lambda root: training(root, model_dir),
         "training, reference precomputed": lambda root: training(root, model_dir, precompute=True),
