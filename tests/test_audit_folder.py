@@ -164,7 +164,7 @@ def test_an_interrupted_write_leaves_an_unfinished_folder(copy, made, monkeypatc
 
 def test_the_number_of_threads_changes_nothing(world):
     """With two threads some products end in other digits, on some processors."""
-    config, threads, found = AuditConfig(n_contexts=4, bootstrap=200), set(), []
+    config, threads, found = AuditConfig(n_contexts=4, bootstrap=100), set(), []
 
     def blas_threads():
         return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}

@@ -616,6 +616,8 @@ def test_a_local_model_that_cannot_answer_leaves_the_terms(audit: Audit, monkeyp
         chat.ask("What is air? " * 20, max_tokens=4)
     model.config.max_position_embeddings = 10_000
     monkeypatch.setattr(labelling, "LABEL_TOKENS", 3)
+    for shown in ("TYPICAL", "DRAWN", "RESPONSES"):  # so few texts that the model has little to read
+        monkeypatch.setattr(labelling, shown, 4)
     found = label_audit(audit, texts, chat, progress=False)
     assert {(label.source, label.labeller) for label in found.values()} == {("terms", "tiny (local)")}
     assert sum("not of the form" in (label.note or "") for label in found.values()) > 5
