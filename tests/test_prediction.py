@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from audit_files import config_for, digests, write_inputs
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from trl_anatomy.audit import run
 from trl_anatomy.audit.folder import Audit, load_audit
@@ -238,6 +238,15 @@ def test_what_cannot_be_is_one_sentence(
 ) -> None:
     assert main(command(*words)) == 2
     assert re.search(said, capsys.readouterr().err)
+
+
+def test_a_launcher_is_refused_before_anything_is_sampled(
+    at_root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    assert main(command("--prediction", "nothing")) == 2
+    assert "predict runs in one process" in capsys.readouterr().err
+    assert not (at_root / "nothing").exists()
 
 
 def test_without_an_audit(at_root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -441,6 +441,8 @@ def _predict(argv: list[str]) -> int:
     for name in ("n_prompts", "n_per_prompt", "max_new_tokens", "sample_batch_size", "n_pairs"):
         if getattr(flags, name) < 1:
             raise AnatomyError(f"--{name} is {getattr(flags, name)}; give a whole number above 0.")
+    if training.world_size > 1:  # before responses are sampled
+        raise AnatomyError("predict runs in one process: start it without a launcher.")
 
     from .audit.folder import load_audit
     from .checking.prediction import FOLDER, PLAIN, POLICY, predict, prediction_report

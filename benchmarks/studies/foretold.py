@@ -133,6 +133,8 @@ def main() -> None:
 def agreement(rows: list[dict[str, Any]], done: dict[str, Any]) -> dict[str, Any]:
     """How well foretold and observed agree: on the targets, on all other habits, and where another one was moved.
 
+    A rule works that takes out more than half of its habit; masking of the tokens that show it left aside.
+
     "clear": the cells off target that training moved beyond the noise (`off target` of verbs.json).
     """
     told, seen = (np.array([row[f"{what} recovery"] for row in rows]) for what in ("foretold", "observed"))
@@ -152,8 +154,29 @@ def agreement(rows: list[dict[str, Any]], done: dict[str, Any]) -> dict[str, Any
             "rank correlation": float(stats.spearmanr(x, y).statistic),
         }
 
+    seeds, rules = (np.array([row[key] for row in rows]) for key in ("seed", "rule"))
+    shown = rules == "mask_tokens, text rule"
+    works = ~shown & (seen > 0.5)
+
+    def spread(values: np.ndarray) -> list[float]:
+        return [float(np.median(values)), float(values.min()), float(values.max())]
+
     return {
-        "recovery of the target": fit(told, seen) | {"median error": float(np.median(np.abs(told - seen)))},
+        "recovery of the target": fit(told, seen)
+        | {
+            "median error": float(np.median(np.abs(told - seen))),
+            "half or more of the habit taken out or not, rightly": int(((told >= 0.5) == (seen >= 0.5)).sum()),
+            "r2 by world": {
+                str(seed): fit(told[seeds == seed], seen[seeds == seed])["r2"] for seed in np.unique(seeds)
+            },
+            "r2 without masking of shown tokens": fit(told[~shown], seen[~shown])["r2"],
+            "mean overestimate where a rule works": float((told - seen)[works].mean()) if works.any() else None,
+        },
+        "median, smallest and largest recovery by rule": {
+            str(rule): {"runs": int(of.sum()), "foretold": spread(told[of]), "observed": spread(seen[of])}
+            for rule in dict.fromkeys(rules)
+            if (of := rules == rule).any()
+        },
         "points of other habits": fit(off["foretold"], off["observed"]),
         "clear effects on other habits": fit(at["foretold"], at["observed"])
         | {"right sign": int((at["foretold"] * at["observed"] > 0).sum())},

@@ -282,6 +282,17 @@ def prediction(world: World, name: str, seeds: list[int]) -> dict[str, Any]:
     }
 
 
+def signs(found: dict[str, Any]) -> dict[str, dict[str, list[int]]]:
+    """Of a set's reported concepts that moved beyond their interval: verdict -> run -> those that went so, and all."""
+    told: dict[str, dict[str, list[int]]] = {}
+    for verdict, sign in (("rises", 1), ("falls", -1)):
+        rows = [row["observed"] for row in found["concepts"] if row["verdict"] == verdict]
+        for run in found["training"]:
+            means = [mean for mean, low, high in (row[run] for row in rows) if low * high > 0]
+            told.setdefault(verdict, {})[run] = [sum(sign * mean > 0 for mean in means), len(means)]
+    return told
+
+
 def towards_chosen(audit: Audit, read: Harvest, prompts: list[Any]) -> float:
     """R² of another prediction: activity in chosen responses less that in the start model's own.
 
@@ -484,7 +495,8 @@ def main() -> None:
     for name, most in PREDICTED.items():
         seeds = args.seeds[:most]
         file = world.out / "training" / f"{slug(name)}-{'-'.join(map(str, seeds))}.json"
-        results["prediction"][name] = kept(file, partial(prediction, world, name, seeds))
+        found = kept(file, partial(prediction, world, name, seeds))
+        results["prediction"][name] = found | {"moved as reported, of those that moved": signs(found)}
         save(args.results, results)
         print(f"{name}: {json.dumps(results['prediction'][name]['agreement'])}", flush=True)
 

@@ -18,7 +18,18 @@ from ..trainers.card import put_comparison
 from .prediction import PLAIN
 from .rates import TEXT_RULES, rate_interval, recovery, rule_hits, word_counts
 from .report import PAGE, write_comparison
-from .responses import Interval, Prompt, activities, as_pairs, load_model, means_with_intervals, name_of, sampled, slug
+from .responses import (
+    Interval,
+    Prompt,
+    activities,
+    as_pairs,
+    load_audited,
+    load_model,
+    means_with_intervals,
+    name_of,
+    sampled,
+    slug,
+)
 
 if TYPE_CHECKING:
     import scipy.sparse as sp
@@ -109,7 +120,6 @@ def compare(
 
     from ..audit.predict import agreement
     from ..audit.reopen import reopen
-    from ..reading.fingerprint import model_fingerprint
     from ..reading.harvest import harvest
     from ..reading.spans import read_pairs
     from .prompt_shift import prompt_view_agreement
@@ -126,12 +136,7 @@ def compare(
                 f"another name than {', '.join(TAKEN)} and than the other models."
             )
     audit.check_harvest()
-    start_model = load_model(before)
-    if model_fingerprint(start_model) != audit.info["model"]["fingerprint"]:
-        raise AnatomyError(
-            f"--before is {name_of(before)}, which is not the model that was audited "
-            f"({audit.info['model']['name']}): give that one, or audit this one."
-        )
+    start_model = load_audited(audit, before)
     sae = audit.load_sae(next(start_model.parameters()).device)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(name_of(before))

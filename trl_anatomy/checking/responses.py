@@ -66,14 +66,21 @@ def prompts_for(audit: Audit, path: str | None, n_prompts: int, seed: int) -> li
 
 
 def name_of(model: Any) -> str:
+    """What a model is called in results: its path, or the name that it was loaded by."""
     return str(model if isinstance(model, str | Path) else getattr(model, "name_or_path", type(model).__name__))
 
 
 def slug(name: str) -> str:
+    """A name as part of a file's name."""
     return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
 
 
 def load_model(model: Any) -> Any:
+    """The model at a path, in evaluation mode, on the GPU if there is one; a loaded model as it is.
+
+    Raises:
+        AnatomyError: it cannot be loaded.
+    """
     if not isinstance(model, str | Path):
         return model
     import torch
@@ -84,6 +91,23 @@ def load_model(model: Any) -> Any:
     except (OSError, ValueError) as error:
         raise AnatomyError(f"The model at {model} cannot be loaded: {error}") from error
     return loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def load_audited(audit: Audit, before: Any) -> Any:
+    """The start model, as `load_model` gives it, which has to be the one that was audited.
+
+    Raises:
+        AnatomyError: it is another one, or cannot be loaded.
+    """
+    from ..reading.fingerprint import model_fingerprint
+
+    model = load_model(before)
+    if model_fingerprint(model) != audit.info["model"]["fingerprint"]:
+        raise AnatomyError(
+            f"{name_of(before)} is not the model that was audited ({audit.info['model']['name']}): give that one, or "
+            "audit this one."
+        )
+    return model
 
 
 def sampled(
@@ -108,6 +132,7 @@ def sampled(
 
 
 def as_pairs(prompts: Sequence[Prompt], after: Sequence[str], before: Sequence[str]) -> Any:
+    """A dataset of two responses to each prompt, `after` in the place of chosen and `before` in that of rejected."""
     import datasets
 
     def side(texts: Sequence[str]) -> list[Any]:
