@@ -20,6 +20,8 @@ _LAYER_LISTS = {
     "gpt2": "h",
     "gpt_neox": "layers",
 }
+# Of these, the ones in which all that reads the residual stream first takes its mean over the width away.
+_LAYER_NORM = ("gpt2", "gpt_neox")
 # Modules by what their weight does with the residual stream; the names of all architectures above.
 _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "embed_in")
 _WRITERS = ("o_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h")
@@ -100,6 +102,12 @@ def hidden_size(model: Any) -> int:
     """Width of the residual stream, d_model."""
     base: Any = decoder(model)
     return int(base.config.hidden_size)
+
+
+def normalises_by_layer_norm(model: Any) -> bool:
+    """Whether nothing in the model feels the mean of the residual stream over its width: LayerNorm before every use."""
+    base: Any = decoder(model)
+    return base.config.model_type in _LAYER_NORM
 
 
 def residual_dimension(name: str) -> int | None:

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch import Tensor
 from ..errors import AnatomyError
 from ..ops.span_harvest import span_harvest, span_harvest_threshold, span_harvest_topk
 from .fingerprint import hash_json, hash_tensors
-from .locate import decoder_layers, hidden_size, layer_of_hook
+from .locate import decoder_layers, hidden_size, layer_of_hook, normalises_by_layer_norm
+from .sae_card import reads_centred
 from .storage import is_url
 
 # Activations of these depend on each latent alone, so single latents need not be encoded with all others.
@@ -51,6 +53,7 @@ class SAE:
         inner: a sae-lens SAE.
         source: where it was loaded from, for records.
         card_l0: latents that fire per token, as published; None if unknown.
+        config: its configuration as it was stored, where that may hold more than sae-lens keeps.
 
     Attributes:
         d_in: width of the hidden states it reads.
@@ -60,14 +63,23 @@ class SAE:
         layer: the model layer `hook_name` means, counted from 0; None if unknown.
         prepend_bos: whether its training text began with BOS, if its metadata says so.
         card_l0: as given.
+        centred: whether it was trained on a stream without its mean over the width. That mean is then taken from what
+            it reads; hidden states are given to it as the model makes them.
         fingerprint: hash of its weights and settings.
 
     Raises:
-        AnatomyError: the SAE reads whole sequences, expects activations scaled by a constant it does not carry, or has
-            weights that are not finite.
+        AnatomyError: the SAE reads whole sequences, expects activations scaled by a constant it does not carry, was
+            trained on activations preprocessed in an unknown way, or has weights that are not finite.
     """
 
-    def __init__(self, inner: Any, source: Mapping[str, str] | None = None, *, card_l0: float | None = None) -> None:
+    def __init__(
+        self,
+        inner: Any,
+        source: Mapping[str, str] | None = None,
+        *,
+        card_l0: float | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         self.card_l0 = card_l0
         self.source = dict(source or {"memory": type(inner).__name__})
         self.architecture = str(inner.cfg.architecture())
@@ -93,10 +105,13 @@ class SAE:
         hook = inner.cfg.metadata.hook_name
         self.hook_name: str | None = None if hook is None else str(hook)
         self.prepend_bos: bool | None = inner.cfg.metadata.prepend_bos
+        metadata = {key: value for key, value in inner.cfg.metadata.items() if value is not None}
+        self.centred = reads_centred({**(config or {}), **inner.cfg.to_dict(), **metadata}, self._place)
         settings = {
             key: value for key, value in inner.cfg.to_dict().items() if key not in ("metadata", "device", "dtype")
         }
-        self.fingerprint = hash_json([settings, hash_tensors(inner.named_parameters())])
+        read_as = [{"centred": True}] if self.centred else []
+        self.fingerprint = hash_json([settings, hash_tensors(inner.named_parameters()), *read_as])
 
     @property
     def _place(self) -> str:
@@ -135,12 +150,20 @@ class SAE:
         """
         if self.architecture in _SEPARATE:
             return self._encode_separately(h, slice(None))
-        return self._inner.encode(h.float())
+        return self._inner.encode(self._centre(h))
+
+    def _centre(self, h: Tensor) -> Tensor:
+        """(n, d_in) float32 as it was in training."""
+        h = h.float()
+        return h - h.mean(dim=-1, keepdim=True) if self.centred else h
+
+    def _prepare(self, h: Tensor) -> Tensor:
+        return self._inner.process_sae_in(self._centre(h))
 
     def _encode_separately(self, h: Tensor, index: Any) -> Tensor:
         # relu(pre) * (pre > threshold) without sae-lens' three copies of the largest tensor; NaN stays NaN.
         inner = self._inner
-        pre = torch.addmm(inner.b_enc[index], inner.process_sae_in(h.float()), inner.W_enc[:, index])
+        pre = torch.addmm(inner.b_enc[index], self._prepare(h), inner.W_enc[:, index])
         return pre.masked_fill_(pre <= self._floor(index), 0)
 
     @torch.no_grad()
@@ -158,7 +181,8 @@ class SAE:
         """What one unit of each latent adds to the reconstruction, (len(features), d_out) float32.
 
         Decoder-norm rescaling is folded in. With a normalisation per token (`layer_norm`, ...) the rows live in the
-        normalised space: their direction holds, their length is scaled token by token.
+        normalised space: their direction holds, their length is scaled token by token. `centred` changes nothing here:
+        what a row adds to all dimensions alike is lost on a model that normalises by LayerNorm.
         """
         rows = self._inner.W_dec[torch.as_tensor(features, device=self._inner.W_dec.device)].clone()
         if self._rescales:
@@ -181,7 +205,7 @@ class SAE:
         if self.architecture in _SEPARATE:
             every = slice(None)
             return span_harvest_threshold(
-                h, inner.W_enc, inner.b_enc, self._floor(every), bounds, prepare=inner.process_sae_in
+                h, inner.W_enc, inner.b_enc, self._floor(every), bounds, prepare=self._prepare
             )
         if self.architecture == "topk":
             return span_harvest_topk(h, self._before_topk, inner.cfg.k, bounds)
@@ -191,7 +215,9 @@ class SAE:
     def rows(self, features: Sequence[int]) -> Rows:
         """Encoder and decoder of some latents in the space of the hidden states, all scalings folded in.
 
-        Folding the input centring into the bias can flip a firing that sits on its threshold by rounding.
+        Folding the input centring into the bias can flip a firing that sits on its threshold by rounding. For a
+        `centred` SAE the encoder's rows sum to zero over the width, so that they pass over the mean of a token, and so
+        does their gradient.
 
         Raises:
             AnatomyError: an SAE for which no such rows are exact: one that scales every token by its own size, a gated
@@ -212,6 +238,8 @@ class SAE:
         encoder, bias = inner.W_enc[:, index].T.double(), inner.b_enc[index].double()
         if inner.cfg.apply_b_dec_to_input:
             bias = bias - encoder @ inner.b_dec.double()
+        if self.centred:
+            encoder = encoder - encoder.mean(dim=1, keepdim=True)
         if self._rescales:
             norm = inner.W_dec[index].double().norm(dim=-1)
             encoder, bias = encoder * norm[:, None], bias * norm
@@ -243,7 +271,7 @@ class SAE:
 
     def _before_topk(self, h: Tensor) -> Tensor:
         inner = self._inner
-        pre = torch.addmm(inner.b_enc, inner.process_sae_in(h.float()), inner.W_enc)
+        pre = torch.addmm(inner.b_enc, self._prepare(h), inner.W_enc)
         return pre.mul_(inner.W_dec.norm(dim=-1)) if self._rescales else pre
 
     @property
@@ -275,9 +303,15 @@ def load_sae(source: str | Path | Mapping[str, str], *, device: torch.device | s
         The SAE in float32. Weights are read as safetensors, or by torch as weights only: nothing in them is executed.
 
     Raises:
-        AnatomyError: nothing there, a URL, unreadable, an architecture that cannot be used, a release out of reach, or
-            torch told to unpickle without restriction.
+        AnatomyError: nothing there, a URL, unreadable, an architecture or a preprocessing that cannot be used, a
+            release out of reach, or torch told to unpickle without restriction.
     """
+    with warnings.catch_warnings():  # sae-lens would have the model loaded in another way; see `SAE.centred`
+        warnings.filterwarnings("ignore", r"\s*This SAE has non-empty model_from_pretrained_kwargs", UserWarning)
+        return _load(source, device)
+
+
+def _load(source: str | Path | Mapping[str, str], device: torch.device | str) -> SAE:
     place = source.get("path", "") if isinstance(source, Mapping) else source
     if is_url(place):
         raise AnatomyError(f"sae: found {str(place)!r}, allowed: a folder of this machine, or 'RELEASE:ID' on the hub.")
@@ -333,7 +367,7 @@ def _from_folder(path: Path, device: str) -> SAE:
     if inner.cfg.normalize_activations == "expected_average_only_in" and scaler.is_file():
         inner.fold_activation_norm_scaling_factor(float(json.loads(scaler.read_text())["scaling_factor"]))
     # Absolute, so that an audit finds its SAE again from another working directory.
-    return SAE(inner, {"path": str(path.resolve())})
+    return SAE(inner, {"path": str(path.resolve())}, config=config)
 
 
 def _inference_form(training: Any) -> Any:
@@ -488,13 +522,19 @@ def check_sae(sae: SAE, model: Any, layer: int | None = None) -> int:
 
     Raises:
         AnatomyError: widths differ, the layer is out of range, unknown or not the one the SAE was trained on, or the
-            SAE reads something else than the residual stream.
+            SAE reads something else than the residual stream, or a centred one of a model that feels its mean.
     """
     width = hidden_size(model)
     if sae.d_in != width:
         raise AnatomyError(
             f"The SAE at {sae._place} reads hidden states of width {sae.d_in}, the model's have width {width}: use an "
             "SAE trained on this model."
+        )
+    if sae.centred and not normalises_by_layer_norm(model):
+        raise AnatomyError(
+            f"The card of the SAE at {sae._place} says center_writing_weights, which is done to models with LayerNorm "
+            "alone, and this one has RMSNorm: use an SAE of this model, or take the key out of its cfg.json if the "
+            "SAE was trained on this model."
         )
     trained = sae.layer
     if layer is None and trained is None:

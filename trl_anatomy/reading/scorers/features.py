@@ -61,8 +61,12 @@ class FeaturesScorer(HiddenScorer):
         return self.sae.d_in
 
     def directions(self) -> Tensor:
-        """As `HiddenScorer.directions`: the decoder rows of its latents."""
-        return self.sae.decoder_rows(self.features).double().cpu()
+        """As `HiddenScorer.directions`: the decoder rows of its latents.
+
+        Of an SAE trained on a centred stream, what is left of them without their mean: the part that the model reads.
+        """
+        rows = self.sae.decoder_rows(self.features).double().cpu()
+        return rows - rows.mean(dim=1, keepdim=True) if self.sae.centred else rows
 
     def score_tokens(self, hidden: Tensor, bounds: Sequence[int] | None = None) -> Tensor:
         """As `HiddenScorer.score_tokens`; each token by itself."""
