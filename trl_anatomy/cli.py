@@ -331,8 +331,11 @@ def _plan(argv: list[str]) -> int:
         policy = ConceptPolicy.load(args.policy)
         audit.check_harvest()
         source = reopen(audit)
-        check_policy(policy, audit, source.model_config, source.pairs.raw.column_names)
-        plan = settle_policy(policy, source.pairs, lambda: source.model, audit=audit, cache_dir=audit.path / "scores")
+        resolved = check_policy(policy, audit, source.model_config, source.pairs.raw.column_names)
+        scores = audit.path / "scores"
+        plan = settle_policy(
+            policy, source.pairs, lambda: source.model, audit=audit, cache_dir=scores, resolved=resolved
+        )
     print(json.dumps(plan_json(plan), indent=2) if args.json else plan_report(plan))
     return 0
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,8 +204,12 @@ class Audit:
             raise AnatomyError(f"{self.name}: found context {context!r}, allowed: {_listed(names)}.")
         return np.sort(self.pairs["row"].to_numpy()[inside])
 
-    def load_sae(self, device: Any = "cpu") -> "SAE":
+    def load_sae(self, device: Any = "cpu", *, load: "Callable[[dict[str, str]], SAE] | None" = None) -> "SAE":
         """The SAE that the audit was made with: numbers of latents mean nothing in another one.
+
+        Args:
+            device: where its weights go.
+            load: takes its place and gives the SAE of there, instead of reading it now.
 
         Raises:
             AnatomyError: it is not there any more, or has changed since the audit.
@@ -214,7 +218,7 @@ class Audit:
 
         said = self.info["sae"]
         try:
-            sae = load_sae(said["source"], device=device)
+            sae = load_sae(said["source"], device=device) if load is None else load(said["source"])
         except AnatomyError as error:
             raise AnatomyError(f"{self.name}: the SAE of the audit is needed again. {error}") from error
         if sae.fingerprint != said["fingerprint"]:

@@ -242,7 +242,13 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
 
 
 def run_audit(
-    config: AuditConfig, *, model: Any = None, tokenizer: Any = None, dataset: Any = None, progress: bool = True
+    config: AuditConfig,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    dataset: Any = None,
+    sae: "SAE | None" = None,
+    progress: bool = True,
 ) -> Audit:
     """Audit a preference dataset with the frozen start model and an SAE, and write the audit folder.
 
@@ -252,7 +258,7 @@ def run_audit(
 
     Args:
         config: what to audit and how.
-        model, tokenizer, dataset: in memory, instead of being loaded as `config` says.
+        model, tokenizer, dataset, sae: in memory, instead of being loaded as `config` says.
     Raises:
         AnatomyError: bad input, told before the pass; a harvest of something else in the folder.
     """
@@ -274,7 +280,7 @@ def run_audit(
         )
         if config.region is not None:  # a bad one is told before the pass
             region_rows(pairs, config.region)
-        sae = load_sae(config.sae)
+        sae = load_sae(config.sae) if sae is None else sae
         model = load_model(config) if model is None else model
         layer = check_sae(sae, model, config.layer)
     with timed(timings, "harvest"):

@@ -15,9 +15,9 @@ from scipy.special import expit
 
 from ..audit.predict import predicted_shift
 from ..errors import AnatomyError
+from .bind import BoundRule, bind
 from .hidden import HiddenEdit, hidden_strengths
 from .interventions import FilterPairs, Inoculate, MaskTokens
-from .located import PolicyError
 from .margins import settle_margins
 from .policy import ConceptPolicy
 from .records import Acting, rule_records
@@ -95,6 +95,7 @@ def plan_policy(
     *,
     audit: "Audit | None" = None,
     read: Mapping[int, Any] | None = None,
+    bound: Sequence[BoundRule] | None = None,
 ) -> PolicyPlan:
     """Settle what a policy does to these pairs.
 
@@ -107,6 +108,7 @@ def plan_policy(
         read: what `settle_policy` read for a rule, by its number: mask_tokens: pair -> bool flags of the tokens of its
             chosen and rejected response (before truncation) that leave the loss; inoculate: pair -> prompt tokens of
             the policy for each response, [] for its own; residualize: (2, n_pairs) A(y) of the responses.
+        bound: the rules as `bind` bound them to these pairs; None binds them now.
 
     Raises:
         PolicyError: gates that cannot be applied, two rules that fight over some pair, a concept that scores all
@@ -121,7 +123,8 @@ def plan_policy(
         for side in (scores.chosen, scores.rejected) if name in scores.names else ():
             if not np.isfinite(side[name]).all():
                 raise AnatomyError(f"The scores of {name!r} hold NaN or infinity; look at its scorer.")
-    gates = rule_gates(policy, pairs, audit)
+    bound = bind(policy, pairs, audit) if bound is None else bound
+    gates = [rule.gate for rule in bound]
 
     dropped = {
         i: rule.dropped(scores.chosen[rule.concept], scores.rejected[rule.concept], pairs.rows, gates[i])
@@ -178,28 +181,6 @@ def plan_policy(
         prompt_lengths=prompt_lengths,
         steering=steering.reshape(len(steering), -1) if edited else None,
     )
-
-
-def rule_gates(policy: ConceptPolicy, pairs: "Pairs", audit: "Audit | None") -> list[np.ndarray]:
-    """(n_pairs,) bool per rule: where it may act."""
-    gates, problems = [], []
-    for i, rule in enumerate(policy.rules):
-        try:
-            gates.append(np.ones(len(pairs), bool) if rule.where is None else rule.where.mask(pairs, audit))
-        except AnatomyError as error:
-            gates.append(np.zeros(len(pairs), bool))
-            problems.append(f"{policy.place(f'rules[{i}]')}: {error}")
-    for i, rule in enumerate(policy.rules):
-        for j, other in enumerate(policy.rules[:i]):
-            n_shared = int((gates[i] & gates[j]).sum())
-            if rule.concept is not None and rule.concept == other.concept and rule.sign != other.sign and n_shared:
-                problems.append(
-                    f"{policy.place(f'rules[{i}]')}: found {rule.sign}: {rule.concept}, but rules[{j}] says "
-                    f"{other.sign} for {n_shared} of the same pairs, allowed: gates (where) that share no pair."
-                )
-    if problems:
-        raise PolicyError(problems)
-    return gates
 
 
 def _predict(audit: "Audit", keep: np.ndarray, margin: np.ndarray, weight: np.ndarray | None) -> pa.Table:

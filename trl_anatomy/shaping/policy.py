@@ -189,12 +189,14 @@ class ConceptPolicy:
         Raises:
             PolicyError: all concepts that cannot be scored, at once.
         """
-        from .resolve import resolve_scorers
+        from .resolve import resolve
 
-        scorers, problems = resolve_scorers(self, audit, model=model)
+        resolved, problems = resolve(self, audit)
+        if model is not None:
+            return resolved.to(model, problems)
         if problems:
             raise PolicyError(problems)
-        return scorers
+        return resolved.scorers
 
 
 class _Reader:

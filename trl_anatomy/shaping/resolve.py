@@ -1,6 +1,9 @@
 """A policy meets the model, the SAEs, the audit and the dataset: its scorers, and all that does not fit."""
 
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AnatomyError
@@ -20,7 +23,8 @@ def check_policy(
     audit: "Audit | None" = None,
     model_config: Any = None,
     columns: Collection[str] | None = None,
-) -> None:
+    loaded: "Loaded | None" = None,
+) -> "Resolved":
     """Check a policy against what it is going to meet. Loads SAEs, directions and audits that its rules name.
 
     Args:
@@ -28,12 +32,17 @@ def check_policy(
         audit: the audit in use.
         model_config: the start model's transformers config, for layers and width; None skips those checks.
         columns: columns of the dataset; None skips the checks of `column`.
+        loaded: SAEs and audits that were read already.
+
+    Returns:
+        The scorers that were built for it; pass them on, so that no SAE is loaded twice.
 
     Raises:
         PolicyError: all problems at once: a layer the model lacks, an SAE of another width, a feature the SAE lacks, a
             cluster or context that is not in the audit, a column that is not in the dataset, a file that is not there.
     """
-    scorers, problems = resolve_scorers(policy, audit, model_config=model_config)
+    resolved, problems = resolve(policy, audit, model_config=model_config, loaded=loaded)
+    scorers = resolved.scorers
     for i, rule in enumerate(policy.rules):
         if isinstance(rule, ReweightPairs) and rule.column is not None and columns and rule.column not in columns:
             problems.append(_no_column(policy, f"rules[{i}].column", rule.column, columns))
@@ -43,6 +52,7 @@ def check_policy(
             problems += _gate_problems(policy, f"rules[{i}].where", rule.where, audit, columns)
     if problems:
         raise PolicyError(problems)
+    return resolved
 
 
 def _no_column(policy: ConceptPolicy, path: str, name: str, columns: Collection[str]) -> str:
@@ -97,35 +107,78 @@ def _gate_problems(
     return []
 
 
-def resolve_scorers(
-    policy: ConceptPolicy, audit: "Audit | None" = None, *, model: Any = None, model_config: Any = None
-) -> "tuple[dict[str, Scorer], list[str]]":
+@dataclass(frozen=True, eq=False)
+class Resolved:
+    """The scorers of the concepts that a policy's rules act on, built once.
+
+    Attributes:
+        policy: the policy.
+        scorers: concept -> scorer, with its SAE on the CPU until `to`.
+        audits: concept -> the audit that its cluster belongs to.
+    """
+
+    policy: ConceptPolicy
+    scorers: "dict[str, Scorer]"
+    audits: "dict[str, Audit]" = field(default_factory=dict)
+
+    def to(self, model: Any, problems: Sequence[str] = ()) -> "dict[str, Scorer]":
+        """Check the scorers against the start model, and move their SAEs to its device.
+
+        Args:
+            model: the start model.
+            problems: what else is wrong with the policy.
+
+        Raises:
+            PolicyError: those, and all scorers that do not fit the model.
+        """
+        problems = list(problems)
+        for name, scorer in self.scorers.items():
+            try:
+                if self.policy.concepts[name].scorer != "text":
+                    scorer.check(model)  # type: ignore[union-attr]
+                if name in self.audits:
+                    self.audits[name].check_model(model)
+            except AnatomyError as error:
+                problems.append(f"{self.policy.place(f'concepts.{name}')}: {error}")
+        if problems:
+            raise PolicyError(problems)
+        for scorer in self.scorers.values():
+            if hasattr(scorer, "sae"):
+                scorer.sae.to(model.device)
+        return self.scorers
+
+
+def resolve(
+    policy: ConceptPolicy,
+    audit: "Audit | None" = None,
+    *,
+    model_config: Any = None,
+    loaded: "Loaded | None" = None,
+) -> tuple[Resolved, list[str]]:
     """Scorers of the concepts that a rule acts on, and what is wrong with those that cannot be built.
 
     Args:
         policy: the policy.
         audit: the audit in use.
-        model: the start model, against which each scorer checks itself; SAEs go to its device.
-        model_config: instead of the model, for checks of layers and width without its weights.
+        model_config: for checks of layers and width without the model's weights.
+        loaded: SAEs and audits that were read already.
     """
-    scorers: dict[str, Scorer] = {}
-    problems: list[str] = []
-    loaded = _Loaded(audit, "cpu" if model is None else model.device)
+    resolved, problems = Resolved(policy, {}), []
+    loaded = loaded or Loaded()
     for name, spec in policy.used.items():
         try:
-            scorer = _scorer(spec, loaded)
+            source = loaded.audit(spec.audit, audit) if spec.cluster is not None else None
+            scorer = _scorer(spec, source, loaded)
             if spec.scorer != "text":
                 _check_config(scorer, model_config)
-                if model is not None:
-                    scorer.check(model)
-                    if spec.cluster is not None:
-                        loaded.audit(spec.audit).check_model(model)
-            scorers[name] = scorer
+            resolved.scorers[name] = scorer
+            if source is not None:
+                resolved.audits[name] = source
         except _Mismatch as error:
             problems.append(f"{policy.place(f'concepts.{name}.{error.key}')}: {error}")
         except AnatomyError as error:
             problems.append(f"{policy.place(f'concepts.{name}')}: {error}")
-    return scorers, problems
+    return resolved, problems
 
 
 class _Mismatch(Exception):
@@ -136,34 +189,31 @@ class _Mismatch(Exception):
         self.key = key
 
 
-class _Loaded:
+class Loaded:
     """SAEs and audits, each read once."""
 
-    def __init__(self, audit: "Audit | None", device: Any) -> None:
-        self.audit_in_use, self.device = audit, device
+    def __init__(self) -> None:
         self._saes: dict[str, SAE] = {}
         self._audits: dict[str, Audit] = {}
 
-    def sae(self, source: str | Mapping[str, str]) -> "SAE":
+    def sae(self, source: str | Path | Mapping[str, str]) -> "SAE":
+        """The SAE of a folder or release, however it is written; arguments and errors as `load_sae`."""
         from ..reading.sae import load_sae
 
-        key = str(source)
+        named = source if isinstance(source, Mapping) else {"path": str(source)}
+        key = named["path"] if "path" in named else ":".join(map(str, (named.get("release"), named.get("id"))))
+        if os.path.exists(key):
+            key = os.path.realpath(key)
         if key not in self._saes:
-            self._saes[key] = load_sae(source, device=self.device)
+            self._saes[key] = load_sae(source)
         return self._saes[key]
 
-    def sae_of(self, audit: "Audit") -> "SAE":
-        """The SAE of an audit, which it checks to be the one that it was made with."""
-        key = f"{audit.info['sae']['source']} {audit.info['sae']['fingerprint']}"
-        if key not in self._saes:
-            self._saes[key] = audit.load_sae(self.device)
-        return self._saes[key]
-
-    def audit(self, path: str | None) -> "Audit":
+    def audit(self, path: str | None, in_use: "Audit | None") -> "Audit":
+        """The audit of a folder; the one in use where `path` is None."""
         if path is None:
-            if self.audit_in_use is None:
+            if in_use is None:
                 raise _Mismatch("cluster", "found a cluster, but no audit was given; add audit: FOLDER.")
-            return self.audit_in_use
+            return in_use
         from ..audit.folder import load_audit
 
         if path not in self._audits:
@@ -171,7 +221,7 @@ class _Loaded:
         return self._audits[path]
 
 
-def _scorer(spec: ConceptSpec, loaded: _Loaded) -> Any:
+def _scorer(spec: ConceptSpec, audit: "Audit | None", loaded: Loaded) -> Any:
     if spec.scorer == "text":
         from ..reading.scorers.text import TextScorer
 
@@ -179,13 +229,13 @@ def _scorer(spec: ConceptSpec, loaded: _Loaded) -> Any:
     if spec.path is not None:
         from ..reading.fit import KINDS
 
-        return KINDS[spec.scorer].load(spec.path, layer=spec.layer, reduce=spec.reduce)
+        more = {"load": loaded.sae} if spec.scorer == "features" else {}
+        return KINDS[spec.scorer].load(spec.path, layer=spec.layer, reduce=spec.reduce, **more)
     from ..reading.scorers.features import FeaturesScorer
 
-    if spec.cluster is not None:
-        audit = loaded.audit(spec.audit)
-        features, layer = audit.features(spec.cluster).tolist(), audit.info["sae"]["layer"]
-        sae = loaded.sae_of(audit)
+    if audit is not None:
+        features, layer = audit.features(str(spec.cluster)).tolist(), audit.info["sae"]["layer"]
+        sae = audit.load_sae(load=loaded.sae)
     else:
         features, sae, layer = list(spec.features or ()), loaded.sae(spec.sae or {}), spec.layer
         if layer is not None and sae.layer is not None and layer != sae.layer:

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .bind import BoundRule, bind
 from .given import check_given, residualised
 from .hidden import acted_on_unscored, resolve_hidden
 from .interventions import Inoculate, Intervention, MaskTokens, Residualize
-from .plan import PolicyPlan, plan_policy, rule_gates
+from .plan import PolicyPlan, plan_policy
 from .policy import ConceptPolicy
 from .residual import likelihood_ratios
+from .resolve import Resolved
 from .tokens import prompts_of_rules, tokens_to_mask
 
 if TYPE_CHECKING:
@@ -24,11 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Begun:
-    """A policy whose gates and scorers are there; what it still needs are the scores of the pairs.
+    """A policy whose rules are bound and whose scorers are there; what it still needs are the scores of the pairs.
 
     Attributes:
         policy, pairs, audit, cache_dir: as given to `settle_policy`.
-        gates: per rule, the pairs it looks at.
+        rules: its rules, bound to the pairs.
         scorers: concept -> scorer.
         model: the frozen start model, or None where nothing reads it.
     """
@@ -37,7 +39,7 @@ class Begun:
     pairs: "Pairs"
     audit: "Audit | None"
     cache_dir: Path | None
-    gates: Any
+    rules: tuple[BoundRule, ...]
     scorers: "dict[str, Scorer]"
     model: Any
 
@@ -63,7 +65,7 @@ class Begun:
         flagged: dict[int, np.ndarray] = {}
         read: dict[int, Any] = {}
         for i, rule in enumerate(policy.rules):
-            gate = self.gates[i]
+            gate = self.rules[i].gate
             if isinstance(rule, MaskTokens):
                 read[i] = tokens_to_mask(policy, i, pairs, gate, scores, scorers[rule.concept], model, self.cache_dir)
             elif isinstance(rule, Inoculate):
@@ -72,7 +74,7 @@ class Begun:
             elif isinstance(rule, Residualize):
                 read[i] = likelihood_ratios(rule, pairs, gate, scorers[rule.concept], model, self.cache_dir)
         read |= prompts_of_rules(policy, pairs, flagged)
-        plan = plan_policy(policy, pairs, scores, audit=self.audit, read=read)
+        plan = plan_policy(policy, pairs, scores, audit=self.audit, read=read, bound=self.rules)
         return replace(plan, hidden=resolve_hidden(policy, scorers))
 
 
@@ -84,6 +86,7 @@ def begin_policy(
     audit: "Audit | None" = None,
     cache_dir: Path | None = None,
     trains: bool = False,
+    resolved: Resolved | None = None,
 ) -> Begun:
     """Resolve what a policy names; arguments and errors as `settle_policy`.
 
@@ -92,14 +95,18 @@ def begin_policy(
             even where no score of them is read.
     """
     check_given(policy)
-    gates = rule_gates(policy, pairs, audit)
+    rules = bind(policy, pairs, audit)
     # An edit was fitted to one model's weights, and with others it would be no more than noise.
     fitted = any(spec.scorer == "reft" for spec in policy.used.values())
     model = start_model() if fitted or reads_hidden(policy) or any(map(reads_text, policy.rules)) else None
     checked = model
     if model is None and trains and any(spec.path or spec.cluster for spec in policy.used.values()):
         checked = comparable(start_model())
-    return Begun(policy, pairs, audit, cache_dir, gates, policy.scorers(audit=audit, model=checked), model)
+    if resolved is None:
+        scorers = policy.scorers(audit=audit, model=checked)
+    else:
+        scorers = resolved.scorers if checked is None else resolved.to(checked)
+    return Begun(policy, pairs, audit, cache_dir, rules, scorers, model)
 
 
 def comparable(model: Any) -> Any:
@@ -116,6 +123,7 @@ def settle_policy(
     *,
     audit: "Audit | None" = None,
     cache_dir: Path | None = None,
+    resolved: Resolved | None = None,
 ) -> PolicyPlan:
     """Score the pairs and settle what the policy does to them.
 
@@ -126,11 +134,12 @@ def settle_policy(
             not, nor rules on hidden states without a `fraction`; an edit (reft) is checked against it.
         audit: the audit in use.
         cache_dir: folder for cached scores; None keeps none.
+        resolved: what `check_policy` built for the policy; None builds it again.
 
     Raises:
         PolicyError, AnatomyError: as `ConceptPolicy.scorers`, `score_pairs` and `plan_policy`.
     """
-    begun = begin_policy(policy, pairs, start_model, audit=audit, cache_dir=cache_dir)
+    begun = begin_policy(policy, pairs, start_model, audit=audit, cache_dir=cache_dir, resolved=resolved)
     return begun.settle(begun.score())
 
 

@@ -90,7 +90,7 @@ class ConceptReward:
         found = load_audit(audit) if isinstance(audit, str | Path) else audit
         source = None if found is None else reopen(found)
         self.rules = _followed(policy, measured=reference is not None or found is not None)
-        check_policy(policy, found)
+        resolved = check_policy(policy, found)
         hidden = [name for name, spec in policy.used.items() if spec.scorer != "text"]
         if model is None and source is None and hidden:
             raise AnatomyError(f"The concept {hidden[0]!r} is scored on hidden states: give the start model.")
@@ -102,7 +102,7 @@ class ConceptReward:
             with loaded_whole():
                 self._model = source.model if model is None and source is not None else _own(model)
             self._model.eval().requires_grad_(False)
-        self.scorers: dict[str, Scorer] = policy.scorers(audit=found, model=self._model)
+        self.scorers: dict[str, Scorer] = resolved.scorers if self._model is None else resolved.to(self._model)
 
         self.strengths = [rule.fixed or 0.0 for rule in self.rules]  # those that are to be fitted come below
         self.centres, self.scales = dict.fromkeys(self.scorers, 0.0), dict.fromkeys(self.scorers, 1.0)

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from ..audit.folder import Audit
     from ..shaping.plan import PolicyPlan
     from ..shaping.policy import ConceptPolicy
+    from ..shaping.resolve import Loaded, Resolved
     from ..shaping.settle import Begun
 
 
@@ -267,7 +268,7 @@ def prepare(
     from ..audit.config import AuditConfig
     from ..audit.folder import load_audit
     from ..shaping.policy import ConceptPolicy
-    from ..shaping.resolve import check_policy
+    from ..shaping.resolve import Loaded, check_policy
 
     undo_leftover()
     policy = ConceptPolicy.load(concept_policy)
@@ -289,16 +290,17 @@ def prepare(
         )
     plan, acts, waiting = None, False, None
     shares = bool(policy) and sharing(policy, arguments, config)
+    loaded = Loaded()
     with Start(arguments, config) as start:
         if isinstance(audit, AuditConfig):
-            found: Audit | None = _audit_now(audit, start, dataset)
+            found: Audit | None = _audit_now(audit, start, dataset, loaded if policy else None)
         else:
             found = load_audit(audit) if isinstance(audit, str | Path) else audit
         if policy:
             if found is not None:
                 found.check_harvest()
-            check_policy(policy, found, start.model_config, dataset.column_names)
-            begun, turns = _begin(policy, found, start, dataset)
+            resolved = check_policy(policy, found, start.model_config, dataset.column_names, loaded)
+            begun, turns = _begin(resolved, found, start, dataset)
             if shares:
                 check_columns(dataset)
                 waiting = ReferencePass.after(begun, turns)
@@ -334,16 +336,20 @@ def _checked(dataset: Any) -> Dataset:
     return dataset
 
 
-def _audit_now(settings: "AuditConfig", start: Start, dataset: Dataset) -> "Audit":
-    """Audit what is trained on: the trainer's dataset, model, tokens, truncation. The ranks share the work."""
+def _audit_now(settings: "AuditConfig", start: Start, dataset: Dataset, loaded: "Loaded | None") -> "Audit":
+    """Audit what is trained on: the trainer's dataset, model, tokens, truncation. The ranks share the work.
+
+    A policy comes after it, and takes the SAE from `loaded`.
+    """
     from ..audit.run import run_audit
 
     settings = replace(settings, max_length=start.config.max_length, truncation=start.truncation)
-    return run_audit(settings, model=start.model, tokenizer=start.tokenizer, dataset=dataset)
+    sae = loaded.sae(settings.sae) if loaded is not None and settings.sae else None
+    return run_audit(settings, model=start.model, tokenizer=start.tokenizer, dataset=dataset, sae=sae)
 
 
 def _begin(
-    policy: "ConceptPolicy", audit: "Audit | None", start: Start, dataset: Dataset
+    resolved: "Resolved", audit: "Audit | None", start: Start, dataset: Dataset
 ) -> "tuple[Begun, np.ndarray | None]":
     """The policy before its scores, and where the last user turns begin, if a rule asks."""
     from ..reading.spans import read_pairs, turn_starts
@@ -358,7 +364,16 @@ def _begin(
     )
     if audit is not None:
         audit.check_pairs(pairs)
-    begun = begin_policy(policy, pairs, lambda: start.model, audit=audit, cache_dir=_beside(dataset), trains=True)
+    policy = resolved.policy
+    begun = begin_policy(
+        policy,
+        pairs,
+        lambda: start.model,
+        audit=audit,
+        cache_dir=_beside(dataset),
+        trains=True,
+        resolved=resolved,
+    )
     steers = any(rule.verb == "steer" for rule in policy.rules)
     turns = turn_starts(pairs, start.tokenizer, num_proc=start.config.dataset_num_proc) if steers else None
     return begun, turns

@@ -91,11 +91,11 @@ class FeaturesScorer(HiddenScorer):
         }
 
     @classmethod
-    def _restored(cls, tensors: dict[str, Tensor], card: dict[str, Any], reduce: str) -> "FeaturesScorer":
+    def _restored(cls, tensors: dict[str, Tensor], card: dict[str, Any], reduce: str, **more: Any) -> "FeaturesScorer":
         source = card.get("sae")
         if not isinstance(source, dict) or set(source) not in ({"path"}, {"release", "id"}):
             raise AnatomyError(f"The card of the features names no SAE that can be loaded: found {source!r}.")
-        sae = load_sae(source)
+        sae = more.get("load", load_sae)(source)
         if sae.fingerprint != card.get("sae_fingerprint"):
             raise AnatomyError(
                 f"The SAE at {':'.join(source.values())!r} is not the one that these features were selected in."

@@ -144,7 +144,7 @@ class HiddenScorer:
 
     @classmethod
     def load(
-        cls: type[AnyScorer], path: str | Path, *, layer: int | None = None, reduce: str | None = None
+        cls: type[AnyScorer], path: str | Path, *, layer: int | None = None, reduce: str | None = None, **more: Any
     ) -> AnyScorer:
         """Load a stored concept of this kind.
 
@@ -152,6 +152,7 @@ class HiddenScorer:
             path: folder (or its URL) that `save` or ``trl-anatomy fit`` wrote.
             layer: must be the layer it was fitted at, if given.
             reduce: instead of the stored reduction.
+            **more: what only this kind takes; of features: `load`, which takes the place of an SAE and gives the SAE.
 
         Raises:
             AnatomyError: files missing or unreadable, another kind, or the card says something else than the tensors or
@@ -159,7 +160,7 @@ class HiddenScorer:
         """
         folder = local(path)
         tensors, card = cls._stored(folder, layer)
-        scorer = cls._restored(tensors, card, reduce or card.get("reduce", "max"))
+        scorer = cls._restored(tensors, card, reduce or card.get("reduce", "max"), **more)
         if card.get("d_model") != scorer.d_model:
             raise AnatomyError(
                 f"{shown(folder / _CARD_FILE)} says d_model {card.get('d_model')}, the stored {scorer.label} has width "
@@ -168,7 +169,9 @@ class HiddenScorer:
         return scorer
 
     @classmethod
-    def _restored(cls: type[AnyScorer], tensors: dict[str, Tensor], card: dict[str, Any], reduce: str) -> AnyScorer:
+    def _restored(
+        cls: type[AnyScorer], tensors: dict[str, Tensor], card: dict[str, Any], reduce: str, **more: Any
+    ) -> AnyScorer:
         scorer = cls.__new__(cls)
         HiddenScorer.__init__(scorer, tensors, card["layer"], reduce, card)
         return scorer

@@ -63,7 +63,7 @@ class ReftScorer(HiddenScorer):
         self._check_parts()
 
     @classmethod
-    def _restored(cls, tensors: dict[str, Tensor], card: dict[str, Any], reduce: str) -> "ReftScorer":
+    def _restored(cls, tensors: dict[str, Tensor], card: dict[str, Any], reduce: str, **more: Any) -> "ReftScorer":
         scorer = super()._restored(tensors, card, reduce)
         scorer._check_parts()
         return scorer

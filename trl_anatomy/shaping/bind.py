@@ -1,0 +1,67 @@
+"""Rules bound to the pairs: what each does, the concept it acts on, and where its gate is open. Made once."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import AnatomyError
+from .interventions import Intervention
+from .located import PolicyError
+from .policy import ConceptPolicy, ConceptSpec
+
+if TYPE_CHECKING:
+    from ..audit.folder import Audit
+    from ..reading.spans import Pairs
+
+
+@dataclass(frozen=True, eq=False)
+class BoundRule:
+    """A rule of a policy that has met the pairs.
+
+    Attributes:
+        verb: the rule as the policy says it.
+        concept: the concept it acts on; None for weights that a column gives.
+        gate: (n_pairs,) bool: the pairs on which it may act.
+        place: where it stands, as errors begin: ``policy.yaml:12: rules[3]``.
+    """
+
+    verb: Intervention
+    concept: ConceptSpec | None
+    gate: np.ndarray
+    place: str
+
+
+def bind(policy: ConceptPolicy, pairs: "Pairs", audit: "Audit | None" = None) -> tuple[BoundRule, ...]:
+    """Bind the rules of a policy to pairs, in the order of the policy.
+
+    Args:
+        policy: the policy.
+        pairs: the pairs of the raw dataset.
+        audit: the audit in use, for gates on its contexts.
+
+    Raises:
+        PolicyError: all gates that cannot be applied, and rules that pull one concept both ways for some pair.
+    """
+    bound: list[BoundRule] = []
+    problems = []
+    for i, rule in enumerate(policy.rules):
+        place, gate = policy.place(f"rules[{i}]"), np.ones(len(pairs), bool)
+        try:
+            gate = gate if rule.where is None else rule.where.mask(pairs, audit)
+        except AnatomyError as error:
+            gate = ~gate
+            problems.append(f"{place}: {error}")
+        bound.append(BoundRule(rule, policy.concepts.get(rule.concept or ""), gate, place))
+    for i, one in enumerate(bound):
+        for j, other in enumerate(bound[:i]):
+            n_shared = int((one.gate & other.gate).sum())
+            alike = one.concept is not None and one.concept is other.concept
+            if alike and one.verb.sign != other.verb.sign and n_shared:
+                problems.append(
+                    f"{one.place}: found {one.verb.sign}: {one.verb.concept}, but rules[{j}] says {other.verb.sign} "
+                    f"for {n_shared} of the same pairs, allowed: gates (where) that share no pair."
+                )
+    if problems:
+        raise PolicyError(problems)
+    return tuple(bound)
