@@ -385,8 +385,10 @@ def test_bad_input_is_told_before_the_pass(setup, tmp_path):
 
     refused("no model and no sae given", model="", sae="")
     refused("no such file", dataset=str(tmp_path / "none.jsonl"))
-    (tmp_path / "pairs.csv").write_text("a,b\n")
-    refused("unknown kind of file", dataset=str(tmp_path / "pairs.csv"))
+    (tmp_path / "pairs.csv").write_text("a,b\n")  # CSV files are read now: this one has no rows
+    refused("holds no rows", dataset=str(tmp_path / "pairs.csv"))
+    (tmp_path / "pairs.txt").write_text("a,b\n")
+    refused("unknown kind of file", dataset=str(tmp_path / "pairs.txt"))
     refused("tokenizer cannot be loaded", model=str(tmp_path / "nothing"))
     refused("layer is 0, but the SAE", layer=0)
     refused("setting device: found 'bananas', which cannot be used here", device="bananas")
@@ -395,7 +397,7 @@ def test_bad_input_is_told_before_the_pass(setup, tmp_path):
     (tmp_path / "empty.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": " "}\n')
     refused("no usable row", dataset=str(tmp_path / "empty.jsonl"))
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "chos')
-    refused("cannot be loaded", dataset=str(tmp_path / "broken.jsonl"))
+    refused("broken.jsonl, line 1: not valid JSON", dataset=str(tmp_path / "broken.jsonl"))  # with its place now
 
 
 def test_datasets_are_read_from_files_and_folders(tmp_path):

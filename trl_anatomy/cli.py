@@ -10,15 +10,17 @@ import argparse
 import copy
 import dataclasses
 import difflib
+import enum
 import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from .errors import AnatomyError
 
@@ -222,7 +224,37 @@ def _parsed(parser: Any, argv: list[str]) -> tuple[Any, ...]:
             raise AnatomyError(f"--config: {given[0]} is not valid YAML: {' '.join(str(error).split())}.") from None
         if not isinstance(found, dict):
             raise AnatomyError(f"--config: {given[0]} holds no options; write them as NAME: VALUE, one a line.")
+        if words := _words_for_booleans(found, parser, given[0]):
+            with tempfile.TemporaryDirectory() as folder:
+                mended = Path(folder) / "config.yaml"
+                mended.write_text(yaml.safe_dump({**found, **words}), encoding="utf-8")
+                at = argv.index("--config") + 1
+                return _parsed(parser, [*argv[:at], str(mended), *argv[at + 1 :]])
     return parser.parse_args_and_config(argv, return_remaining_strings=True, separate_remaining_strings=True)
+
+
+def _words_for_booleans(options: dict[str, Any], parser: Any, file: str) -> dict[str, str]:
+    """Options that YAML read as a boolean although they take a word: `save_strategy: no` is false to YAML.
+
+    Raises:
+        AnatomyError: a boolean where the option knows no such word.
+    """
+    hints = {name: hint for kind in parser.dataclass_types for name, hint in get_type_hints(kind).items()}
+    words: dict[str, str] = {}
+    for name in (name for name, value in options.items() if isinstance(value, bool)):
+        kinds = [kind for kind in get_args(hints.get(name)) if isinstance(kind, type) and issubclass(kind, enum.Enum)]
+        allowed = [str(member.value) for kind in kinds for member in kind]
+        if name == "report_to":
+            allowed = ["none", "all", "or the name of a tracker"]
+        nothing = [word for word in ("no", "none") if word in allowed]
+        if allowed and (options[name] or not nothing):
+            raise AnatomyError(
+                f"--config: {file}: {name} is {str(options[name]).lower()} (so YAML reads yes, on, no and off); "
+                f"allowed: {', '.join(allowed)}, in quotes."
+            )
+        if allowed:
+            words[name] = nothing[0]
+    return words
 
 
 def _refuse_unknown(from_config: list[str], from_line: list[str], parser: Any, launcher: Any = None) -> None:
@@ -274,12 +306,16 @@ def _print_regions(audit: Audit) -> None:
 
 
 def _print_size(audit: Audit) -> None:
+    from .reading.columns import column_notes
+
     data = audit.info["data"]
     left_out = ", ".join(f"{count} {reason}" for reason, count in data["left_out"].items())
     kind = "usable rows" if audit.info["settings"]["data_kind"] == "sft" else "pairs"
     print(
         f"\n{data['n_pairs']} {kind} of {data['n_rows']} rows" + (f" (left out: {left_out})" if left_out else "") + "."
     )
+    for note in column_notes(data.get("unread_columns", []), data.get("looks_like_prompt")):
+        print(note)
 
 
 def _print_audit(audit: Audit) -> None:
@@ -364,6 +400,7 @@ def _train(kind: str, argv: list[str]) -> int:
     from trl import TrlParser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
+    from .audit.folder import load_audit
     from .reading.storage import exists
 
     script = import_module(f"trl.scripts.{kind}")
@@ -382,6 +419,8 @@ def _train(kind: str, argv: list[str]) -> int:
         path = getattr(policy, name)
         if path is not None and not exists(path):
             raise AnatomyError(f"--{name} names '{path}', which does not exist.")
+    if policy.audit is not None:  # before a model is loaded, or processes are started
+        load_audit(policy.audit)
 
     launch = resolve_accelerate_config_argument(from_config + from_line)
     if _LAUNCHED not in os.environ and (launch or _several_devices()):
@@ -399,9 +438,45 @@ def _train(kind: str, argv: list[str]) -> int:
     def build(*args: Any, **kwargs: Any) -> Any:
         return trainer(*args, concept_policy=policy.concept_policy, audit=policy.audit, **kwargs)
 
-    with _replaced(import_module("trl"), stock_class, build):
+    with _replaced(import_module("trl"), stock_class, build), _our_files(*arguments):
         script.main(*arguments)
     return 0
+
+
+@contextmanager
+def _our_files(script_args: Any, training: Any, model_args: Any, mixture: Any) -> Iterator[None]:
+    """Let TRL's script read the files that `audit` reads; what it can not train on ends in one sentence.
+
+    Raises:
+        AnatomyError: as `load_splits`; a split that is not there, or a dataset without chosen and rejected.
+    """
+    from .reading.columns import column_notes, prompt_column, unread_columns
+    from .reading.dataset import load_splits
+    from .reading.ranks import is_main_process
+    from .reading.spans import no_pairs
+
+    splits = {"dataset_train_split": script_args.dataset_train_split}
+    if training.eval_strategy != "no":
+        splits["dataset_test_split"] = script_args.dataset_test_split
+
+    def load(path: str, name: str | None = None, *, split: str | None = None, **how: Any) -> Any:
+        found = load_splits(path, name, split=split, **how)
+        for option, wanted in splits.items() if split is None else ():
+            if wanted not in found:
+                why = " (evaluation needs it: eval_strategy is not no)" if option == "dataset_test_split" else ""
+                raise AnatomyError(f"{path}: found splits {', '.join(found)}, but {option} is {wanted!r}{why}.")
+        rows = found[splits["dataset_train_split"]] if split is None else found
+        columns = rows.column_names or []  # a stream may not know them
+        if columns and "chosen_ids" not in columns and (problem := no_pairs(columns)):
+            raise AnatomyError(f"{path}: {problem}")
+        if not how.get("streaming") and is_main_process() and (prompt := prompt_column(rows)):
+            print(*column_notes(unread_columns(rows), prompt), file=sys.stderr)
+        return found
+
+    if mixture.datasets and "dataset_test_split" in splits and mixture.test_split_size is None:
+        raise AnatomyError("eval_strategy asks for a test split, which a mixture of datasets has by test_split_size.")
+    with _replaced(import_module("datasets"), "load_dataset", load):
+        yield
 
 
 @dataclasses.dataclass
@@ -492,7 +567,7 @@ def _trainer_of(script: Any, arguments: Sequence[Any], concept_policy: Any, audi
     def build(*args: Any, **kwargs: Any) -> Any:
         raise _Made(AnatomyDPOTrainer(*args, concept_policy=concept_policy, audit=audit, **kwargs))
 
-    with _replaced(import_module("trl"), "DPOTrainer", build):
+    with _replaced(import_module("trl"), "DPOTrainer", build), _our_files(*arguments):
         try:
             script.main(*map(copy.deepcopy, arguments))
         except _Made as made:

@@ -50,7 +50,7 @@ class AuditConfig:
     )
     dataset: str | None = field(
         default=None,
-        metadata={"help": "Preference data: hub name, folder, or .json/.jsonl(.gz)/.parquet file, or a URL."},
+        metadata={"help": "Preference data: hub name, folder, or .json/.jsonl/.csv(.gz)/.parquet file, or a URL."},
     )
     sae: str = field(default="", metadata={"help": "SAE: folder saved by sae-lens, or 'RELEASE:ID'."})
     layer: int | None = field(

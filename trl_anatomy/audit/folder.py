@@ -529,6 +529,10 @@ def _read_info(path: Path) -> dict[str, Any]:
     file = path / INFO
     name = storage.shown(file)
     if not storage.fetch(file):
+        if storage.url_of(path) is None and not (path / "harvest").is_dir():
+            raise AnatomyError(
+                f"{path}: is no audit folder (found no {INFO}); give the folder that `trl-anatomy audit --out` wrote."
+            )
         raise AnatomyError(f"{name}: missing, so the audit is not finished. Run it again; it resumes.")
     try:
         info = json.loads(file.read_text(encoding="utf-8"))

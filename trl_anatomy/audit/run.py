@@ -1,8 +1,7 @@
 """Run an audit: pairs, frozen pass, communities, tests, folder, page."""
 
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import pyarrow as pa
 from scipy import sparse
 
 from ..errors import AnatomyError
-from ..reading.storage import exists, fetch, local, url_of
+from ..reading.storage import local
 from . import stats
 from .communities import find_communities
 from .config import AuditConfig
@@ -36,80 +35,20 @@ LABEL_PAIRS = 20_000
 # Pairs of a prompt context whose text is read in any case.
 LABEL_MEMBERS = 30
 
-_FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _PACKAGES = ("trl", "transformers", "torch", "sae-lens", "datasets", "numpy", "scipy", "scikit-learn", "scikit-network")
 
 
 def load_dataset(config: AuditConfig) -> "Dataset":
-    """The raw preference data: a file, a folder, or a name on the hub.
+    """The raw preference data: a file, a folder, a URL, or a name on the hub.
 
     Raises:
-        AnatomyError: nothing there, an unknown kind of file, a split that does not exist.
+        AnatomyError: as `reading.dataset.load_rows`.
     """
-    import datasets
+    from ..reading.dataset import load_rows
 
     if not config.dataset:
         raise AnatomyError("audit setting dataset: none given; name a dataset, a folder, or a file.")
-    path = local(config.dataset)
-    remote = url_of(path) is not None
-    kind = next((kind for end, kind in _FILES.items() if path.name.removesuffix(".gz").endswith(end)), None)
-    # The loaders of datasets keep their copy of a file at a URL for ever, also when it has changed there, and refuse to
-    # fetch one where the hub is switched off.
-    if remote and not (exists(path) if kind is None else fetch(path, versioned=True)):
-        raise AnatomyError(f"{config.dataset}: no such {'folder' if kind is None else 'file'}.")
-    try:
-        if remote and kind is None:
-            return _split(datasets.load_from_disk(config.dataset), config)
-        if path.is_file():
-            if kind is None:
-                raise AnatomyError(f"{path}: unknown kind of file, allowed: .json, .jsonl (also .gz), .parquet.")
-            _check_unsplit(config, "a file")
-            with _uncounted():
-                return datasets.load_dataset(kind, data_files=str(path), split="train")
-        if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
-            return _split(datasets.load_from_disk(str(path)), config)
-        if kind is not None and not path.exists():
-            raise AnatomyError(f"{path}: no such file.")
-        return datasets.load_dataset(config.dataset, config.dataset_subset, split=config.dataset_split)
-    except AnatomyError:
-        raise
-    except Exception as error:
-        raise AnatomyError(f"dataset {config.dataset}: cannot be loaded ({_first_line(error)}).") from error
-
-
-def _split(found: Any, config: AuditConfig) -> "Dataset":
-    """The split that is asked for, of what was loaded from disk."""
-    from datasets import Dataset
-
-    if isinstance(found, Dataset):
-        _check_unsplit(config, "a single dataset")
-        return found
-    if config.dataset_split not in found:
-        raise AnatomyError(f"{config.dataset}: found splits {', '.join(found)}, not {config.dataset_split!r}.")
-    return found[config.dataset_split]
-
-
-def _check_unsplit(config: AuditConfig, what: str) -> None:
-    """Refuse to pass over a split or a subset that is asked for where there is none."""
-    asked = {"dataset_split": config.dataset_split != "train", "dataset_subset": config.dataset_subset is not None}
-    for name in (name for name, given in asked.items() if given):
-        raise AnatomyError(
-            f"audit setting {name}: found {getattr(config, name)!r}, but {config.dataset} is {what}, which has none; "
-            "leave it out, or name a folder with a file for each split."
-        )
-
-
-@contextmanager
-def _uncounted() -> Iterator[None]:
-    """Keep datasets from telling a server that one of its readers was used, which it does for local files too."""
-    import datasets
-
-    kept = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    try:
-        yield
-    finally:
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = kept
+    return load_rows(config.dataset, subset=config.dataset_subset, split=config.dataset_split)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -191,12 +130,13 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
     """What `run_audit` would do, without weights and without the pass: everything is checked that can be.
 
     Returns:
-        JSON-able: pairs, left_out, tokens (a span each, after truncation), longest (tokens of the longest pair), shards
-        and shards_done, batch_tokens, layer, d_sae, contexts, out.
+        JSON-able: pairs, left_out, notes (on columns that nothing reads), tokens (a span each, after truncation),
+        longest (tokens of the longest pair), shards and shards_done, batch_tokens, layer, d_sae, contexts, out.
     Raises:
         AnatomyError: as `run_audit` would, but for what only weights tell: that a harvest in the folder is of another
             model of the same shape.
     """
+    from ..reading.columns import column_notes, prompt_column, unread_columns
     from ..reading.harvest import shards_done
     from ..reading.sae import check_sae, load_sae
     from ..reading.sft import read_rows
@@ -225,6 +165,7 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
     return {
         "pairs": len(pairs),
         "left_out": dict(pairs.left_out),
+        "notes": column_notes(unread_columns(raw, config.data_kind), prompt_column(raw)),
         "tokens": {
             "prompt": int(tokens[:, 0].sum()),
             "chosen": int(tokens[:, 1].sum()),
@@ -311,6 +252,7 @@ def _conclude(
     timings: dict[str, float],
 ) -> None:
     """From a harvest to the audit folder."""
+    from ..reading.columns import column_notes, prompt_column, unread_columns
     from ..reading.fingerprint import layer_weights, model_fingerprint
     from .labelling import label_audit
     from .region_view import analyse_regions
@@ -339,6 +281,8 @@ def _conclude(
     l0 = float(first.count("chosen").sum(dtype=np.int64) / first.lengths["chosen"].sum(dtype=np.int64))
     if note := sae.l0_note(l0):
         findings.info["notes"].append(note)
+    unread, prompt = unread_columns(raw, config.data_kind), prompt_column(raw)
+    findings.info["notes"][:0] = column_notes(unread, prompt)
     info = {
         "versions": _versions(),
         "model": {
@@ -363,6 +307,8 @@ def _conclude(
             "n_pairs": len(pairs),
             "left_out": dict(pairs.left_out),
             "tokens": tokens,
+            "unread_columns": unread,
+            "looks_like_prompt": prompt,
         },
         "settings": config.settings(),
         **findings.info,

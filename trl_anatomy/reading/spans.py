@@ -22,7 +22,8 @@ from ..errors import AnatomyError
 SPANS = ("prompt", "chosen", "rejected")
 TRUNCATIONS = ("keep_start", "keep_end", "drop")
 
-_TEXT_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+# Columns of a preference dataset that are read; all others are passed over.
+PAIR_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 _OTHER_TEXTS = ("0", "Z")  # two, of which no text begins with both
 EMPTY = "empty response"
 FILLED = "prompt fills max_length"
@@ -332,16 +333,29 @@ def check_rows(dataset: Dataset) -> None:
 
 def _check_columns(dataset: Dataset) -> None:
     check_rows(dataset)
-    missing = [column for column in ("chosen", "rejected") if column not in dataset.column_names]
-    if missing:
-        raise AnatomyError(
-            f"The dataset has no column {' and no column '.join(map(repr, missing))} (found: "
-            f"{', '.join(dataset.column_names) or 'none'}); preference data needs 'chosen' and 'rejected', and "
-            "'prompt' unless both responses start with it."
-        )
+    if problem := no_pairs(dataset.column_names):
+        raise AnatomyError(problem)
     images = [column for column in ("image", "images") if column in dataset.column_names]
     if images:
         raise AnatomyError(f"The dataset has the column {images[0]!r}; pairs with images cannot be read, only text.")
+
+
+def no_pairs(columns: Sequence[str]) -> str | None:
+    """Why a dataset with these columns holds no preference pairs, and what to do; None where it does."""
+    missing = [column for column in ("chosen", "rejected") if column not in columns]
+    if not missing:
+        return None
+    if {"prompt", "completion", "label"} <= set(columns):
+        kind = "it holds unpaired answers with a label (as `trl kto` takes them)"
+    elif kinds := [word for word in ("completion", "messages", "text") if word in columns]:
+        kind = f"it holds SFT data ('{kinds[0]}'): train on it with `trl sft`, audit it with --data_kind sft"
+    else:
+        kind = ""
+    return (
+        f"The dataset has no column {' and no column '.join(map(repr, missing))} (found: "
+        f"{', '.join(columns) or 'none'}){kind and '; '}{kind}; preference data needs 'chosen' and 'rejected', and "
+        "'prompt' unless both responses start with it."
+    )
 
 
 def read_pairs(
@@ -376,7 +390,7 @@ def read_pairs(
             "Every pair needs two responses that are not blank."
         )
     text_tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    columns = [column for column in _TEXT_COLUMNS if column in dataset.column_names]
+    columns = [column for column in PAIR_COLUMNS if column in dataset.column_names]
     kept = dataset.select_columns(columns).add_column("row", np.arange(len(dataset)))
     if not usable.all():
         kept = kept.select(np.flatnonzero(usable))
