@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from reading_world import build_tokenizer, dataset, tiny_model, tiny_sae
+from transformers import Cache
 
 from trl_anatomy.checking.likelihood import log_likelihoods
 from trl_anatomy.checking.rollouts import rollouts
@@ -37,8 +38,7 @@ def memory_for(model: Any, sequences: int, tokens: int = 10**9) -> Iterator[list
 
     def check(module: Any, args: Any, kwargs: Any) -> None:
         n, width = kwargs["input_ids"].shape
-        cache = kwargs.get("past_key_values")
-        width += cache.get_seq_length() if cache else 0
+        width += sum(value.get_seq_length() for value in kwargs.values() if isinstance(value, Cache))
         if n > sequences or n * width > tokens:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         sizes.append(len(kwargs["input_ids"]))

@@ -120,13 +120,15 @@ class ReftScorer(HiddenScorer):
 
         A token that is being generated is the last of the response so far, so it is among the last `ends` of them;
         the prompt is left alone. A response longer than 2 · `ends` is edited at more tokens than when this was fitted.
+
+        Raises:
+            AnatomyError: the model runs without a cache, so that its prompt and what it generates look alike.
         """
         reads_prompt = True
 
         def begin(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
             nonlocal reads_prompt
-            cache = kwargs.get("past_key_values")
-            reads_prompt = cache is None or cache.get_seq_length() == 0
+            reads_prompt = cached_tokens(kwargs) == 0
 
         def where(h: Tensor) -> Tensor:
             return torch.full(h.shape[:2], not reads_prompt, device=h.device)
@@ -257,6 +259,22 @@ class ReftScorer(HiddenScorer):
 
 Edit = tuple[Sequence[int], Mapping[str, Tensor], int, float]
 """Layers, tensors (as in a `ReftScorer`), ends and dropout of an edit."""
+
+
+def cached_tokens(kwargs: Mapping[str, Any]) -> int:
+    """Tokens that stand before those of a decoder's call, by the cache that it is given.
+
+    The cache is known by its type: its name changes (`past_key_values` until transformers 5.23, then `cache`).
+
+    Raises:
+        AnatomyError: there is no cache.
+    """
+    from transformers import Cache
+
+    for value in kwargs.values():
+        if isinstance(value, Cache):
+            return int(value.get_seq_length())
+    raise AnatomyError("A low-rank edit cannot tell a prompt from what follows it without a cache: use use_cache=True.")
 
 
 def low_rank(hidden: Tensor, w1: Tensor, b: Tensor, w2: Tensor) -> Tensor:
