@@ -1,0 +1,133 @@
+"""Measures of a response that are numbers: how long it is, how it repeats itself, in which language it stands."""
+
+import re
+
+# Scripts that are written without blanks between words: each character counts as a word.
+UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_UNSPACED = re.compile(f"[{UNSPACED}]")
+# What a word ends with where a sentence ends, before quotation marks and brackets; what looks like it and is none.
+_ENDS, _CLOSE = ".!?…。！？", "\"'”’)]*_"
+_ENDED, _LAST = frozenset(_ENDS), frozenset(_ENDS + _CLOSE)
+_NO_END = re.compile(r"\W*(?:Dr|Mr|Mrs|Ms|Prof|St|vs|e\.g|i\.e|etc|cf|Fig|No|[A-Z]|\d{1,3})\.")
+_WIDE = re.compile("[。！？]+(?=.)", re.DOTALL)
+_GAP = re.compile(r"\n[ \t]*\n\s*")
+_NUMERAL = re.compile(r"\d(?<![\w.]\d)[\d,.]*")
+_MARKER = re.compile(r"^[ \t]*(?:#+[ \t]*)?\d{1,3}[.)](?=\s)", re.MULTILINE)
+_LETTER = re.compile(r"[^\W\d_]")
+_NOT_LATIN = re.compile(r"[^\W\d_A-Za-z\u00aa\u00ba\u00c0-\u024f\u1e00-\u1eff]")
+
+
+def _set(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+# The commonest words of English, and of the languages of the Latin script that are met most; those of several left out.
+_ENGLISH = _set("the of and is are was it that this with for you your be not have from they i he she we by or")
+_OTHERS = tuple(
+    _set(words)
+    for words in (
+        "el los las una por que con para del es se lo como pero más este esta son",  # Spanish
+        "le les des une est que et pour dans qui pas vous je ce sur avec il elle sont du",  # French
+        "der die das und ist nicht ein eine ich sie mit für auf den dem zu wir von auch sind",  # German
+        "os uma que não para com é do da em um por se mais como você são dos das",  # Portuguese
+        "il di che è per una non sono con gli del della le si ma questo come anche",  # Italian
+        "de het een en van is niet dat op te zijn ik je voor met maar ook naar",  # Dutch
+        "nie jest się na że do to jak ale z przez dla tym które po",  # Polish
+        "och att det som en på är av för med inte jag har till den ett",  # Swedish
+    )
+)
+# Characters from which the language is told.
+_TOLD_FROM = 2000
+_AROUND = ".,;:!?¿¡()[]\"'“”‘’«»*_"
+
+
+def words(text: str) -> float:
+    """Words: split at white space; in scripts without blanks each character.
+
+    >>> words("a short text"), words("你好，世界")
+    (3.0, 4.0)
+    """
+    if text.isascii():
+        return float(len(text.split()))
+    found = _UNSPACED.findall(text)
+    if not found:
+        return float(len(text.split()))
+    rest = [word for word in _UNSPACED.sub(" ", text).split() if any(map(str.isalnum, word))]
+    return float(len(found) + len(rest))
+
+
+def sentences(text: str) -> float:
+    """Sentences, told by the signs that end them and by blank lines; at least 1 where there is a word.
+
+    >>> sentences("Dr. Who came, e.g. by bus. Why?"), sentences("1. Bread"), sentences("")
+    (2.0, 1.0, 0.0)
+    """
+    last = [word for word in text.split() if word[-1] in _LAST]
+    found = sum(
+        word.rstrip(_CLOSE)[-1:] in _ENDS and not _NO_END.fullmatch(word) for word in last if word.strip(_CLOSE)
+    )
+    found += 0 if text.isascii() else len(_WIDE.findall(text))
+    return float(max(found, bool(text.strip())))
+
+
+def paragraphs(text: str) -> float:
+    """Blocks of text between blank lines.
+
+    >>> paragraphs("One.\\n\\nTwo\\nlines.\\n"), paragraphs("")
+    (2.0, 0.0)
+    """
+    text = text.strip()
+    return float(len(_GAP.findall(text)) + 1) if text else 0.0
+
+
+def repetition(text: str, n: int = 4) -> float:
+    """Share of the runs of four words that stood before in the text.
+
+    >>> repetition("the cat sat down and the cat sat down"), repetition("no word twice here")
+    (0.16666666666666666, 0.0)
+    """
+    found = text.lower().split()
+    if len(found) < n + 1:
+        return 0.0
+    runs = list(zip(*(found[i:] for i in range(n)), strict=False))
+    return 1 - len(set(runs)) / len(runs)
+
+
+def numerals(text: str) -> float:
+    """Numbers in figures per 100 words; the numbers of lists and headings do not count.
+
+    >>> numerals("1. Pay $5.00 by 2024\\n2. Or pay nothing more")
+    20.0
+    """
+    n_words = words(text)
+    return 100 * (len(_NUMERAL.findall(text)) - len(_MARKER.findall(text))) / n_words if n_words else 0.0
+
+
+def other_script(text: str) -> float:
+    """1.0 where at least a third of the letters are not Latin.
+
+    >>> other_script("Привет, мир"), other_script("The word 水 is water")
+    (1.0, 0.0)
+    """
+    if text.isascii():
+        return 0.0
+    text = text[:_TOLD_FROM]
+    others = len(_NOT_LATIN.findall(text))
+    return float(others > 0 and 3 * others >= len(_LETTER.findall(text)))
+
+
+def other_language(text: str) -> float:
+    """1.0 where the text is not in English, as far as its script and the commonest words of nine languages tell.
+
+    >>> other_language("El perro es de los vecinos, pero no lo sabe."), other_language("An e-mail to José and Renée")
+    (1.0, 0.0)
+    """
+    if other_script(text):
+        return 1.0
+    found = [word.strip(_AROUND) for word in text[:_TOLD_FROM].lower().split()]
+    english = sum(word in _ENGLISH for word in found)
+    if 8 * english >= len(found):  # the common case
+        return 0.0
+    distinct = set(found)
+    most = max(3, 1.5 * len(distinct & _ENGLISH) + 1)
+    return float(any(len(distinct & known) >= most for known in _OTHERS))
