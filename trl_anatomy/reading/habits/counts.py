@@ -83,14 +83,14 @@ def paragraphs(text: str) -> float:
 def repetition(text: str, n: int = 4) -> float:
     """Share of the runs of four words that stood before in the text.
 
-    >>> repetition("the cat sat down and the cat sat down"), repetition("no word twice here")
-    (0.16666666666666666, 0.0)
+    >>> repetition("oh no no no no no"), repetition("no word twice here")
+    (0.3333333333333333, 0.0)
     """
     found = text.lower().split()
     if len(found) < n + 1:
         return 0.0
     runs = list(zip(*(found[i:] for i in range(n)), strict=False))
-    return 1 - len(set(runs)) / len(runs)
+    return (len(runs) - len(set(runs))) / len(runs)
 
 
 def numerals(text: str) -> float:

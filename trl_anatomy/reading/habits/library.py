@@ -261,7 +261,8 @@ _SAYS = (
         "quotation",
         "words between quotation marks, or a line quoted with `>`; inches are none",
         "quote",
-        pattern=r'"(?<!\w")(?=\S)[^"\n]{2,400}(?<=\S)"|“[^”\n]{2,400}”|«[^»\n]{2,400}»|「[^」\n]{2,400}」|(?m:^[ \t]*> ?\S)',
+        pattern=r'"(?<!\w")(?=\S)[^"\n]{2,400}(?<=\S)"|“[^”\n]{2,400}”|«[^»\n]{2,400}»|'
+        r"「[^」\n]{2,400}」|(?m:^[ \t]*> ?\S)",
         needs=('"', "“", "«", "「", ">"),
     ),
     Habit(
