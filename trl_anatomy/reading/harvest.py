@@ -29,6 +29,7 @@ from .forward import in_halves, length_sorted_batches, read_spans
 from .ranks import Ranks
 from .sae import SAE
 from .spans import SPANS, Pairs
+from .unfinished import Parts, saving
 
 _MANIFEST = "manifest.json"
 _RANK_MANIFEST = "manifest-rank{}.json"  # what another process has written so far
@@ -197,8 +198,8 @@ def harvest(
 ) -> Harvest:
     """Read every pair once and keep, per span and latent, the largest activation and the firing tokens.
 
-    Shards whose hash still matches are kept, so that an interrupted run goes on and ends in the same bytes, with
-    whatever number of processes.
+    Shards whose hash still matches are kept, and so are the batches of a shard that was not finished: an interrupted
+    run goes on and ends in the same bytes, with whatever number of processes.
 
     Args:
         model: the frozen start model.
@@ -242,13 +243,15 @@ def harvest(
         with tqdm(total=total, initial=initial, desc="Reading pairs", unit="pair", disable=silent) as bar:
             for name in mine:
                 indices = range(shards[name], shards[name] + size[name])
-                tensors = _read_shard(model, sae, pairs, indices, layer, batch_tokens, bar)
+                parts = Parts(out / name, hash_json([key, indices.start, indices.stop, batch_tokens]))
+                tensors = _read_shard(model, sae, pairs, indices, layer, batch_tokens, bar, parts)
                 made[name] = _write_shard(out, name, tensors)
                 # Until the end each process notes its own shards; the main one notes those of earlier runs too.
                 file = _MANIFEST if ranks.main else _RANK_MANIFEST.format(ranks.index)
                 _write_manifest(out / file, manifest, {**(entries if ranks.main else {}), **made}, send=False)
                 storage.send(out / name)
                 storage.send(out / file)
+                parts.clear()
         return made
 
     made = ranks.together(read_mine)
@@ -448,13 +451,20 @@ def stream_harvest(
 
 
 def _read_shard(
-    model: nn.Module, sae: SAE, pairs: Pairs, indices: range, layer: int, batch_tokens: int, bar: Any
+    model: nn.Module, sae: SAE, pairs: Pairs, indices: range, layer: int, batch_tokens: int, bar: Any, parts: Parts
 ) -> dict[str, np.ndarray]:
     n_spans = len(SPANS)
     lengths = np.zeros((len(indices), n_spans), np.int32)
     found: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [[_NOTHING] * n_spans for _ in indices]
     # The pooled result is dense until it is made sparse, so it is bounded like the activations: by groups of spans.
     group = max(1, _POOLED_BYTES // (8 * sae.d_sae))
+    done = np.zeros(len(indices), dtype=bool)
+    fresh: list[int] = []  # pairs that are in no part yet
+
+    def save() -> None:
+        if fresh:
+            parts.add(_part(fresh, found, lengths))
+            fresh.clear()
 
     def fold(batch: list[int]) -> None:
         read = read_spans(model, pairs, batch, [layer])
@@ -469,19 +479,54 @@ def _read_shard(
                 pair, span = batch[j // n_spans] - indices.start, j % n_spans
                 lengths[pair, span] = bounds[j + 1] - bounds[j]
                 found[pair][span] = entries
+        fresh.extend(pair - indices.start for pair in batch)
         bar.update(len(batch))
+        saved()
 
-    in_halves(length_sorted_batches(pairs, indices, batch_tokens), fold)
+    for part in parts.stored():
+        for pair, each, entries in _of_part(part):
+            found[pair], lengths[pair], done[pair] = entries, each, True
+    bar.update(int(done.sum()))
+    # Whole batches, as they would have been: what a batch gives depends on its padding.
+    batches = length_sorted_batches(pairs, indices, batch_tokens)
+    with saving(save) as saved:
+        in_halves((batch for batch in batches if not done[np.array(batch) - indices.start].all()), fold)
     blocks = {}
     for j, span_name in enumerate(SPANS):
         columns, largest, fired = zip(*(row[j] for row in found), strict=True)
         indptr = np.concatenate([[0], np.cumsum([len(column) for column in columns])])
-        parts = (np.concatenate(part) for part in (columns, largest, fired))
-        blocks[span_name] = (indptr, *parts, lengths[:, j])
+        values = (np.concatenate(part) for part in (columns, largest, fired))
+        blocks[span_name] = (indptr, *values, lengths[:, j])
     return _pack(blocks, pairs.rows[indices.start : indices.stop], sae.d_sae)
 
 
 _NOTHING = (np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int32))
+
+
+def _part(
+    rows: list[int], found: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]], lengths: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Tensors of some pairs of a shard, spans end to end."""
+    spans = [span for row in rows for span in found[row]]
+    columns, largest, fired = (np.concatenate(part) for part in zip(*spans, strict=True))
+    return {
+        "pairs": np.array(rows, np.int64),
+        "lengths": lengths[rows],
+        "sizes": np.array([len(column) for column, _, _ in spans], np.int64),
+        "columns": columns,
+        "maximum": largest,
+        "count": fired,
+    }
+
+
+def _of_part(
+    part: Mapping[str, np.ndarray],
+) -> Iterator[tuple[int, np.ndarray, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]]:
+    """What `_part` was made of: pair, tokens of its spans, entries of its spans."""
+    cuts = np.cumsum(part["sizes"])[:-1]
+    spans = list(zip(*(np.split(part[name], cuts) for name in ("columns", "maximum", "count")), strict=True))
+    for i, pair in enumerate(part["pairs"].tolist()):
+        yield pair, part["lengths"][i], spans[i * len(SPANS) : (i + 1) * len(SPANS)]
 
 
 def _sparse_rows(maximum: Tensor, count: Tensor) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -1,7 +1,7 @@
 """Log-probabilities that a frozen model gives to the tokens of responses; the LM head runs piece by piece."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -20,6 +20,7 @@ from .fingerprint import hash_json, model_key
 from .forward import TEXT, each_in_halves, frozen, token_batches
 from .locate import decoder, layer_module
 from .spans import SPANS, Pairs
+from .unfinished import Parts, keep_part, saving
 
 _LOGITS_BYTES = 256 << 20  # of the logits (in float32) that are held at once
 _SIDES = SPANS[1:]
@@ -80,9 +81,8 @@ def response_logprobs(
     sums = np.zeros((2, len(pairs)))
     if _stored(file, sums):
         return sums
-    for i, side, values in read_responses(
-        model, pairs, indices, picked, prompts=prompts, shift=shift, batch_tokens=batch_tokens, progress=progress
-    ):
+    how = {"prompts": prompts, "shift": shift, "batch_tokens": batch_tokens, "progress": progress}
+    for i, side, values in _read_kept(file, model, pairs, indices, picked, **how):
         sums[side, i] = values.astype(np.float64).sum()
     if not np.isfinite(sums).all():
         side, pair = (int(found[0]) for found in np.nonzero(~np.isfinite(sums)))
@@ -124,7 +124,8 @@ def opening_chances(
     def chance(logits: Tensor, targets: Tensor) -> Tensor:
         return (logits[:, among.to(logits.device)].logsumexp(-1) - logits.logsumexp(-1)).exp()
 
-    for i, side, values in read_responses(model, pairs, indices, chance, batch_tokens=batch_tokens, progress=progress):
+    how = {"batch_tokens": batch_tokens, "progress": progress}
+    for i, side, values in _read_kept(file, model, pairs, indices, chance, **how):
         start = pairs.response_bounds[2 * i + side]
         chances[start : start + len(values)] = values
     _store(file, chances)
@@ -159,6 +160,36 @@ def _stored(file: Path | None, values: np.ndarray) -> bool:
 def _store(file: Path | None, values: np.ndarray) -> None:
     if file is not None:
         keep(file, {"values": values})
+        Parts(file, "").clear()
+
+
+def _read_kept(
+    file: Path | None, model: nn.Module, pairs: Pairs, indices: Sequence[int], read: Any, **how: Any
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """As `read_responses`; what was read before an interruption is kept beside `file`, and comes from there."""
+    if file is None:
+        yield from read_responses(model, pairs, indices, read, **how)
+        return
+    parts = Parts(file, hash_json(how["batch_tokens"]))
+    done: set[tuple[int, int]] = set()
+    fresh: list[tuple[int, int, np.ndarray]] = []
+
+    def save() -> None:
+        if fresh:
+            places = np.array([(i, side, len(values)) for i, side, values in fresh], np.int64)
+            keep_part(parts, {"places": places, "values": np.concatenate([values for _, _, values in fresh])})
+            fresh.clear()
+
+    for part in parts.stored():
+        each = np.split(part["values"], np.cumsum(part["places"][:, 2])[:-1])
+        for (i, side, _), values in zip(part["places"].tolist(), each, strict=True):
+            done.add((i, side))
+            yield i, side, values
+    with saving(save) as saved:
+        for found in read_responses(model, pairs, indices, read, done=done, **how):
+            fresh.append(found)
+            yield found
+            saved()
 
 
 def read_responses(
@@ -171,11 +202,13 @@ def read_responses(
     shift: Shift | None = None,
     batch_tokens: int = 8192,
     progress: bool = True,
+    done: Collection[tuple[int, int]] = (),
 ) -> Iterator[tuple[int, int, np.ndarray]]:
     """What the model's distribution says at every response token that truncation leaves.
 
     Args:
         read: (n, vocabulary) logits before n tokens (float32, or the float64 of such a model), (n,) the tokens -> (n,).
+        done: (pair, side) of the responses that need not be read again.
 
     Yields:
         pair, side (0 chosen, 1 rejected), (n_tokens,) what was read; 0 for a first token that no prompt stands before.
@@ -217,7 +250,13 @@ def read_responses(
         return np.split(values, np.cumsum(counts)[:-1])
 
     with frozen(model), tqdm(total=len(parts), desc="Log-probabilities", unit="resp", disable=not progress) as bar:
-        batches = token_batches(lengths, range(len(parts)), batch_tokens)
+        whole = [(indices[k // 2], k % 2) in done for k in range(len(parts))]
+        bar.update(sum(whole))
+        batches = (
+            batch
+            for batch in token_batches(lengths, range(len(parts)), batch_tokens)
+            if not all(whole[k] for k in batch)
+        )
         for batch, each in each_in_halves(batches, read_batch, one=TEXT):
             for k, part in zip(batch, each, strict=True):
                 front = np.zeros(len(parts[k][1]) - len(part), np.float32)

@@ -1,7 +1,8 @@
 """Scores of all concepts over all pairs: one frozen pass for the hidden-state scorers together, cached, resumable."""
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,8 @@ def score_pairs(
                 scoring.take(batch, found.hidden, found.bounds, (slice(1, None, 3), slice(2, None, 3)))
                 bar.update(len(batch))
 
-            in_halves(length_sorted_batches(pairs, todo, batch_tokens), score)
+            with scoring.kept():
+                in_halves(length_sorted_batches(pairs, todo, batch_tokens), score)
     return scoring.finish()
 
 
@@ -184,8 +186,6 @@ class Scoring:
         for name, scorer in self.missing.items():
             states = hidden[scorer.layer]
             scored = scorer.score_spans(states, bounds).cpu().numpy()
-            for side in range(2):
-                self._values[name][side, batch] = scored[sides[side]]
             if name in self._by_token:
                 each = scorer.score_tokens(states, bounds).float().cpu().numpy()
                 for side in range(2):
@@ -194,9 +194,20 @@ class Scoring:
                         part = each[bounds[span] : bounds[span + 1]]
                         start = self.pairs.response_bounds[2 * pair + side]
                         self._by_token[name][start : start + len(part)] = part
+            for side in range(2):  # last: a pair with both scores is whole
+                self._values[name][side, batch] = scored[sides[side]]
         if time.monotonic() - self._saved > _SAVE_SECONDS:
             self._save()
             self._saved = time.monotonic()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """The scope of the pass: what was scored before it is interrupted, or fails, is kept."""
+        try:
+            yield
+        except BaseException:
+            self._save()
+            raise
 
     def finish(self) -> Scores:
         """Keep the scores, match the text rules, and give all of them.

@@ -136,8 +136,9 @@ class ReadAlong:
             layer_module(self._model, layer).register_forward_hook(self._keep(layer)) for layer in self._scoring.layers
         ]
         try:
-            yield self
-            self._score()
+            with self._scoring.kept():
+                yield self
+                self._score()
         finally:
             for handle in handles:
                 handle.remove()
