@@ -17,6 +17,7 @@ SEAMS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "AutoModelForCausalLM.from_pretrained": None,
         "AutoConfig.from_pretrained": None,
         "AutoTokenizer.from_pretrained": None,
+        "AutoProcessor.from_pretrained": None,
         "PretrainedConfig.get_text_config": (),
         "PreTrainedModel.get_output_embeddings": (),
         "PreTrainedModel.base_model_prefix": None,

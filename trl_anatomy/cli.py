@@ -163,6 +163,7 @@ def _check_labeller(flags: Any) -> None:
     """Refuse what can not work before long work."""
     from .audit.run import empty_model, load_tokenizer
     from .reading.chat import ChatEndpoint, LocalChat
+    from .reading.processing import text_tokenizer
 
     if flags.label_url is not None and flags.label_model is None:
         raise AnatomyError("--label_url needs --label_model, the name of the model there.")
@@ -172,7 +173,7 @@ def _check_labeller(flags: Any) -> None:
         ChatEndpoint(flags.label_url, flags.label_model, flags.label_key_variable).check()
     elif flags.label_model is not None:
         empty_model(flags.label_model)
-        LocalChat.check(load_tokenizer(flags.label_model), flags.label_model)
+        LocalChat.check(text_tokenizer(load_tokenizer(flags.label_model)), flags.label_model)
 
 
 def _name_concepts(audit: Audit, flags: Any) -> None:
@@ -183,6 +184,7 @@ def _name_concepts(audit: Audit, flags: Any) -> None:
     from .audit.report import write_report
     from .audit.run import load_model, load_tokenizer
     from .reading.chat import ChatEndpoint, LocalChat
+    from .reading.processing import text_tokenizer
 
     source = reopen(audit)
     pairs = source.pairs
@@ -191,7 +193,7 @@ def _name_concepts(audit: Audit, flags: Any) -> None:
         chat = ChatEndpoint(flags.label_url, flags.label_model, flags.label_key_variable)
     else:
         name = flags.label_model
-        chat = LocalChat(load_model(AuditConfig(model=name)), load_tokenizer(name), Path(name).name)
+        chat = LocalChat(load_model(AuditConfig(model=name)), text_tokenizer(load_tokenizer(name)), Path(name).name)
     label_audit(audit, pairs.texts, chat, firings=read_firings(source))
     write_report(audit, pairs.raw)
 

@@ -46,7 +46,8 @@ class AuditConfig:
     """
 
     model: str = field(
-        default="", metadata={"help": "Start model: folder or hub name, loaded with AutoModelForCausalLM."}
+        default="",
+        metadata={"help": "Start model: folder or hub name of a language model, or of one of text and images."},
     )
     dataset: str | None = field(
         default=None,
@@ -81,6 +82,13 @@ class AuditConfig:
     truncation: str = field(
         default="keep_start",
         metadata={"help": "keep_start or keep_end as in DPO; drop leaves longer pairs out, as in reward training."},
+    )
+    chat_template_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Chat template instead of the model's own, as in reward training: a .jinja file, or a folder or "
+            "hub name of a tokenizer."
+        },
     )
     dtype: str = field(default="auto", metadata={"help": "auto (as stored), float32, bfloat16 or float16."})
     device: str = field(default="auto", metadata={"help": "auto (cuda where there is one), cpu, cuda, cuda:1, ..."})
@@ -205,7 +213,7 @@ class AuditConfig:
     def settings(self) -> dict[str, Any]:
         """JSON-able settings, as `audit.json` records them; local paths are absolute, so that they hold anywhere."""
         settings = asdict(self)
-        for name in ("model", "dataset", "sae", "out"):
+        for name in ("model", "dataset", "sae", "out", "chat_template_path"):
             if settings[name] and Path(settings[name]).exists():
                 settings[name] = str(Path(settings[name]).resolve())
         return settings

@@ -24,7 +24,8 @@ class Source:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self._named("model"))
+        """The tokenizer or processor that made the audited tokens."""
+        return load_tokenizer(self._named("model"), self.config)
 
     @cached_property
     def model_config(self) -> Any:
@@ -32,7 +33,7 @@ class Source:
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(self._named("model"))
+            return AutoConfig.from_pretrained(self._named("model"), trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise AnatomyError(f"{self.audit.name}: the model at {self.config.model} is not there any more.") from error
 

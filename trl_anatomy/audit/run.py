@@ -1,5 +1,6 @@
 """Run an audit: pairs, frozen pass, communities, tests, folder, page."""
 
+import copy
 import platform
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +11,7 @@ import pyarrow as pa
 from scipy import sparse
 
 from ..errors import AnatomyError
+from ..reading.processing import lengthen_embeddings, load_processing_class, set_chat_template
 from ..reading.storage import local
 from . import stats
 from .communities import find_communities
@@ -51,38 +53,58 @@ def load_dataset(config: AuditConfig) -> "Dataset":
     return load_rows(config.dataset, subset=config.dataset_subset, split=config.dataset_split)
 
 
-def load_tokenizer(name: str) -> Any:
-    """Tokenizer of the start model, without remote code."""
-    from transformers import AutoTokenizer
+def load_tokenizer(name: str, config: AuditConfig | None = None) -> Any:
+    """The tokenizer or processor of a model, without remote code; as TRL loads it, with the template of an audit.
 
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:
-        raise AnatomyError(f"model {name}: its tokenizer cannot be loaded ({_first_line(error)}).") from error
+    Args:
+        name: folder or hub name of the model.
+        config: the audit whose rows it makes tokens of: as the trainer of its `truncation`, with its template.
+    """
+    if config is None:
+        return load_processing_class(name)
+    loaded = load_processing_class(name, reward=config.truncation == "drop")
+    if config.chat_template_path is not None:
+        set_chat_template(loaded, config.chat_template_path)
+    return loaded
 
 
 def empty_model(name: str) -> Any:
     """A causal language model without its weights, and without remote code: whether it can be loaded at all."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+            auto, config = auto_class(name)
+            return auto.from_config(config, trust_remote_code=False)
     except Exception as error:
         raise AnatomyError(f"model {name}: cannot be loaded ({_first_line(error)}).") from error
 
 
 def load_model(config: AuditConfig) -> Any:
     """The start model in evaluation mode on its device, without remote code."""
-    from transformers import AutoModelForCausalLM
-
     device = _device(config)
     try:
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype)
+        auto, _ = auto_class(config.model)
+        model = auto.from_pretrained(config.model, dtype=config.dtype, trust_remote_code=False)
     except Exception as error:
         raise AnatomyError(f"model {config.model}: cannot be loaded ({_first_line(error)}).") from error
+    if config.chat_template_path is not None:
+        lengthen_embeddings(model, load_tokenizer(config.model, config))
     return model.to(device).eval()
+
+
+def auto_class(name: str) -> tuple[Any, Any]:
+    """What loads a model, and its configuration: a model of text and images is read where it is no language model."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForCausalLM if type(config) in known else AutoModelForImageTextToText, config
 
 
 def _device(config: AuditConfig) -> str:
@@ -119,11 +141,14 @@ def _require(config: AuditConfig, model: Any, dataset: Any) -> None:
 
 def _tokenizer(config: AuditConfig, model: Any, tokenizer: Any) -> Any:
     if tokenizer is not None:
+        if config.chat_template_path is not None:
+            tokenizer = copy.deepcopy(tokenizer)
+            set_chat_template(tokenizer, config.chat_template_path)
         return tokenizer
     name = config.model or getattr(getattr(model, "config", None), "_name_or_path", "")
     if not name:
         raise AnatomyError("audit: a model in memory needs its tokenizer beside it.")
-    return load_tokenizer(name)
+    return load_tokenizer(name, config)
 
 
 def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, dataset: Any = None) -> dict[str, Any]:

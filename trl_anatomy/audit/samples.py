@@ -107,11 +107,12 @@ def sample_table(
         concept and span the tokens that fire, with the share of the concept's features that do.
     """
     from ..reading.firings import span_tokens, token_firings, token_texts
+    from ..reading.processing import text_tokenizer
 
     place = {int(row): i for i, row in enumerate(pairs.rows)}
     groups = {place[row]: [features[name] for name in names] for row, names in wanted.items()}
     fired = token_firings(model, sae, pairs, groups, layer=layer, batch_tokens=batch_tokens)
-    text = getattr(tokenizer, "tokenizer", tokenizer)
+    text = text_tokenizer(tokenizer)
     rows = []
     for row, names in wanted.items():
         tokens = span_tokens(pairs, place[row])

@@ -116,10 +116,9 @@ def compare(
         AnatomyError: no prompt, no trained model, names that cannot be told from each other or from what else is
             written, a model that cannot be loaded or is not the one audited.
     """
-    from transformers import AutoTokenizer
-
     from ..audit.predict import agreement
     from ..audit.reopen import reopen
+    from ..audit.run import load_tokenizer
     from ..reading.harvest import harvest
     from ..reading.spans import read_pairs
     from .prompt_shift import prompt_view_agreement
@@ -139,7 +138,7 @@ def compare(
     start_model = load_audited(audit, before)
     sae = audit.load_sae(next(start_model.parameters()).device)
     if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(name_of(before))
+        tokenizer = load_tokenizer(name_of(before), reopen(audit).config)
     check_writable(out := local(out))
     remove_partial(out)
     sampling = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}

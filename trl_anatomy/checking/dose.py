@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import AnatomyError
 from ..reading.forward import frozen
 from ..reading.locate import layer_module
+from ..reading.processing import text_tokenizer
 from .rates import rate_interval
 from .rollouts import encode_prompt, rollouts
 
@@ -131,11 +132,12 @@ def perplexity(
 ) -> float:
     """exp of the mean negative log-likelihood of a response token after its prompt; NaN where there is no token."""
     total, count = 0.0, 0
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    reader = text_tokenizer(tokenizer)
+    pad = reader.pad_token_id if reader.pad_token_id is not None else reader.eos_token_id
     encoded = []
     for prompt, response in zip(prompts, responses, strict=True):
         before = encode_prompt(tokenizer, prompt)
-        after = tokenizer(response, add_special_tokens=False).input_ids
+        after = reader(response, add_special_tokens=False).input_ids
         if after and before:
             encoded.append((before, after))
     encoded.sort(key=lambda pair: len(pair[0]) + len(pair[1]))

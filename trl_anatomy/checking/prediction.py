@@ -81,9 +81,9 @@ def predict(
 
     Source: method.md section 12.
     """
-    from transformers import AutoTokenizer
-
     from ..audit.predict import step_shift
+    from ..audit.reopen import reopen
+    from ..audit.run import load_tokenizer
     from ..reading.harvest import harvest
     from ..reading.score import score_pairs
     from ..reading.spans import read_pairs
@@ -100,7 +100,7 @@ def predict(
     model = load_audited(audit, before)
     sae = audit.load_sae(next(model.parameters()).device)
     scorers = _scorers(ConceptPolicy.load(policy), audit, model)
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(name_of(before))
+    tokenizer = tokenizer or load_tokenizer(name_of(before), reopen(audit).config)
     rules = TEXT_RULES if rules is None else rules
     check_writable(out := local(out))
     remove_partial(out)

@@ -84,10 +84,12 @@ def load_model(model: Any) -> Any:
     if not isinstance(model, str | Path):
         return model
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from ..audit.run import auto_class
 
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(str(model))
+        auto, _ = auto_class(str(model))
+        loaded = auto.from_pretrained(str(model), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise AnatomyError(f"The model at {model} cannot be loaded: {error}") from error
     return loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -99,9 +101,14 @@ def load_audited(audit: Audit, before: Any) -> Any:
     Raises:
         AnatomyError: it is another one, or cannot be loaded.
     """
+    from ..audit.reopen import reopen
+    from ..audit.run import load_tokenizer
     from ..reading.fingerprint import model_fingerprint
+    from ..reading.processing import lengthen_embeddings
 
-    model = load_model(before)
+    model, config = load_model(before), reopen(audit).config
+    if config.chat_template_path is not None:
+        lengthen_embeddings(model, load_tokenizer(name_of(before), config))
     if model_fingerprint(model) != audit.info["model"]["fingerprint"]:
         raise AnatomyError(
             f"{name_of(before)} is not the model that was audited ({audit.info['model']['name']}): give that one, or "

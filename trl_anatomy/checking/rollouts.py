@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..reading.processing import prompt_ids, text_tokenizer
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -38,7 +40,7 @@ def rollouts(
 
     Args:
         model: Any causal language model of transformers.
-        tokenizer: Its tokenizer. Its padding side does not matter: the padding is done here, on the left.
+        tokenizer: Its tokenizer or processor. Its padding side does not matter: the padding is done here, on the left.
         prompts: Texts to continue, or conversations (lists of messages) to answer.
         n_per_prompt: Responses per prompt.
         max_new_tokens: Longest response in tokens.
@@ -57,7 +59,8 @@ def rollouts(
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     jobs = [i for i in range(len(prompts)) for _ in range(n_per_prompt)]
     jobs.sort(key=lambda i: len(encoded[i]))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    reader = text_tokenizer(tokenizer)
+    pad = reader.pad_token_id if reader.pad_token_id is not None else reader.eos_token_id
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     texts: list[list[str]] = [[] for _ in prompts]
     was_training = model.training
@@ -86,7 +89,7 @@ def rollouts(
             for device, state in zip(devices, states[1], strict=True):
                 torch.cuda.set_rng_state(state, device)
             raise
-        return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return reader.batch_decode(output[:, longest:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     batches = (jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size))
     try:
@@ -102,9 +105,7 @@ def rollouts(
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> list[int]:
     """Token ids of a prompt: text as it stands, a conversation by the chat template."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt).input_ids
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return prompt_ids(tokenizer, prompt)
 
 
 @contextmanager
@@ -131,5 +132,6 @@ def _base(model: Any) -> Any:
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
     """End tokens of the tokenizer and of the model's generation settings together (chat models stop on several)."""
     stored = model.generation_config.eos_token_id
-    ids = {*(stored if isinstance(stored, list) else [stored]), tokenizer.eos_token_id} - {None}
+    own = text_tokenizer(tokenizer).eos_token_id
+    ids = {*(stored if isinstance(stored, list) else [stored]), own} - {None}
     return sorted(ids) or None

@@ -16,6 +16,7 @@ from ..errors import AnatomyError
 from .fingerprint import hash_json, layer_fingerprint
 from .forward import read_texts
 from .locate import decoder_layers, layer_module
+from .processing import text_tokenizer
 from .sae import SAE, check_sae
 from .scorers import HiddenScorer
 from .scorers.attention_probe import AttentionProbe
@@ -97,7 +98,7 @@ def read_examples(
             ``tokens="prompt_end"``); or pairs, whose `chosen` shows the concept and whose `rejected` does not. Prompt
             and response are text, taken as they stand, or messages, for which the chat template is used. A label is
             1, 0, true or false.
-        tokenizer: the model's tokenizer.
+        tokenizer: the model's tokenizer or processor.
         tokens: ``"response"``: all tokens of the response (or text; a leading BOS is left out); ``"prompt_end"``: the
             last token before the response, for concepts such as refusal that a prompt decides.
         negatives: rows of the same form for another concept: those with label 1 are added with label 0.
@@ -124,7 +125,8 @@ def read_examples(
     if paired and not by_prompt:
         named = [named[i - i % 2] for i in range(len(named))]
     _, groups = np.unique(named, return_inverse=True)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    reader = text_tokenizer(tokenizer)
+    pad = reader.eos_token_id if reader.pad_token_id is None else reader.pad_token_id
     return Examples(
         sequences=sequences,
         spans=spans,
@@ -161,8 +163,9 @@ def _read_rows(dataset: Dataset, tokenizer: Any, tokens: str, max_length: int) -
     if "text" in columns:
         if tokens != "response":
             raise AnatomyError("tokens: prompt_end needs a column 'prompt'; the dataset has text alone.")
-        read = tokenizer([str(text) for text in dataset["text"]], truncation=True, max_length=max_length)["input_ids"]
-        starts = [int(len(ids) > 1 and ids[0] == tokenizer.bos_token_id) for ids in read]
+        reader = text_tokenizer(tokenizer)
+        read = reader([str(text) for text in dataset["text"]], truncation=True, max_length=max_length)["input_ids"]
+        starts = [int(len(ids) > 1 and ids[0] == reader.bos_token_id) for ids in read]
         rows = zip(read, starts, labels, strict=True)
         return [(ids, (start, len(ids)), label, "") for ids, start, label in rows if len(ids) > start]
     if "response" not in columns and tokens == "response":

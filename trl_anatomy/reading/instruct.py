@@ -41,7 +41,7 @@ def instructed_prompts(
         asked = pairs.raw.with_format(None).select(rows).map(ask, desc="Adding the instruction", keep_in_memory=True)
     except AnatomyError as error:
         raise AnatomyError(f"The instruction {instruction!r} has no place: {error}") from None
-    made = read_pairs(asked, pairs.tokenizer, max_length=None)
+    made = read_pairs(asked, pairs.processing_class, max_length=None)
     found = {}
     for j, i in zip(made.rows.tolist(), indices, strict=True):
         sides = []

@@ -22,6 +22,7 @@ _LAYER_LISTS = {
 }
 # Of these, the ones in which all that reads the residual stream first takes its mean over the width away.
 _LAYER_NORM = ("gpt2", "gpt_neox")
+_TEXT_PARTS = ("language_model", "text_model")  # of models of text and images
 # Modules by what their weight does with the residual stream; the names of all architectures above.
 _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "embed_in")
 _WRITERS = ("o_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h")
@@ -54,8 +55,8 @@ def decoder(model: Any) -> nn.Module:
     """The text decoder of a model: token embeddings, layers and last norm, without a head.
 
     Args:
-        model: a transformers model (bare, with a language-model or a sequence-classification head, multimodal Gemma 3),
-            wrapped by PEFT or not.
+        model: a transformers model (bare, with a language-model or a sequence-classification head, or one of text and
+            images), wrapped by PEFT or not.
 
     Raises:
         AnatomyError: the architecture is not supported.
@@ -69,7 +70,7 @@ def decoder(model: Any) -> nn.Module:
             f"The architecture {model_type!r} is not supported; supported: {', '.join(sorted(_LAYER_LISTS))}."
         )
     base = getattr(model, model.base_model_prefix, model)
-    base = getattr(base, "language_model", base)
+    base = next((part for name in _TEXT_PARTS if (part := getattr(base, name, None)) is not None), base)
     if not isinstance(getattr(base, _LAYER_LISTS[model_type], None), nn.ModuleList):
         raise AnatomyError(
             f"{type(model).__name__} keeps its layers in an unknown place (expected {_LAYER_LISTS[model_type]!r} in "

@@ -9,6 +9,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 
 from ..errors import AnatomyError
+from .processing import text_tokenizer as tokenizer_of
 from .spans import EMPTY, FILLED, SPANS, Pairs, check_kinds, check_rows, flatten_text, prepare_rows, read_pairs
 
 _UNANSWERED = "no assistant message at the end"
@@ -66,7 +67,7 @@ def read_sft(
     if truncation not in ("keep_start", "keep_end"):
         raise AnatomyError(f"truncation is {truncation!r}; for SFT data allowed: keep_start, keep_end.")
     kept, left_out = _sft_columns(dataset)
-    text_tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    text_tokenizer = tokenizer_of(tokenizer)
     conversations = isinstance(kept[0].get("prompt"), list)
     if conversations and tokenizer.chat_template is None:
         raise AnatomyError("The dataset holds conversations but the tokenizer has no chat_template: set one.")

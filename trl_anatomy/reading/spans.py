@@ -18,6 +18,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..errors import AnatomyError
+from .processing import text_tokenizer as tokenizer_of
 
 SPANS = ("prompt", "chosen", "rejected")
 TRUNCATIONS = ("keep_start", "keep_end", "drop")
@@ -43,7 +44,8 @@ class Pairs:
         pad_token_id: the trainer's padding token.
         bos_token_id: the tokenizer's first token, if it has one; it carries no text and stays out of pooling.
         left_out: reason -> number of raw rows left out.
-        tokenizer: what made the tokens; None where they were not made of text.
+        tokenizer: reads the tokens as text; None where they were not made of text.
+        processing_class: what made the tokens: the tokenizer, or the processor that holds it.
     """
 
     dataset: Dataset
@@ -54,6 +56,7 @@ class Pairs:
     bos_token_id: int | None
     left_out: dict[str, int]
     tokenizer: Any = None
+    processing_class: Any = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -230,6 +233,8 @@ def _no_messages(value: list[Any]) -> str | None:
         if isinstance(content, list):
             if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str | None) for part in content):
                 return "a message with a part whose text is no text"
+            if others := [part["type"] for part in content if part.get("type") not in (None, "text")]:
+                return f"a message with a part of the type {_what(others[0])}; only text can be read"
         elif not isinstance(content, str | None):
             return f"a message whose content is {_what(content)}"
     return None
@@ -389,7 +394,7 @@ def read_pairs(
             f"The dataset has no usable row: {len(dataset)} rows, {left_out.get(EMPTY, 0)} with an empty response. "
             "Every pair needs two responses that are not blank."
         )
-    text_tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    text_tokenizer = tokenizer_of(tokenizer)
     columns = [column for column in PAIR_COLUMNS if column in dataset.column_names]
     kept = dataset.select_columns(columns).add_column("row", np.arange(len(dataset)))
     if not usable.all():
@@ -400,7 +405,10 @@ def read_pairs(
                 "The tokenizer has no eos_token; TRL ends every response with it: set tokenizer.eos_token."
             )
     elif tokenizer.chat_template is None:
-        raise AnatomyError("The dataset holds conversations but the tokenizer has no chat_template: set one.")
+        raise AnatomyError(
+            "The dataset holds conversations but the tokenizer has no chat_template: set one, or give "
+            "chat_template_path."
+        )
 
     from trl.trainer.dpo_trainer import DPOTrainer  # the class itself, whatever stands in for it in `trl`
 
@@ -437,6 +445,7 @@ def read_pairs(
         bos_token_id=text_tokenizer.bos_token_id,
         left_out=left_out,
         tokenizer=text_tokenizer,
+        processing_class=tokenizer,
     )
 
 

@@ -180,8 +180,8 @@ def _build_sae(out: Path, model_path: Path, size: Size, seed: int) -> str:
     from .model import encode_texts
     from .sae import residual_stream, save_sae, train_sae, unexplained_variance
 
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, trust_remote_code=False)
     # Texts of another seed than the start model's: the SAE is to read the model, not its training texts.
     texts = encode_texts(make_corpus(size.n_sae_texts, seed + 1000, forbidden=size.forbidden), tokenizer)
     hidden = residual_stream(model, texts, layer=size.layer, pad=tokenizer.pad_token_id)

@@ -9,11 +9,11 @@ import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
-from transformers import AutoTokenizer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ..errors import AnatomyError
 from ..reading.forward import read_texts
+from ..reading.processing import load_processing_class, prompt_ids, text_tokenizer
 from ..reading.score import score_pairs
 from ..reading.scorers import HiddenScorer, Scorer
 from ..reading.scorers.text import TextScorer
@@ -158,23 +158,18 @@ class ConceptReward:
                 hidden[name] = scorer
         if not hidden:
             return scores
-        before = [self._prompt_ids(prompt) for prompt in prompts]
+        before = [prompt_ids(self._tokenizer, prompt) for prompt in prompts]
         if completion_ids is None:
-            completion_ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+            completion_ids = text_tokenizer(self._tokenizer)(texts, add_special_tokens=False)["input_ids"]
         rows = [[*prompt, *ids] for prompt, ids in zip(before, completion_ids, strict=True)]
-        pad = self._tokenizer.eos_token_id if self._tokenizer.pad_token_id is None else self._tokenizer.pad_token_id
+        reader = text_tokenizer(self._tokenizer)
+        pad = reader.eos_token_id if reader.pad_token_id is None else reader.pad_token_id
         layers = sorted({scorer.layer for scorer in hidden.values()})
         for i, states in read_texts(self._model, rows, layers, pad_token_id=pad):
             for name, scorer in hidden.items():
                 response = states[scorer.layer][len(before[i]) :]
                 scores[name][i] = float(scorer.score_spans(response, [0, len(response)])[0])
         return scores
-
-    def _prompt_ids(self, prompt: Any) -> list[int]:
-        """Tokens of a prompt, as TRL's online trainers make them."""
-        if isinstance(prompt, str):
-            return self._tokenizer(text=prompt)["input_ids"]
-        return self._tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
 
     def _pairs(self, reference: Dataset) -> Pairs:
         if self._tokenizer is None:
@@ -217,7 +212,7 @@ def _followed(policy: ConceptPolicy, *, measured: bool) -> list[ShapeReward]:
 
 def _tokenizer(model: str | Path | nn.Module) -> Any:
     name = get_config_model_id(model.config) if isinstance(model, nn.Module) else str(model)
-    return AutoTokenizer.from_pretrained(name)
+    return load_processing_class(name)
 
 
 def _own(model: str | Path | nn.Module | None) -> Any:

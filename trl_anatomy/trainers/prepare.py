@@ -21,11 +21,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import AutoConfig, AutoTokenizer, ProcessorMixin
+from transformers import AutoConfig, ProcessorMixin
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ..errors import AnatomyError
 from ..reading.forward import frozen
+from ..reading.processing import lengthen_embeddings, load_processing_class, set_chat_template, text_tokenizer
 from ..shaping.hidden import LowRankSteering
 from .callback import AuditCallback
 from .hidden import check_hidden
@@ -136,7 +137,7 @@ def plan_columns(plan: "PolicyPlan") -> dict[str, list[Any]]:
 
 
 class Start:
-    """The start model and its tokenizer, as the trainer is going to have them; frozen, and freed on leaving.
+    """The start model and its processing class, as the trainer is going to have them; frozen, and freed on leaving.
 
     A model given as a path is loaded only when something reads hidden states; one given as an instance is used as it
     is (adapters too), in eval mode. Under ZeRO-3 both are whole meanwhile.
@@ -158,30 +159,37 @@ class Start:
             torch.cuda.empty_cache()
 
     @cached_property
-    def tokenizer(self) -> Any:
-        """A copy of the trainer's tokenizer, with the tokens that the trainer's config sets."""
+    def processing_class(self) -> Any:
+        """What makes the trainer's tokens, as TRL is going to have it; a copy of one that was given.
+
+        Raises:
+            AnatomyError: it cannot be loaded, or is a processor where TRL wants a tokenizer.
+        """
         given, model, config = self._arguments.get("processing_class"), self._arguments["model"], self.config
+        reward = self.truncation == "drop"
+        template = getattr(config, "chat_template_path", None)
         if given is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
             init = (config.model_init_kwargs or {}) if isinstance(model, str) else {}
-            given = AutoTokenizer.from_pretrained(
-                name, revision=init.get("revision"), trust_remote_code=config.trust_remote_code
+            made = load_processing_class(
+                model if isinstance(model, str) else get_config_model_id(model.config),
+                reward=reward,
+                revision=init.get("revision"),
+                trust_remote_code=config.trust_remote_code,
             )
-        if isinstance(given, ProcessorMixin):
-            raise AnatomyError(
-                f"processing_class is a {type(given).__name__}; concept policies and audits read text only, so pass a "
-                "tokenizer and a text model."
-            )
-        if getattr(config, "chat_template_path", None) is not None:
-            raise AnatomyError(
-                "chat_template_path is set, which replaces the template after the pairs were read; set the tokenizer's "
-                "chat_template yourself and pass it as processing_class."
-            )
-        tokenizer = copy.deepcopy(given)
+        else:
+            if reward and isinstance(given, ProcessorMixin):
+                raise AnatomyError(
+                    f"processing_class is a {type(given).__name__}; TRL's RewardTrainer takes a tokenizer: pass its "
+                    ".tokenizer."
+                )
+            made = copy.deepcopy(given)
+        tokenizer = text_tokenizer(made)
         if getattr(config, "eos_token", None) is not None:
             tokenizer.eos_token = config.eos_token
+        if template is not None:  # after the config's eos_token, as TRL does: a tokenizer's brings its own
+            set_chat_template(made, template)
         tokenizer.pad_token = config.pad_token or tokenizer.pad_token or tokenizer.eos_token
-        return tokenizer
+        return made
 
     @cached_property
     def model_config(self) -> Any:
@@ -213,6 +221,8 @@ class Start:
             self._stack.enter_context(gathered(model))
         elif not placed and distributed in ("NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED"):
             model = model.to(config.device)
+        if getattr(config, "chat_template_path", None) is not None:
+            lengthen_embeddings(model, self.processing_class)  # one in memory too, as TRL is about to do
         self._stack.enter_context(frozen(model))
         return model
 
@@ -343,9 +353,20 @@ def _audit_now(settings: "AuditConfig", start: Start, dataset: Dataset, loaded: 
     """
     from ..audit.run import run_audit
 
-    settings = replace(settings, max_length=start.config.max_length, truncation=start.truncation)
+    made, template = start.processing_class, getattr(start.config, "chat_template_path", None)
+    if settings.chat_template_path is not None and template is None:
+        other, template = copy.deepcopy(made), settings.chat_template_path
+        set_chat_template(other, template)
+        if other.chat_template != made.chat_template:
+            raise AnatomyError(
+                f"audit setting chat_template_path: found {template}, but the trainer reads its rows by another "
+                "template; give the processing_class that one, or leave it out."
+            )
+    settings = replace(
+        settings, max_length=start.config.max_length, truncation=start.truncation, chat_template_path=template
+    )
     sae = loaded.sae(settings.sae) if loaded is not None and settings.sae else None
-    return run_audit(settings, model=start.model, tokenizer=start.tokenizer, dataset=dataset, sae=sae)
+    return run_audit(settings, model=start.model, tokenizer=made, dataset=dataset, sae=sae)
 
 
 def _begin(
@@ -357,7 +378,7 @@ def _begin(
 
     pairs = read_pairs(
         dataset,
-        start.tokenizer,
+        start.processing_class,
         max_length=start.config.max_length,
         truncation=start.truncation,
         num_proc=start.config.dataset_num_proc,
@@ -375,7 +396,7 @@ def _begin(
         resolved=resolved,
     )
     steers = any(rule.verb == "steer" for rule in policy.rules)
-    turns = turn_starts(pairs, start.tokenizer, num_proc=start.config.dataset_num_proc) if steers else None
+    turns = turn_starts(pairs, start.processing_class, num_proc=start.config.dataset_num_proc) if steers else None
     return begun, turns
 
 
