@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import enum
 import json
+import logging
 import os
 import re
 import sys
@@ -438,9 +439,15 @@ def _train(kind: str, argv: list[str]) -> int:
     trainer = getattr(import_module(f"{trainers.__name__}.{kind}"), ours_class)
 
     def build(*args: Any, **kwargs: Any) -> Any:
-        return trainer(*args, concept_policy=policy.concept_policy, audit=policy.audit, **kwargs)
+        made = trainer(*args, concept_policy=policy.concept_policy, audit=policy.audit, **kwargs)
+        if made.plan is not None and made.is_world_process_zero():
+            print(made.plan, flush=True)
+        return made
 
-    with _replaced(import_module("trl"), stock_class, build), _our_files(*arguments):
+    # The plan that is printed holds the warnings that the trainer would log.
+    logged = logging.getLogger(f"{trainers.__name__}.prepare")
+    printed = _replaced(logged, "disabled", True)
+    with printed, _replaced(import_module("trl"), stock_class, build), _our_files(*arguments):
         script.main(*arguments)
     return 0
 

@@ -5,6 +5,7 @@ see only the pairs that stay. Tokens leave the loss, each rule by itself, and pr
 come next; then the rules on the margin, whose fitted strengths take the weights into account.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from scipy.special import expit
 from ..audit.predict import predicted_shift
 from ..errors import AnatomyError
 from .bind import BoundRule, bind
+from .effects import KNOWN_STAGES, gap_text, own_concepts
 from .hidden import HiddenEdit, hidden_strengths
 from .interventions import FilterPairs, Inoculate, MaskTokens
 from .margins import settle_margins
@@ -53,6 +55,15 @@ class PolicyPlan:
             all); `gradient_share` is added − removed;
             `gradient_touched`: rules on hidden states: share of that sum that comes from the pairs they touch;
             `note`: what a reader should know, or "".
+        concepts: a dict per concept that a rule names, in the order of the policy, each followed by one per gate of its
+            rules:
+            `concept`, `scorer`; `where`: the gate, None for all pairs; `pairs`: in it;
+            `unit`: "share" (of responses, for text rules) or "sd" (standard deviations of the score), None without
+            scores; `chosen`, `rejected`: share of responses with a hit, else None;
+            `predicted`, `predicted_under_policy`: mean score gap, chosen minus rejected, of plain training and of the
+            kept pairs by their pull; None where the pairs do not tell it;
+            `effect`: what becomes of it, in a few words.
+        warnings: a text for each rule that moves its own concept away from the start model, or overshoots.
         predicted: a row per concept of the audit: `concept`, `label`, `predicted`, `predicted_under_policy`; None
             without an audit.
         counts: `rows` (raw), `pairs` (scored), `pairs_kept`; with rules on tokens `chosen_masked`: kept pairs whose
@@ -86,6 +97,12 @@ class PolicyPlan:
     steering: np.ndarray | None = None
     turns: np.ndarray | None = None
     hidden: tuple[HiddenEdit, ...] = ()
+    concepts: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """As `trl-anatomy plan` prints it."""
+        return plan_report(self)
 
 
 def plan_policy(
@@ -150,7 +167,9 @@ def plan_policy(
     for column, strengths in enumerate(edited.values()):
         steering[pairs.rows, :, column] = strengths
 
-    records = rule_records(policy, pairs, gates, kept, Acting(dropped, masked, asked, weighed, shaped, edited))
+    acting = Acting(dropped, masked, asked, weighed, shaped, edited)
+    records = rule_records(policy, pairs, gates, kept, acting)
+    concepts, warnings = own_concepts(policy, bound, scores, acting, kept)
     offsets = np.zeros((2, len(pairs.raw)))
     for part in shaped.values():
         offsets[:, pairs.rows] += part.offsets
@@ -180,6 +199,8 @@ def plan_policy(
         prompts={int(pairs.rows[pair]): p for part in asked.values() for pair, p in part.items()} if asked else None,
         prompt_lengths=prompt_lengths,
         steering=steering.reshape(len(steering), -1) if edited else None,
+        concepts=concepts,
+        warnings=warnings,
     )
 
 
@@ -206,18 +227,29 @@ def _predict(audit: "Audit", keep: np.ndarray, margin: np.ndarray, weight: np.nd
 
 
 def plan_json(plan: PolicyPlan) -> dict[str, Any]:
-    """The plan as JSON holds it: `counts`, `rules`, and `predicted` (a dict per concept, or None)."""
+    """The plan as JSON holds it: `counts`, `rules`, `concepts`, `warnings`, and `predicted` (a dict per concept of the
+    audit, or None)."""
     predicted = None
     if plan.predicted is not None:
         predicted = [
             {key: None if value != value else value for key, value in row.items()}  # NaN, which JSON does not know
             for row in plan.predicted.to_pylist()
         ]
-    return {"counts": dict(plan.counts), "rules": [dict(rule) for rule in plan.rules], "predicted": predicted}
+    return {
+        "counts": dict(plan.counts),
+        "rules": [dict(rule) for rule in plan.rules],
+        "concepts": [dict(row) for row in plan.concepts],
+        "warnings": list(plan.warnings),
+        "predicted": predicted,
+    }
 
 
 def plan_report(plan: PolicyPlan, *, n_concepts: int = 15) -> str:
-    """The plan as text for a terminal: a row per rule, then the concepts whose predicted shift changes most."""
+    """The plan as text for a terminal.
+
+    A row per rule, then one per concept of the policy, warnings, and the audit's concepts whose predicted shift changes
+    most.
+    """
     counts = plan.counts or {"rows": len(plan.keep), "pairs": len(plan.keep), "pairs_kept": int(plan.keep.sum())}
     lines = [f"{counts['rows']} rows, {counts['pairs']} pairs scored, {counts['pairs_kept']} pairs trained on."]
     if not plan.rules:
@@ -225,6 +257,17 @@ def plan_report(plan: PolicyPlan, *, n_concepts: int = 15) -> str:
     else:
         lines += ["", *_columns(_RULE_HEADER, [_rule_row(n, rule) for n, rule in enumerate(plan.rules, 1)])]
         lines += [f"rule {n}: {rule['note']}." for n, rule in enumerate(plan.rules, 1) if rule["note"]]
+    if plan.concepts:
+        lines += [
+            "",
+            "Concepts of the policy: mean score gap, chosen minus rejected; above 0 training raises the concept.",
+        ]
+        lines += _columns(_CONCEPT_HEADER, [_concept_row(row) for row in plan.concepts])
+        lines.append("pp: percentage points of responses with a hit; sd: standard deviations of the score.")
+    lines += [line for text in plan.warnings for line in _wrapped(f"WARNING: {text}")]
+    unknown = list(dict.fromkeys(rule["verb"] for rule in plan.rules if rule["stage"] not in KNOWN_STAGES))
+    if unknown:
+        lines.append(f"No number here counts what {', '.join(unknown)} changes; trl-anatomy predict does.")
     if plan.predicted is not None and plan.predicted.num_rows:
         found = plan.predicted.to_pylist()
         found.sort(key=lambda row: -abs(row["predicted_under_policy"] - row["predicted"]))
@@ -238,7 +281,7 @@ def plan_report(plan: PolicyPlan, *, n_concepts: int = 15) -> str:
             ]
             for row in found[:n_concepts]
         ]
-        lines += ["", "Predicted shift, largest change first:"]
+        lines += ["", "Predicted shift of the audit's concepts, largest change first:"]
         lines += _columns(["concept", "plain", "with policy", "change", "label"], rows)
         if len(found) > n_concepts:
             lines.append(f"... and {len(found) - n_concepts} more concepts.")
@@ -280,10 +323,31 @@ def _rule_row(n: int, rule: dict[str, Any]) -> list[str]:
     ]
 
 
+_CONCEPT_HEADER = ["concept", "scorer", "where", "chosen", "rejected", "plain", "with policy", "effect"]
+
+
+def _concept_row(row: dict[str, Any]) -> list[str]:
+    return [
+        _printable(row["concept"]),
+        row["scorer"],
+        _printable(row["where"] or "")[:40],
+        *("" if row[side] is None else f"{row[side]:.1%}" for side in ("chosen", "rejected")),
+        *(
+            "" if row[key] is None else gap_text(row[key], row["unit"])
+            for key in ("predicted", "predicted_under_policy")
+        ),
+        row["effect"],
+    ]
+
+
 def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(_printable(text), 120, subsequent_indent="  ", break_long_words=False)
 
 
 def _printable(text: str) -> str:

@@ -7,6 +7,7 @@ noticed by the training that follows: random generators and the model's modes ar
 
 import copy
 import inspect
+import logging
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
     from ..shaping.policy import ConceptPolicy
     from ..shaping.resolve import Loaded, Resolved
     from ..shaping.settle import Begun
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -247,10 +250,16 @@ class Prepared:
     waiting: ReferencePass | None = None
 
     def attach(self, trainer: Any) -> None:
-        """Give the callback plan and trainer (its scalars go through that to every tracker), the trainer the policy."""
+        """Give the callback plan and trainer (its scalars go through that to every tracker), the trainer the policy.
+
+        Logs what the plan warns of.
+        """
         if self.callback is not None:
             self.callback.trainer, self.callback.plan = trainer, trainer.plan
             trainer.policy_text = self.policy_text
+        if trainer.plan is not None and trainer.is_world_process_zero():
+            for text in trainer.plan.warnings:
+                _log.warning("Concept policy: %s", text)
 
 
 def prepare(
