@@ -1,4 +1,4 @@
-"""The command line: `trl-anatomy audit | plan | predict | dpo | reward | fit | compare | report | demo`.
+"""The command line: `trl-anatomy audit | plan | predict | dpo | reward | fit | compare | report | sae | demo`.
 
 Exit codes: 0 done; 2 bad input, told in one sentence on standard error; 1 anything unexpected, with its traceback;
 130 interrupted (start the same command again: finished parts are kept).
@@ -339,6 +339,38 @@ def _print_audit(audit: Audit) -> None:
             f" {row['q']:9.2g}  {row['label']}"
         )
     print(f"Report: {shown(audit.path / 'report.html')}")
+
+
+# sae -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _SAEFlags:
+    json: bool = dataclasses.field(default=False, metadata={"help": "Print the figures as JSON."})
+
+
+def _sae(argv: list[str]) -> int:
+    from trl import TrlParser
+
+    from .audit.make_sae import SAEConfig, check_saes, make_sae
+    from .reading.files import without_nan
+
+    parser = TrlParser(
+        (SAEConfig, _SAEFlags),
+        prog="trl-anatomy sae",
+        description=COMMANDS["sae"][1],
+        epilog="example: trl-anatomy sae --model M --dataset D --minutes 20 --out saes/run1",
+    )
+    config, flags = _strict_parse(parser, argv)
+    with redirect_stdout(sys.stderr):  # some libraries print notes, which would spoil the JSON
+        fits = make_sae(config) if config.check is None else {Path(config.check): check_saes(config)}
+    if flags.json:
+        found = {str(path): None if fit is None else dataclasses.asdict(fit) for path, fit in fits.items()}
+        print(json.dumps(without_nan(found), indent=2))
+        return 0
+    for path, fit in fits.items():
+        print(f"{path}: trained." if fit is None else f"{path}: {fit.verdict}: {fit.reason}.")
+    return 0
 
 
 def _lines(summary: dict[str, Any]) -> str:
@@ -972,6 +1004,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "fit": (_fit, "Learn a concept from labelled text, judge it on held-out text, and store it for policies."),
     "compare": (_compare, "Set the predicted shift beside the one that training made."),
     "report": (_report, "Rebuild or open the page of an audit."),
+    "sae": (_sae, "Train an SAE on a model's own activations, or judge one on the pairs it is to read."),
     "demo": (_demo, "See all of it on a small model with planted habits, in minutes on a CPU."),
 }
 

@@ -177,6 +177,14 @@ class SAE:
         return torch.cat(parts) if parts else h.new_zeros(0, len(index), dtype=torch.float32)
 
     @torch.no_grad()
+    def reconstruct(self, h: Tensor) -> Tensor:
+        """What the SAE makes of hidden states (n_tokens, d_in): decoded activations, (n_tokens, d_in) float32.
+
+        A normalisation per token keeps state between encoding and decoding, so both happen here.
+        """
+        return self._inner.decode(self.encode(h))
+
+    @torch.no_grad()
     def decoder_rows(self, features: Sequence[int]) -> Tensor:
         """What one unit of each latent adds to the reconstruction, (len(features), d_out) float32.
 

@@ -1,0 +1,242 @@
+"""SAEs trained on a model's own activations: data, schedule, threshold, resumption; and the judgement of an SAE."""
+
+import json
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from reading_world import build_tokenizer, dataset, tiny_model
+
+from trl_anatomy.errors import AnatomyError
+from trl_anatomy.reading import sae_training
+from trl_anatomy.reading.forward import read_layers
+from trl_anatomy.reading.sae import load_sae
+from trl_anatomy.reading.sae_check import CONTINUE, FITS, REFUSE, check_fit, judge
+from trl_anatomy.reading.sae_training import BATCH, SHORTEST, Sequences, recipe, rounds, sequences_of, train_saes
+from trl_anatomy.reading.spans import read_pairs
+
+TOKENS = 40 * BATCH
+
+
+def texts(n: int = 60, length: int = 220, vocab: int = 330) -> Sequences:
+    """Random sequences; a token is often followed by the same one."""
+    rng = np.random.default_rng(1)
+    next_token = rng.permutation(np.arange(3, vocab))
+    made = []
+    for _ in range(n):
+        ids = [1, *rng.integers(3, vocab, 2).tolist()]
+        while len(ids) < length:
+            ids.append(int(next_token[ids[-1] - 3]) if rng.random() < 0.7 else int(rng.integers(3, vocab)))
+        made.append(ids)
+    return sequences_of(None, made, 0)
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def trained(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sae")
+    settings = recipe(32, 150 * BATCH, d_sae=256, k=6, lr=3e-3)
+    return train_saes(model, texts(), [2], settings, out, model_name="tiny", progress=False)[2], settings
+
+
+def weights(folder):
+    return {name: value.clone() for name, value in load_sae(folder)._inner.state_dict().items()}
+
+
+def test_rounds_take_every_sequence_once_an_epoch_and_keep_to_the_buffer():
+    lengths = np.array([5, 9, 2, 7, 7, 3, 8, 6, 4, 9])
+    taken = list(islice(rounds(lengths, 20, seed=3), 12))
+    assert all(lengths[batch].sum() <= 20 and batch == sorted(batch) for batch in taken)
+    first: list[int] = []
+    for n, batch in enumerate(taken, 1):
+        first += batch
+        if len(first) >= len(lengths):
+            break
+    assert sorted(first) == list(range(10))
+    assert taken[:n] != taken[n : 2 * n]  # another order in the next epoch
+    assert taken == list(islice(rounds(lengths, 20, seed=3), 12))
+
+
+def test_a_prompt_is_learned_once_and_first_tokens_never():
+    pairs = read_pairs(dataset("conversational"), build_tokenizer(), max_length=None)
+    found = sequences_of(pairs, [[5, 6, 7]], pairs.pad_token_id)
+    prompt, chosen, rejected = (len(pairs.ids(0, span)) for span in ("prompt", "chosen", "rejected"))
+    assert [len(ids) for ids in found.ids[:2]] == [prompt + chosen, prompt + rejected]
+    assert found.n_learned[:2].tolist() == [prompt - 1 + chosen, rejected]
+    assert found.n_learned[-1] == 2
+
+
+def test_activations_are_those_of_a_plain_forward_without_first_tokens_and_outliers(model):
+    sequences = texts(60)
+    run = sae_training._Run(
+        model, sequences, [1], recipe(32, TOKENS, d_sae=64, k=4), sae_training.Path(), 4096, 1 << 20
+    )
+    some = sequences.select([3, 8])
+    run._mean_norms[1] = 1e9
+    expected = torch.cat(
+        [read_layers(model, [1], input_ids=torch.tensor(ids[None].astype(int)))[1][0, 1:] for ids in some.ids]
+    )
+    torch.testing.assert_close(run._read(some)[1], expected, atol=1e-5, rtol=1e-5)
+    norms = expected.norm(dim=1)
+    run._mean_norms[1] = float(norms.median()) / sae_training.OUTLIER  # every norm above the median is an outlier
+    torch.testing.assert_close(run._read(some)[1], expected[norms <= norms.median()], atol=1e-5, rtol=1e-5)
+
+
+def test_a_trained_sae_explains_held_out_tokens_with_k_latents_a_token(trained):
+    folder, settings = trained
+    figures = json.loads((folder / "training.json").read_text())["figures"]["2"]
+    assert figures["variance_explained"] > 0.6
+    assert figures["l0"] == pytest.approx(settings.k, rel=0.02)
+    sae = load_sae(folder)
+    assert (sae.architecture, sae.layer, sae.d_sae) == ("jumprelu", 2, 256)
+    assert not (folder / "state.safetensors").exists()
+
+
+def test_the_threshold_lets_k_latents_fire_per_token(model):
+    run = sae_training._Run(model, texts(), [2], recipe(32, TOKENS, d_sae=64, k=4), sae_training.Path(), 4096, 1 << 20)
+    run._mean_norms[2] = 1.0
+    sae = run._trainer(2).sae
+    hidden = torch.randn(500, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        threshold = float(run._threshold(sae, hidden))
+        acts = (hidden.double() - sae.b_dec.double()) @ sae.W_enc.double() + sae.b_enc.double()
+        acts = acts * sae.W_dec.double().norm(dim=-1)
+    assert threshold == pytest.approx(float(acts.clamp(min=0).flatten().sort(descending=True).values[4 * 500 - 1]))
+
+
+@pytest.mark.parametrize("architecture", ["topk", "matryoshka"])
+def test_other_architectures_by_name(model, tmp_path, architecture):
+    settings = recipe(32, SHORTEST * BATCH, architecture=architecture, d_sae=64, k=3)
+    sae = load_sae(train_saes(model, texts(), [0], settings, tmp_path, progress=False)[0])
+    assert sae.architecture == {"topk": "topk", "matryoshka": "jumprelu"}[architecture]
+    codes = sae.encode(torch.randn(50, 32) * 5)
+    assert architecture != "topk" or int((codes > 0).sum(dim=1).max()) <= 3
+
+
+def test_layers_share_the_forward_passes_and_are_trained_as_alone(model, tmp_path, monkeypatch):
+    settings = recipe(32, SHORTEST * BATCH, d_sae=64, k=4)
+    calls = []
+    real = sae_training.read_texts
+    monkeypatch.setattr(sae_training, "read_texts", lambda *a, **k: calls.append(a[2]) or real(*a, **k))
+    both = train_saes(model, texts(), [1, 3], settings, tmp_path / "both", progress=False)
+    n_both = len(calls)
+    alone = train_saes(model, texts(), [1], settings, tmp_path / "alone", progress=False)
+    assert {tuple(layers) for layers in calls[:n_both]} == {(1, 3)}
+    assert n_both - 2 == len(calls) - n_both - 1  # but for the held-out tokens, which each layer reads when it is saved
+    a, b = weights(both[1]), weights(alone[1])
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("stop", [3, 17, 29])
+def test_an_interrupted_training_ends_in_the_same_weights(model, tmp_path, monkeypatch, stop):
+    settings = recipe(32, SHORTEST * BATCH, d_sae=64, k=4)
+    size = 4 * BATCH * 32 * 4 * 2  # two rounds an epoch
+    whole = train_saes(model, texts(), [1], settings, tmp_path / "whole", buffer_bytes=size, progress=False)
+    monkeypatch.setattr(sae_training, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(sae_training, "_SAVE_SHARE", 0)
+    real, taken = sae_training._Run._step, []
+
+    def step(self, *args):
+        if len(taken) == stop:
+            raise KeyboardInterrupt
+        taken.append(args)
+        real(self, *args)
+
+    monkeypatch.setattr(sae_training._Run, "_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        train_saes(model, texts(), [1], settings, tmp_path / "cut", buffer_bytes=size, progress=False)
+    steps = []
+    monkeypatch.setattr(sae_training._Run, "_step", lambda self, *args: steps.append(args) or real(self, *args))
+    again = train_saes(model, texts(), [1], settings, tmp_path / "cut", buffer_bytes=size, progress=False)
+    assert len(steps) == SHORTEST - stop
+    a, b = weights(whole[1]), weights(again[1])
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    steps.clear()
+    train_saes(model, texts(), [1], settings, tmp_path / "cut", buffer_bytes=size, progress=False)
+    assert not steps  # finished: nothing is done again
+
+
+def test_verdicts_on_right_and_wrong_saes(model, trained, tmp_path):
+    pairs = read_pairs(dataset("conversational", 40), build_tokenizer(), max_length=None)
+    own = sequences_of(pairs, [], pairs.pad_token_id)
+    own = sequences_of(None, [ids.tolist() for ids in own.ids] * 12, pairs.pad_token_id)
+    settings = recipe(32, 200 * BATCH, d_sae=256, k=8, lr=3e-3)
+    right = load_sae(train_saes(model, own, [2], settings, tmp_path / "right", progress=False)[2])
+    fit = check_fit(model, right, pairs, 2)
+    assert fit.verdict == FITS, fit
+    assert fit.l0 == pytest.approx(8, rel=0.3)
+
+    barely = recipe(32, SHORTEST * BATCH, d_sae=256, k=8, lr=1e-5)
+    early = load_sae(train_saes(model, own, [2], barely, tmp_path / "early", progress=False)[2])
+    assert check_fit(model, early, pairs, 2).verdict in (CONTINUE, REFUSE)
+    assert check_fit(tiny_model("llama", seed=5), right, pairs, 2).verdict == REFUSE  # another model of the same width
+    assert check_fit(model, right, pairs, 0).verdict == REFUSE  # another layer
+    right._inner.W_dec.data = right._inner.W_dec.data.roll(1, dims=0)
+    assert check_fit(model, right, pairs, 2).verdict == REFUSE  # decoder rows of other latents
+
+
+def test_the_figures_of_a_check_are_those_of_a_plain_forward(model, trained):
+    folder, _ = trained
+    sae = load_sae(folder)
+    pairs = read_pairs(dataset("conversational", 6), build_tokenizer(), max_length=None)
+    fit = check_fit(model, sae, pairs, 2)
+    parts = {"prompt": [], "chosen": [], "rejected": []}
+    for i in range(len(pairs)):
+        prompt, chosen, _, rejected = pairs.arrays(i)
+        for side, ids in (("chosen", chosen), ("rejected", rejected)):
+            both = torch.tensor(np.concatenate([prompt, ids]).astype(int))[None]
+            h = read_layers(model, [2], input_ids=both)[2][0].double()
+            parts[side].append(h[len(prompt) :])
+            if side == "chosen":
+                parts["prompt"].append(h[1 : len(prompt)])
+    states = {span: torch.cat(rows) for span, rows in parts.items()}
+    mean = torch.cat(list(states.values())).mean(dim=0)
+    for span, h in states.items():
+        error = (sae.reconstruct(h.float()).double() - h).pow(2).sum()
+        assert fit.variance_explained[span] == pytest.approx(float(1 - error / (h - mean).pow(2).sum()), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("explained", "lost", "l0", "card", "silent", "verdict"),
+    [
+        (0.8, 0.05, 32, 32, 0.1, FITS),
+        (0.8, None, 32, None, 0.1, FITS),
+        (0.6, 0.05, 32, 32, 0.1, CONTINUE),
+        (0.8, 0.3, 32, 32, 0.1, CONTINUE),
+        (0.8, 0.05, 120, 32, 0.1, CONTINUE),
+        (0.8, 0.05, 32, 32, 0.95, CONTINUE),
+        (0.3, 0.05, 32, 32, 0.1, REFUSE),
+        (0.8, 0.6, 32, 32, 0.1, REFUSE),
+        (float("nan"), 0.05, 32, 32, 0.1, REFUSE),
+    ],
+)
+def test_verdicts_by_threshold(explained, lost, l0, card, silent, verdict):
+    assert judge({"prompt": None, "chosen": explained, "rejected": explained}, lost, l0, card, silent)[0] == verdict
+
+
+def test_bad_input_ends_in_one_sentence(model, tmp_path):
+    good = recipe(32, SHORTEST * BATCH, d_sae=64, k=4)
+    for call, told in (
+        (lambda: train_saes(model, texts(), [9], good, tmp_path / "a", progress=False), "Layer 9 is out of range"),
+        (lambda: recipe(32, TOKENS, d_sae=16, k=17), "k is 17"),
+        (lambda: recipe(32, 500), "needs 32 at least"),
+        (lambda: recipe(32, TOKENS, architecture="gated"), "allowed: batchtopk, topk, matryoshka"),
+        (lambda: sequences_of(None, [[4]], 0), "no token to train an SAE on"),
+        (lambda: train_saes(model, texts(2), [1], good, tmp_path / "b", progress=False), "tokens to train an SAE on"),
+    ):
+        with pytest.raises(AnatomyError, match=told) as raised:
+            call()
+        assert "\n" not in str(raised.value)
+    train_saes(model, texts(), [1], good, tmp_path / "c", progress=False)
+    with pytest.raises(AnatomyError, match=r"another training of an SAE \(recipe differ\)"):
+        train_saes(model, texts(), [1], recipe(32, TOKENS, d_sae=64, k=4), tmp_path / "c", progress=False)
+    broken = tiny_model("llama")
+    with torch.no_grad():
+        broken.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(AnatomyError, match="activations of layer 1 are not finite"):
+        train_saes(broken, texts(), [1], good, tmp_path / "d", progress=False)

@@ -1,0 +1,212 @@
+"""`trl-anatomy sae`: an SAE for a model that has none, from the pairs that it is to be trained on."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import AnatomyError
+from .config import AuditConfig
+from .run import load_dataset, load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from ..reading.sae_check import SAEFit
+    from ..reading.sae_training import SAERecipe, Sequences
+    from ..reading.spans import Pairs
+
+DEPTH = 2 / 3  # of the model: where concepts of responses are read best
+LEAST_TOKENS, MOST_TOKENS = 300_000, 3_000_000
+
+
+@dataclass
+class SAEConfig:
+    """Settings of `trl-anatomy sae`."""
+
+    model: str = field(default="", metadata={"help": "Start model (SFT checkpoint): folder or hub name."})
+    dataset: str = field(
+        default="", metadata={"help": "Preference dataset, as for audit: its prompts and both responses are learned."}
+    )
+    text: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Further texts: files or datasets with a column 'text', one or several."},
+    )
+    layer: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "Decoder layers whose output is learned, one or several in one pass. Default: at two thirds of the "
+            "depth."
+        },
+    )
+    out: str = field(default="saes/run", metadata={"help": "Folder to write; an interrupted training goes on."})
+    tokens: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of training. Default: twice those of the data, 300,000 to 3,000,000."},
+    )
+    minutes: float | None = field(
+        default=None, metadata={"help": "Instead of tokens: minutes, at the speed found here."}
+    )
+    architecture: str = field(default="batchtopk", metadata={"help": "batchtopk, topk or matryoshka."})
+    latents: int | None = field(default=None, metadata={"help": "Number of latents. Default: by rule from the width."})
+    k: int | None = field(default=None, metadata={"help": "Latents that fire per token. Default: by rule."})
+    lr: float | None = field(default=None, metadata={"help": "Peak learning rate. Default: by rule."})
+    seed: int = field(default=0, metadata={"help": "Seed of weights and order."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    dataset_subset: str | None = field(default=None, metadata={"help": "Configuration name of a hub dataset."})
+    max_length: int | None = field(default=1024, metadata={"help": "Tokens of prompt and response, as in training."})
+    truncation: str = field(default="keep_start", metadata={"help": "keep_start, keep_end or drop, as in training."})
+    dtype: str = field(default="auto", metadata={"help": "auto (as stored), float32, bfloat16 or float16."})
+    device: str = field(default="auto", metadata={"help": "auto (cuda where there is one), cpu, cuda, cuda:1, ..."})
+    batch_tokens: int = field(default=8192, metadata={"help": "Tokens in one forward pass."})
+    check: str | None = field(
+        default=None, metadata={"help": "Train nothing: judge this SAE (folder or RELEASE:ID) on the pairs."}
+    )
+
+    def audit(self) -> AuditConfig:
+        """The settings that an audit of the same data and model has."""
+        names = ("model", "dataset", "dataset_split", "dataset_subset", "max_length", "truncation", "dtype", "device")
+        return AuditConfig(**{name: getattr(self, name) for name in (*names, "batch_tokens", "seed")})
+
+
+def make_sae(config: SAEConfig, *, progress: bool = True) -> "dict[Path, SAEFit | None]":
+    """Train the SAEs that `config` asks for and judge each on the pairs.
+
+    Returns:
+        folder -> how well its SAE fits; None where there are no pairs to judge it on.
+
+    Raises:
+        AnatomyError: bad input, told before the pass; several processes.
+    """
+    from ..reading.files import write_atomically
+    from ..reading.locate import decoder_layers, hidden_size
+    from ..reading.ranks import Ranks
+    from ..reading.sae import load_sae
+    from ..reading.sae_check import check_fit
+    from ..reading.sae_training import recipe, sequences_of, train_saes
+
+    if not config.model:
+        raise AnatomyError("sae: no model given.")
+    if not config.dataset and not config.text:
+        raise AnatomyError("sae: no dataset and no text given; an SAE is trained on the data it is to read.")
+    if config.tokens is not None and config.minutes is not None:
+        raise AnatomyError("sae: give tokens or minutes, not both.")
+    if Ranks.current().size > 1:
+        raise AnatomyError("sae trains in one process: start it without a launcher.")
+    audit = config.audit()
+    tokenizer = load_tokenizer(config.model)
+    pairs = _pairs(audit, tokenizer) if config.dataset else None
+    text_tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    pad = text_tokenizer.pad_token_id
+    texts = [ids for name in config.text for ids in _text_tokens(audit, name, text_tokenizer)]
+    sequences = sequences_of(pairs, texts, text_tokenizer.eos_token_id if pad is None else pad)
+    model = load_model(audit)
+    layers = config.layer or [round(DEPTH * len(decoder_layers(model))) - 1]
+    named: dict[str, Any] = {
+        "architecture": config.architecture,
+        "d_sae": config.latents,
+        "k": config.k,
+        "lr": config.lr,
+    }
+    n_learned = int(sequences.n_learned.sum())
+    tokens = config.tokens or min(MOST_TOKENS, max(LEAST_TOKENS, 2 * n_learned))
+    if config.minutes is not None:
+        probe = recipe(hidden_size(model), MOST_TOKENS, **named)
+        tokens = _affordable(model, sequences, layers, probe, config)
+    settings = recipe(hidden_size(model), tokens, seed=config.seed, **named)
+    folders = train_saes(
+        model,
+        sequences,
+        layers,
+        settings,
+        Path(config.out),
+        model_name=config.model,
+        batch_tokens=config.batch_tokens,
+        progress=progress,
+    )
+    fits: dict[Path, SAEFit | None] = {}
+    for layer, folder in folders.items():
+        sae = load_sae(folder, device=model.device)
+        fits[folder] = None if pairs is None else check_fit(model, sae, pairs, layer)
+        write_atomically(folder / "README.md", _card(config, layer, settings, n_learned, fits[folder]).encode())
+    return fits
+
+
+def check_saes(config: SAEConfig) -> "SAEFit":
+    """Judge the SAE `config.check` on the pairs.
+
+    Raises:
+        AnatomyError: no pairs, an SAE or a model that cannot be loaded or that do not fit together.
+    """
+    from ..reading.sae import check_sae, load_sae
+    from ..reading.sae_check import check_fit
+
+    missing = [name for name in ("model", "dataset") if not getattr(config, name)]
+    if missing or config.check is None:
+        raise AnatomyError(f"sae --check: no {' and no '.join(missing or ['SAE'])} given.")
+    audit = config.audit()
+    sae = load_sae(config.check)
+    pairs = _pairs(audit, load_tokenizer(config.model))
+    model = load_model(audit)
+    layer = check_sae(sae.to(model.device), model, config.layer[0] if config.layer else None)
+    return check_fit(model, sae, pairs, layer)
+
+
+def _pairs(config: AuditConfig, tokenizer: Any) -> "Pairs":
+    from ..reading.spans import read_pairs
+
+    return read_pairs(load_dataset(config), tokenizer, max_length=config.max_length, truncation=config.truncation)
+
+
+def _text_tokens(config: AuditConfig, name: str, tokenizer: Any) -> list[list[int]]:
+    """Tokens of a dataset's column 'text', in pieces of `max_length`."""
+    from dataclasses import replace
+
+    rows = load_dataset(replace(config, dataset=name, dataset_split="train", dataset_subset=None))
+    if "text" not in rows.column_names:
+        raise AnatomyError(f"text {name}: it has the columns {', '.join(rows.column_names)}; 'text' is needed.")
+    pieces: list[list[int]] = []
+    size = config.max_length or 1024
+    for batch in rows.select_columns(["text"]).iter(batch_size=256):
+        for ids in tokenizer([text for text in batch["text"] if text], truncation=False)["input_ids"]:
+            pieces += [ids[start : start + size] for start in range(0, len(ids), size)]
+    return pieces
+
+
+def _affordable(model: Any, sequences: "Sequences", layers: list[int], probe: "SAERecipe", config: SAEConfig) -> int:
+    """Tokens of training that fit into the minutes, at the speed of a few forwards and steps."""
+    from ..reading.sae_training import BATCH, SHORTEST, seconds_per_token
+
+    read, step = seconds_per_token(model, sequences, layers, probe, batch_tokens=config.batch_tokens)
+    tokens = int(60 * (config.minutes or 0.0) / (read + step))
+    if tokens < SHORTEST * BATCH:
+        raise AnatomyError(
+            f"{config.minutes:g} minutes are enough for {tokens} tokens at the speed found here; an SAE needs "
+            f"{SHORTEST * BATCH}: allow {SHORTEST * BATCH * (read + step) / 60:.1f} minutes or more."
+        )
+    return tokens
+
+
+def _card(config: SAEConfig, layer: int, settings: "SAERecipe", n_tokens: int, fit: "SAEFit | None") -> str:
+    lines = [
+        f"# SAE of layer {layer} of {config.model}",
+        "",
+        f"Trained with `trl-anatomy sae` on {config.dataset or ', '.join(config.text)}: {settings.tokens} tokens of "
+        f"training on {n_tokens} tokens of data; {settings.architecture}, {settings.d_sae} latents, k {settings.k}, "
+        f"peak learning rate {settings.lr:.2g}, seed {settings.seed}. It reads the output of layer {layer}, counted "
+        "from 0; the first token of each sequence and tokens of more than six mean norms were left out.",
+    ]
+    if fit is not None:
+        lines += ["", f"On these pairs: **{fit.verdict}**: {fit.reason}.", "", "| measure | value |", "|---|---|"]
+        lines += [
+            f"| variance explained, {span} | {value:.3f} |"
+            for span, value in fit.variance_explained.items()
+            if value is not None
+        ]
+        lines += [
+            f"| latents per token | {fit.l0:.1f} |",
+            f"| latents that fire on none of {fit.n_tokens} tokens | {fit.silent_latents:.3f} |",
+            f"| tokens left out as outliers | {fit.outlier_tokens:.4f} |",
+        ]
+        if fit.loss_lost is not None:
+            lines.append(
+                f"| cross-entropy lost, as share of what deleting the layer's output loses | {fit.loss_lost:.3f} |"
+            )
+    return "\n".join(lines) + "\n"
