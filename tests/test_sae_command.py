@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from audit_files import write_inputs
+from test_audit_folder import word_pairs, write_start_model
 
 from trl_anatomy.cli import main
 
@@ -11,12 +11,14 @@ from trl_anatomy.cli import main
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("sae-command")
-    write_inputs(root)
+    write_start_model(root / "model")
+    rows = (json.dumps(row) + "\n" for row in word_pairs(1000))
+    (root / "pairs.jsonl").write_text("".join(rows))
     return root
 
 
 def run(capsys, root, *words: str):
-    given = ["sae", "--model", str(root / "model"), "--dataset", str(root / "pairs.jsonl.gz"), "--device", "cpu"]
+    given = ["sae", "--model", str(root / "model"), "--dataset", str(root / "pairs.jsonl"), "--device", "cpu"]
     code = main([*given, *words])
     return code, capsys.readouterr()
 

@@ -52,12 +52,8 @@ def test_rounds_take_every_sequence_once_an_epoch_and_keep_to_the_buffer():
     lengths = np.array([5, 9, 2, 7, 7, 3, 8, 6, 4, 9])
     taken = list(islice(rounds(lengths, 20, seed=3), 12))
     assert all(lengths[batch].sum() <= 20 and batch == sorted(batch) for batch in taken)
-    first: list[int] = []
-    for n, batch in enumerate(taken, 1):
-        first += batch
-        if len(first) >= len(lengths):
-            break
-    assert sorted(first) == list(range(10))
+    n = next(n for n in range(1, 12) if sum(map(len, taken[:n])) == len(lengths))
+    assert sorted(i for batch in taken[:n] for i in batch) == list(range(10))
     assert taken[:n] != taken[n : 2 * n]  # another order in the next epoch
     assert taken == list(islice(rounds(lengths, 20, seed=3), 12))
 
