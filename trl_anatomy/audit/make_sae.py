@@ -53,6 +53,9 @@ class SAEConfig:
     dataset_subset: str | None = field(default=None, metadata={"help": "Configuration name of a hub dataset."})
     max_length: int | None = field(default=1024, metadata={"help": "Tokens of prompt and response, as in training."})
     truncation: str = field(default="keep_start", metadata={"help": "keep_start, keep_end or drop, as in training."})
+    chat_template_path: str | None = field(
+        default=None, metadata={"help": "Chat template of training, where the tokenizer's is another."}
+    )
     dtype: str = field(default="auto", metadata={"help": "auto (as stored), float32, bfloat16 or float16."})
     device: str = field(default="auto", metadata={"help": "auto (cuda where there is one), cpu, cuda, cuda:1, ..."})
     batch_tokens: int = field(default=8192, metadata={"help": "Tokens in one forward pass."})
@@ -63,7 +66,8 @@ class SAEConfig:
     def audit(self) -> AuditConfig:
         """The settings that an audit of the same data and model has."""
         names = ("model", "dataset", "dataset_split", "dataset_subset", "max_length", "truncation", "dtype", "device")
-        return AuditConfig(**{name: getattr(self, name) for name in (*names, "batch_tokens", "seed")})
+        others = ("batch_tokens", "seed", "chat_template_path")
+        return AuditConfig(**{name: getattr(self, name) for name in (*names, *others)})
 
 
 def make_sae(config: SAEConfig, *, progress: bool = True) -> "dict[Path, SAEFit | None]":
@@ -91,7 +95,7 @@ def make_sae(config: SAEConfig, *, progress: bool = True) -> "dict[Path, SAEFit 
     if Ranks.current().size > 1:
         raise AnatomyError("sae trains in one process: start it without a launcher.")
     audit = config.audit()
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, audit)
     pairs = _pairs(audit, tokenizer) if config.dataset else None
     text_tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     pad = text_tokenizer.pad_token_id
@@ -143,7 +147,7 @@ def check_saes(config: SAEConfig) -> "SAEFit":
         raise AnatomyError(f"sae --check: no {' and no '.join(missing or ['SAE'])} given.")
     audit = config.audit()
     sae = load_sae(config.check)
-    pairs = _pairs(audit, load_tokenizer(config.model))
+    pairs = _pairs(audit, load_tokenizer(config.model, audit))
     model = load_model(audit)
     layer = check_sae(sae.to(model.device), model, config.layer[0] if config.layer else None)
     return check_fit(model, sae, pairs, layer)

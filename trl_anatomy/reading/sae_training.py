@@ -335,8 +335,7 @@ class _Run:
                     continue
                 if batch != held:
                     activations.clear()  # before the next are read
-                    bar.set_postfix_str("reading activations")
-                    activations = self._read(self._sequences.select(batch))
+                    activations = self._read(self._sequences.select(batch), progress)
                     held = batch
                 if not self._trainers:
                     self._begin(activations)
@@ -355,18 +354,27 @@ class _Run:
                         cost = saved - start
                 first_step = 0
 
-    def _read(self, sequences: Sequences) -> dict[int, Tensor]:
+    def _read(self, sequences: Sequences, progress: bool = False) -> dict[int, Tensor]:
         """layer -> (n_tokens, d_in) activations in the model's precision, without first tokens and outliers."""
         n_learned = sequences.n_learned
         starts = np.concatenate([[0], n_learned.cumsum()])
         dtype = next(self._model.parameters()).dtype
         found = {layer: torch.empty(int(starts[-1]), self._d_in, dtype=dtype) for layer in self._layers}
         texts = [ids.tolist() for ids in sequences.ids]
-        for i, hidden in read_texts(
-            self._model, texts, self._layers, pad_token_id=sequences.pad_token_id, batch_tokens=self._batch_tokens
-        ):
-            for layer, states in hidden.items():
-                found[layer][starts[i] : starts[i + 1]] = states[sequences.learn_from[i] :].cpu()
+        with tqdm(
+            total=int(starts[-1]),
+            desc="Reading activations",
+            unit="tok",
+            unit_scale=True,
+            leave=False,
+            disable=not progress,
+        ) as bar:
+            for i, hidden in read_texts(
+                self._model, texts, self._layers, pad_token_id=sequences.pad_token_id, batch_tokens=self._batch_tokens
+            ):
+                for layer, states in hidden.items():
+                    found[layer][starts[i] : starts[i + 1]] = states[sequences.learn_from[i] :].cpu()
+                bar.update(int(n_learned[i]))
         for layer in self._layers:
             norms = found[layer].float().norm(dim=1)
             if not torch.isfinite(norms).all():
