@@ -106,7 +106,7 @@ _LOOKS = (
     ),
     Habit(
         "link",
-        "a web address, or `[text](target)`",
+        "a web address, or a link of Markdown",
         "use links",
         pattern=r"https?://[^\s)\]>]+|\[(?<![A-Za-z0-9_]\[)[^\]\n]+\]\([^)\s]+[^)\n]*\)|www\.\w[^\s)\]>]+",
         needs=("://", "](", "www."),
