@@ -914,6 +914,11 @@ def _compare(argv: list[str]) -> int:
     parser.add_argument("--max_new_tokens", type=_whole(1), default=256, help="length of a rollout (default 256)")
     parser.add_argument("--batch_size", type=_whole(1), default=64, help="rollouts at a time (default 64)")
     parser.add_argument("--seed", type=_whole(0), default=0)
+    parser.add_argument(
+        "--likelihood",
+        action="store_true",
+        help="add a baseline: how likely the start model finds the audited pairs (reads up to 2000 of them, once)",
+    )
     parser.add_argument("--prediction", help="what predict wrote (default: AUDIT/prediction, if there is one)")
     parser.add_argument("--out", help="folder (or URL) for rollouts and compare.json (default: AUDIT/compare)")
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON")
@@ -943,6 +948,7 @@ def _compare(argv: list[str]) -> int:
             batch_size=args.batch_size,
             seed=args.seed,
             prediction=prediction,
+            likelihood=args.likelihood,
         )
     print(json.dumps(comparison, indent=2) if args.json else comparison_report(comparison))
     if not args.json:

@@ -232,6 +232,7 @@ def prediction(world: World, name: str, seeds: list[int]) -> dict[str, Any]:
         max_new_tokens=NEW_TOKENS,
         batch_size=RESPONSES,
         prediction=foretold,
+        likelihood=True,
         progress=False,
     )
     table = audit.concepts.to_pylist()

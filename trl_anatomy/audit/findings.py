@@ -10,9 +10,21 @@ import numpy as np
 import pyarrow as pa
 from threadpoolctl import threadpool_limits
 
+from ..reading.progress import Progress
+
 # The last digits of a product depend on how many threads share it, and torchrun leaves one to each process: with one
 # in any case, the number of processes changes nothing in an audit.
 one_blas_thread = threadpool_limits.wrap(limits=1, user_api="blas")
+
+# Steps that count nothing, as their reader is told of them.
+_STEPS = {
+    "regions": "Finding regions",
+    "communities": "Finding communities of latents",
+    "view": "Testing contexts",
+    "prompt_view": "Testing prompts",
+    "labels": "Reading terms",
+    "predict": "Estimating shifts",
+}
 
 # With fewer prompts, errors between prompts can not be estimated.
 MIN_PROMPTS = 20
@@ -55,7 +67,8 @@ def shared_prompts(prompt_groups: np.ndarray | None, what: str = "pair") -> tupl
 
 @contextmanager
 def timed(timings: dict[str, float], name: str) -> Iterator[None]:
-    """Writes the seconds of a step into `timings`."""
+    """Write the seconds of a step into `timings`; after two seconds a step without a bar says that it runs."""
     start = time.perf_counter()
-    yield
+    with Progress(None, _STEPS.get(name, ""), show=name in _STEPS):
+        yield
     timings[name] = round(time.perf_counter() - start, 3)

@@ -24,6 +24,7 @@ from scipy.stats import hypergeom, mannwhitneyu
 from ..errors import AnatomyError
 from ..reading import storage
 from ..reading.chat import ChatEndpoint, LocalChat, TooLongError
+from ..reading.progress import Progress
 from .labels import TERM
 from .predict import FALLS, RISES
 from .prompt_view import prompt_scores
@@ -432,13 +433,11 @@ def _asked(
     progress: bool,
 ) -> Iterator[tuple[Task, Label]]:
     """Labels as they come, several asked for at a time."""
-    from tqdm import tqdm
-
     if not missing:
         return
     reader = _Reader(audit, texts)
     pool = ThreadPoolExecutor(chat.workers)
-    bar = tqdm(total=len(missing), desc="labels", unit="label", disable=None if progress else True)
+    bar = Progress(len(missing), "Naming concepts", "labels", show=progress)
     failure: BaseException | None = None
     try:
         for start in range(0, len(missing), READ_AT_ONCE):
@@ -467,13 +466,13 @@ def _asked(
         pool.shutdown(cancel_futures=True)
     if isinstance(failure, AnatomyError):
         raise AnatomyError(
-            f"{failure} {bar.n} of {len(missing)} labels were made and are kept; start again, and it goes on there."
+            f"{failure} {bar.done} of {len(missing)} labels were made and are kept; start again, and it goes on there."
         ) from failure
     if failure is not None:
         raise failure
 
 
-def _read(reader: _Reader, batch: list[Task], firings: Firings, bar: Any) -> Firings | None:
+def _read(reader: _Reader, batch: list[Task], firings: Firings, bar: Progress) -> Firings | None:
     """Read firing tokens for the concepts of a batch; None where that can not be done."""
     wanted: dict[int, list[str]] = {}
     for task in batch:

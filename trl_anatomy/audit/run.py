@@ -261,7 +261,7 @@ def run_audit(
             progress=progress,
             ranks=ranks,
         )
-    ranks.in_main(lambda: _conclude(config, read, pairs, raw, tokenizer, model, sae, layer, timings))
+    ranks.in_main(lambda: _conclude(config, read, pairs, raw, tokenizer, model, sae, layer, timings, progress))
     return load_audit(config.out)
 
 
@@ -275,6 +275,7 @@ def _conclude(
     sae: "SAE",
     layer: int,
     timings: dict[str, float],
+    progress: bool,
 ) -> None:
     """From a harvest to the audit folder."""
     from ..reading.columns import column_notes, prompt_column, unread_columns
@@ -300,6 +301,7 @@ def _conclude(
                 tokenizer,
                 layer=layer,
                 batch_tokens=config.batch_tokens,
+                progress=progress,
             )
     tokens = {span: int(length.sum()) for span, length in read.lengths.items()}
     first = next(read.shards())  # enough to tell how many latents fire per token

@@ -95,13 +95,17 @@ def sample_table(
     *,
     layer: int,
     batch_tokens: int = 8192,
+    progress: bool = True,
 ) -> pa.Table:
     """Read some pairs again and keep, for each of their concepts, the tokens on which its features fire.
 
     Args:
         wanted: row of the raw dataset -> names of concepts, of `sample_rows`.
         features: name of a concept -> its features.
-        layer: layer to read, from 0; batch_tokens: padded tokens of one forward pass.
+        layer: layer to read, from 0.
+        batch_tokens: padded tokens of one forward pass.
+        progress: show a progress bar.
+
     Returns:
         Table of schema SAMPLES: a row per pair; the text of each token of its prompt, chosen and rejected; and for each
         concept and span the tokens that fire, with the share of the concept's features that do.
@@ -111,7 +115,7 @@ def sample_table(
 
     place = {int(row): i for i, row in enumerate(pairs.rows)}
     groups = {place[row]: [features[name] for name in names] for row, names in wanted.items()}
-    fired = token_firings(model, sae, pairs, groups, layer=layer, batch_tokens=batch_tokens)
+    fired = token_firings(model, sae, pairs, groups, layer=layer, batch_tokens=batch_tokens, progress=progress)
     text = text_tokenizer(tokenizer)
     rows = []
     for row, names in wanted.items():

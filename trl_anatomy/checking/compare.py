@@ -79,6 +79,7 @@ def compare(
     batch_size: int = 64,
     seed: int = 0,
     prediction: Mapping[str, Any] | None = None,
+    likelihood: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Sample responses of the start model and of trained models, read both with the audit's SAE, and compare.
@@ -99,6 +100,8 @@ def compare(
         batch_size: responses sampled at a time.
         seed: of sampling and resampling.
         prediction: what `predict` said before training (`prediction.load_prediction`); None where it was not asked.
+        likelihood: read how likely the start model finds the audited pairs (at most `LIKELIHOOD_PAIRS`), for a baseline
+            by it. That takes longer than all else where few responses are sampled; it is kept in the audit folder.
         progress: show progress bars.
 
     Returns:
@@ -107,9 +110,9 @@ def compare(
         responses and pairs, from split prompts, the same for size-matched random clusters, the prompt-conditioned view
         by `prompt_shift.prompt_view_agreement`, R² of the two other predictions, which read the start model's
         responses too: its tilt, and the pairs' change of log-odds from its rates; with `prediction` R² of the first
-        step of training, and of the mean of that and the disparity; and R² of what cheap measures
-        predict: length, text rules, likelihood under the start model; None for the last two if the audited dataset is
-        not to be found); per text rule the rates before and after with intervals, and recovery; words per response
+        step of training, and of the mean of that and the disparity; and R² of what cheap measures predict: length, text
+        rules, and with `likelihood` that under the start model; None for the last two if the audited dataset is not to
+        be found); per text rule the rates before and after with intervals, and recovery; words per response
         with an interval.
 
     Raises:
@@ -161,7 +164,11 @@ def compare(
         audited = reopen(audit).pairs
     except AnatomyError:  # in memory, or not there any more: only two baselines need the pairs
         audited = None
-    baselines = cheap_predictions(audit, audited, start_model, rules, seed=seed)
+    baselines = cheap_predictions(
+        audit, audited, start_model if likelihood else None, rules, seed=seed, progress=progress
+    )
+    if not likelihood:
+        del baselines["likelihood"]
     observed: dict[str, np.ndarray] = {}
     seen: dict[str, list[Interval]] = {}
     agreements: dict[str, dict[str, Any]] = {}
@@ -262,20 +269,28 @@ def _foretold(prediction: Mapping[str, Any] | None, shift: np.ndarray) -> dict[s
 
 
 def cheap_predictions(
-    audit: Audit, pairs: Pairs | None, start_model: Any, rules: Mapping[str, str], *, seed: int = 0
+    audit: Audit,
+    pairs: Pairs | None,
+    start_model: Any,
+    rules: Mapping[str, str],
+    *,
+    seed: int = 0,
+    progress: bool = True,
 ) -> dict[str, np.ndarray | None]:
     """What could be predicted without an SAE: the part of each disparity that a cheap measure of the pairs explains.
 
     Args:
         audit: audit of the pairs.
         pairs: the audited pairs; None where they are not at hand.
-        start_model: the audited model.
+        start_model: the audited model; None reads no likelihood.
         rules: name -> regular expression, searched in the responses.
         seed: of the draw of pairs whose likelihood is read, at most `LIKELIHOOD_PAIRS`.
+        progress: show a progress bar.
 
     Returns:
         "length" (log ratio of tokens), "text rules" (all together) and "likelihood" (mean log-likelihood per token
-        under the start model) -> (K,) predicted shifts; None for the last two without pairs.
+        under the start model) -> (K,) predicted shifts; None for the last two without pairs, and for the last without a
+        model.
     """
     from ..audit.predict import explained_shift
     from .likelihood import log_likelihoods
@@ -296,8 +311,10 @@ def cheap_predictions(
             for k, rule in enumerate(rules):
                 gaps[start : start + len(texts), k] = hits[0][rule].astype(np.float64) - hits[1][rule]
         found["text rules"] = explained_shift(u, gaps)
+    if start_model is None:
+        return found
     drawn = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:LIKELIHOOD_PAIRS])
-    likelihood = log_likelihoods(start_model, pairs, drawn.tolist())
+    likelihood = log_likelihoods(start_model, pairs, drawn.tolist(), cache_dir=audit.path / "scores", progress=progress)
     found["likelihood"] = explained_shift(u[drawn], likelihood[:, :1] - likelihood[:, 1:])
     return found
 

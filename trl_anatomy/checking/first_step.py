@@ -88,7 +88,12 @@ def first_step(trainer: Any, n_pairs: int | None = None) -> list[tuple[Tensor, T
 
 @torch.no_grad()
 def log_prob_changes(
-    model: Any, direction: list[tuple[Tensor, Tensor]], responses: Pairs, *, batch_tokens: int = 2048
+    model: Any,
+    direction: list[tuple[Tensor, Tensor]],
+    responses: Pairs,
+    *,
+    batch_tokens: int = 2048,
+    progress: bool = True,
 ) -> np.ndarray:
     """How the log-probability of responses changes along a direction of the weights, per unit of it.
 
@@ -98,10 +103,13 @@ def log_prob_changes(
         model: the model that the direction is of, in evaluation mode.
         responses: two responses to each prompt, as pairs.
         batch_tokens: padded tokens of one forward pass; its logits are what takes memory, beside a copy of the weights.
+        progress: show progress bars.
+
     Returns:
         (n, 2) float64, of the chosen and the rejected side; zeros where nothing moves.
     """
     from ..reading.forward import in_halves, length_sorted_batches
+    from ..reading.progress import Progress
 
     norm = math.sqrt(sum(float(step.double().pow(2).sum()) for _, step in direction))
     if not norm:
@@ -111,17 +119,20 @@ def log_prob_changes(
 
     def along(size: float, indices: Sequence[int]) -> np.ndarray:
         change = np.zeros((len(responses), 2))
-        for sign in (1, -1):
-            for (weight, step), start in zip(direction, kept, strict=True):
-                weight.copy_(torch.add(start.float(), step, alpha=sign * size))
+        cost = responses.packed_lengths[list(indices)]
+        with Progress(2 * len(cost), "Reading responses", "pairs", work=2.0 * cost.sum(), show=progress) as bar:
+            for sign in (1, -1):
+                for (weight, step), start in zip(direction, kept, strict=True):
+                    weight.copy_(torch.add(start.float(), step, alpha=sign * size))
 
-            def read(batch: list[int], sign: int = sign) -> None:
-                arrays = [responses.arrays(i) for i in batch]
-                said = ([(of[2 * side], of[2 * side + 1]) for of in arrays] for side in (0, 1))
-                found = [log_probs(model, of, responses.pad_token_id).cpu().double().numpy() for of in said]
-                change[batch] += sign * np.stack(found, axis=1)  # of both at once: a batch may be read again in halves
+                def read(batch: list[int], sign: int = sign) -> None:
+                    arrays = [responses.arrays(i) for i in batch]
+                    said = ([(of[2 * side], of[2 * side + 1]) for of in arrays] for side in (0, 1))
+                    found = [log_probs(model, of, responses.pad_token_id).cpu().double().numpy() for of in said]
+                    change[batch] += sign * np.stack(found, axis=1)  # of both at once: it may be read again in halves
+                    bar.update(len(batch), work=responses.packed_lengths[batch].sum())
 
-            in_halves(length_sorted_batches(responses, indices, batch_tokens), read)
+                in_halves(length_sorted_batches(responses, indices, batch_tokens), read)
         return change / (2 * size)
 
     try:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .. import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +47,13 @@ def log_probs(model: PreTrainedModel, sequences: Sequences, pad_token_id: int) -
 
 
 def log_likelihoods(
-    model: PreTrainedModel, pairs: Pairs, indices: Sequence[int], *, batch_tokens: int = 2048
+    model: PreTrainedModel,
+    pairs: Pairs,
+    indices: Sequence[int],
+    *,
+    cache_dir: Path | None = None,
+    batch_tokens: int = 2048,
+    progress: bool = True,
 ) -> np.ndarray:
     """Mean log-likelihood per token of the chosen and the rejected response of some pairs.
 
@@ -52,15 +61,37 @@ def log_likelihoods(
         model: The start model; frozen meanwhile.
         pairs: Tokenised pairs.
         indices: The pairs wanted.
+        cache_dir: Folder that keeps them under a key of all that they depend on; None keeps none.
         batch_tokens: Padded tokens of one forward pass; its logits are what takes memory.
+        progress: Show a progress bar.
 
     Returns:
         (len(indices), 2) float64, in nats per token.
     """
+    from ..reading.files import keep, unsealed
+    from ..reading.fingerprint import hash_json, model_key
     from ..reading.forward import frozen, in_halves, length_sorted_batches
+    from ..reading.progress import Progress
+    from ..reading.unfinished import Parts, keep_part, saving
 
     place = {index: at for at, index in enumerate(indices)}
-    found = np.empty((len(indices), 2))
+
+    def rows(batch: list[int]) -> list[int]:
+        return [place[i] for i in batch]
+
+    found = np.full((len(indices), 2), np.nan)
+    file = parts = None
+    if cache_dir is not None:
+        key = {"version": __version__, "pairs": pairs.fingerprint, **model_key(model), "indices": list(indices)}
+        file = cache_dir / f"likelihood-{hash_json(key)}.safetensors"
+        there = (unsealed(file) or {}).get("values")
+        if there is not None and there.shape == found.shape:
+            return there
+        parts = Parts(file, hash_json(batch_tokens))
+        for part in parts.stored():
+            found[part["rows"]] = part["values"]
+    saved_rows = ~np.isnan(found[:, 0])
+    todo = [batch for batch in length_sorted_batches(pairs, indices, batch_tokens) if not saved_rows[rows(batch)].all()]
 
     def read(batch: list[int]) -> None:
         sides = [pairs.arrays(i) for i in batch]
@@ -68,8 +99,21 @@ def log_likelihoods(
             sequences = [(side_of[2 * side], side_of[2 * side + 1]) for side_of in sides]
             total = log_probs(model, sequences, pairs.pad_token_id).cpu().double().numpy()
             lengths = np.array([len(response) for _, response in sequences])
-            found[[place[i] for i in batch], side] = total / np.maximum(1, lengths)
+            found[rows(batch), side] = total / np.maximum(1, lengths)
+        bar.update(len(batch), work=pairs.packed_lengths[batch].sum())
+        saved()
 
-    with frozen(model):
-        in_halves(length_sorted_batches(pairs, indices, batch_tokens), read)
+    def save() -> None:
+        fresh = np.flatnonzero(~np.isnan(found).any(axis=1) & ~saved_rows)
+        if parts is not None and len(fresh):
+            keep_part(parts, {"rows": fresh, "values": found[fresh]})
+            saved_rows[fresh] = True
+
+    cost = sum(int(pairs.packed_lengths[batch].sum()) for batch in todo)
+    bar = Progress(sum(map(len, todo)), "Likelihood of responses", "pairs", work=cost, show=progress)
+    with frozen(model), bar, saving(save) as saved:
+        in_halves(todo, read)
+    if file is not None and parts is not None:
+        keep(file, {"values": found})
+        parts.clear()
     return found

@@ -132,7 +132,7 @@ def predict(
         trainer = made()
         direction = first_step(trainer, n_pairs)
         trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
-        changes[name] = log_prob_changes(trained, direction, pairs).T.ravel()
+        changes[name] = log_prob_changes(trained, direction, pairs, progress=progress).T.ravel()
         del trainer, direction, trained
     steps = {name: step_shift(shown, change, groups) for name, change in changes.items()}
 

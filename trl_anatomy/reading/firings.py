@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .forward import in_halves, length_sorted_batches, read_spans
+from .progress import Progress
 from .spans import SPANS
 from .token_text import pieces
 
@@ -26,6 +27,7 @@ def token_firings(
     *,
     layer: int,
     batch_tokens: int = 8192,
+    progress: bool = True,
 ) -> dict[int, dict[str, np.ndarray]]:
     """Share of each group's features that fire on each token of some pairs.
 
@@ -36,6 +38,7 @@ def token_firings(
         wanted: index of a pair -> groups of feature ids.
         layer: layer to read, from 0.
         batch_tokens: padded tokens of one forward pass.
+        progress: show a progress bar.
 
     Returns:
         Index of a pair -> span -> (n_tokens, n_groups) float32 in [0, 1], for the tokens of `span_tokens`.
@@ -56,8 +59,11 @@ def token_firings(
             share = np.stack([fires[:, columns].mean(axis=1) for columns in at], axis=1) if at else fires[:, :0]
             cuts = [bound - bounds[0] for bound in bounds[1:-1]]
             found[pair] = dict(zip(SPANS, np.split(share, cuts), strict=True))
+        bar.update(len(batch), work=pairs.packed_lengths[batch].sum())
 
-    in_halves(length_sorted_batches(pairs, wanted, batch_tokens), fire)
+    work = float(pairs.packed_lengths[list(wanted)].sum())
+    with Progress(len(wanted), "Reading pairs to show", "pairs", work=work, show=progress) as bar:
+        in_halves(length_sorted_batches(pairs, wanted, batch_tokens), fire)
     return found
 
 

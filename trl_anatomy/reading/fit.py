@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..errors import AnatomyError
 from .fingerprint import hash_json, layer_fingerprint
 from .forward import read_texts
 from .locate import decoder_layers, layer_module
 from .processing import text_tokenizer
+from .progress import Progress
 from .sae import SAE, check_sae
 from .scorers import HiddenScorer
 from .scorers.attention_probe import AttentionProbe
@@ -274,12 +274,15 @@ def read_hidden(
     bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     kept: dict[int, Tensor] = {}
     parts = read_texts(model, examples.sequences, layers, pad_token_id=examples.pad_token_id, batch_tokens=batch_tokens)
-    for i, states in tqdm(parts, total=len(examples), desc="Reading", unit="text", disable=not progress):
-        start, stop = examples.spans[i]
-        for layer, hidden in states.items():
-            if layer not in kept:
-                kept[layer] = torch.empty(int(bounds[-1]), hidden.shape[1], dtype=hidden.dtype)
-            kept[layer][bounds[i] : bounds[i + 1]] = hidden[start:stop].cpu()
+    work = float(sum(map(len, examples.sequences)))
+    with Progress(len(examples), "Reading texts", "texts", work=work, show=progress) as bar:
+        for i, states in parts:
+            start, stop = examples.spans[i]
+            for layer, hidden in states.items():
+                if layer not in kept:
+                    kept[layer] = torch.empty(int(bounds[-1]), hidden.shape[1], dtype=hidden.dtype)
+                kept[layer][bounds[i] : bounds[i + 1]] = hidden[start:stop].cpu()
+            bar.update(work=len(examples.sequences[i]))
     return kept, bounds
 
 

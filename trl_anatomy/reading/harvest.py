@@ -18,7 +18,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_tensors
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .. import __version__
 from ..errors import AnatomyError
@@ -26,6 +25,7 @@ from . import storage
 from .files import make_folder, misfit, remove_partial, write_atomically
 from .fingerprint import hash_json, model_key
 from .forward import in_halves, length_sorted_batches, read_spans
+from .progress import Progress
 from .ranks import Ranks
 from .sae import SAE
 from .spans import SPANS, Pairs
@@ -238,9 +238,12 @@ def harvest(
     def read_mine() -> dict[str, dict[str, Any]]:
         make_folder(out)  # on another machine than the main process's
         made: dict[str, dict[str, Any]] = {}
-        initial = sum(entry["pairs"] for entry in entries.values()) if ranks.size == 1 else 0
-        silent = not progress or not ranks.main
-        with tqdm(total=total, initial=initial, desc="Reading pairs", unit="pair", disable=silent) as bar:
+        whole = [name for name in shards if name in entries] if ranks.size == 1 else []
+        lengths = {name: pairs.packed_lengths[start : start + size[name]] for name, start in shards.items()}
+        work = float(sum(lengths[name].sum() for name in (*whole, *mine)))
+        with Progress(total, "Reading pairs", "pairs", work=work, show=progress and ranks.main) as bar:
+            for name in whole:
+                bar.update(size[name], work=lengths[name].sum(), skipped=True)
             for name in mine:
                 indices = range(shards[name], shards[name] + size[name])
                 parts = Parts(out / name, hash_json([key, indices.start, indices.stop, batch_tokens]))
@@ -451,7 +454,7 @@ def stream_harvest(
 
 
 def _read_shard(
-    model: nn.Module, sae: SAE, pairs: Pairs, indices: range, layer: int, batch_tokens: int, bar: Any, parts: Parts
+    model: nn.Module, sae: SAE, pairs: Pairs, indices: range, layer: int, batch_tokens: int, bar: Progress, parts: Parts
 ) -> dict[str, np.ndarray]:
     n_spans = len(SPANS)
     lengths = np.zeros((len(indices), n_spans), np.int32)
@@ -480,13 +483,14 @@ def _read_shard(
                 lengths[pair, span] = bounds[j + 1] - bounds[j]
                 found[pair][span] = entries
         fresh.extend(pair - indices.start for pair in batch)
-        bar.update(len(batch))
+        bar.update(len(batch), work=pairs.packed_lengths[batch].sum())
         saved()
 
     for part in parts.stored():
         for pair, each, entries in _of_part(part):
             found[pair], lengths[pair], done[pair] = entries, each, True
-    bar.update(int(done.sum()))
+    known = pairs.packed_lengths[indices.start : indices.stop][done]
+    bar.update(len(known), work=known.sum(), skipped=True)
     # Whole batches, as they would have been: what a batch gives depends on its padding.
     batches = length_sorted_batches(pairs, indices, batch_tokens)
     with saving(save) as saved:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .. import __version__
 from ..errors import AnatomyError
@@ -19,6 +18,7 @@ from .files import keep, unsealed
 from .fingerprint import hash_json, model_key
 from .forward import TEXT, each_in_halves, frozen, token_batches
 from .locate import decoder, layer_module
+from .progress import Progress
 from .spans import SPANS, Pairs
 from .unfinished import Parts, keep_part, saving
 
@@ -249,9 +249,10 @@ def read_responses(
         values = torch.cat(found).numpy() if found else np.zeros(0, np.float32)
         return np.split(values, np.cumsum(counts)[:-1])
 
-    with frozen(model), tqdm(total=len(parts), desc="Log-probabilities", unit="resp", disable=not progress) as bar:
+    bar = Progress(len(parts), "Log-probabilities", "responses", work=float(lengths.sum()), show=progress)
+    with frozen(model), bar:
         whole = [(indices[k // 2], k % 2) in done for k in range(len(parts))]
-        bar.update(sum(whole))
+        bar.update(sum(whole), work=lengths[np.array(whole, dtype=bool)].sum(), skipped=True)
         batches = (
             batch
             for batch in token_batches(lengths, range(len(parts)), batch_tokens)
@@ -261,7 +262,7 @@ def read_responses(
             for k, part in zip(batch, each, strict=True):
                 front = np.zeros(len(parts[k][1]) - len(part), np.float32)
                 yield indices[k // 2], k % 2, np.concatenate([front, part])
-            bar.update(len(batch))
+            bar.update(len(batch), work=lengths[batch].sum())
 
 
 def _sequence(

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .. import __version__
 from ..errors import AnatomyError
 from .files import keep, unsealed
 from .fingerprint import hash_json, model_key
 from .forward import in_halves, length_sorted_batches, read_spans
+from .progress import Progress
 from .scorers import HiddenScorer, Scorer, TextScorer
 from .spans import SPANS, Pairs
 
@@ -79,12 +79,13 @@ def score_pairs(
     scoring = Scoring(pairs, scorers, keys, tokens=tokens, cache_dir=cache_dir)
     if model is not None and scoring.missing:
         todo = scoring.todo.tolist()
-        with tqdm(total=len(todo), desc="Scoring pairs", unit="pair", disable=not progress) as bar:
+        work = float(pairs.packed_lengths[todo].sum())
+        with Progress(len(todo), "Scoring pairs", "pairs", work=work, show=progress) as bar:
 
             def score(batch: list[int]) -> None:
                 found = read_spans(model, pairs, batch, scoring.layers)
                 scoring.take(batch, found.hidden, found.bounds, (slice(1, None, 3), slice(2, None, 3)))
-                bar.update(len(batch))
+                bar.update(len(batch), work=pairs.packed_lengths[batch].sum())
 
             with scoring.kept():
                 in_halves(length_sorted_batches(pairs, todo, batch_tokens), score)

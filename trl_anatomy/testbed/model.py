@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from ..reading.progress import Progress
 from .language import value_tokens
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def train_model(
     )
     losses = []
     model.train()
-    with tqdm(total=steps, desc="Training the start model", disable=None) as bar:
+    with Progress(steps, "Training the start model", "steps") as bar:
         for input_ids, labels in length_batches(texts, batch_size, pad, seed):
             # No attention mask: with padding on the right, no real token attends to it.
             hidden = model.model(input_ids).last_hidden_state[:, :-1]

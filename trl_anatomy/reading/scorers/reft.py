@@ -8,12 +8,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ...errors import AnatomyError
 from ..forward import TEXT, each_in_halves, frozen, token_batches
 from ..locate import decoder, layer_module
 from ..logprobs import language_head
+from ..progress import Progress
 from ..removal import output_hook
 from .hidden import HiddenScorer
 
@@ -206,7 +206,7 @@ class ReftScorer(HiddenScorer):
         with (
             _untrained(model),
             torch.random.fork_rng(devices=cuda),
-            tqdm(total=steps, desc="Fitting the edit", unit="step", disable=not progress) as bar,
+            Progress(steps, "Fitting the edit", "steps", show=progress) as bar,
         ):
             torch.manual_seed(seed)
             for _ in range(n_epochs):
