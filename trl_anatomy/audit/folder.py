@@ -17,6 +17,7 @@ from scipy import sparse
 
 from ..errors import AnatomyError
 from ..reading import storage
+from ..reading.clock import is_date
 from ..reading.files import make_folder, misfit, remove_partial, write_atomically
 from .config import AuditConfig
 from .predict import CO_FIRING, CONCEPTS, RESPONSE_GEOMETRY
@@ -121,6 +122,14 @@ class Audit:
                 f"{self.name}: the harvest holds other pairs than pairs.parquet. Run the audit again in a new folder."
             )
         return harvest
+
+    @property
+    def date(self) -> str | None:
+        """The date that the chat template wrote into its pairs, ISO 8601; None where it writes none.
+
+        Audits of earlier versions do not tell it.
+        """
+        return self.info["data"].get("date")
 
     def check_harvest(self) -> None:
         """Open the harvest now, so that a damaged one is told before other long work.
@@ -547,6 +556,9 @@ def _read_info(path: Path) -> dict[str, Any]:
         )
     problem = misfit(info, _INFO_SHAPE) or misfit(info.get("contexts", {}), _CONTEXTS_SHAPE, "contexts")
     problem = problem or misfit(info.get("files", {}), {str: str}, "files")
+    date = None if problem else info["data"].get("date")
+    if date is not None and not is_date(date):
+        problem = "data.date is no date in ISO 8601"
     try:
         AuditConfig(**info["settings"])
     except (TypeError, AnatomyError) as error:

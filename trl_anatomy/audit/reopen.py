@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AnatomyError
+from ..reading.clock import dated
 from .config import AuditConfig
 from .run import load_dataset, load_model, load_tokenizer
 
@@ -25,7 +26,14 @@ class Source:
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer or processor that made the audited tokens."""
-        return load_tokenizer(self._named("model"), self.config)
+        return self.as_audited(load_tokenizer(self._named("model"), self.config))
+
+    def as_audited(self, processing_class: Any) -> Any:
+        """A tokenizer or processor with the chat template of the audit, whose clock shows the audit's date."""
+        template = self.audit.info["data"].get("chat_template")
+        if template is not None and template != processing_class.chat_template:
+            processing_class.chat_template = template
+        return dated(processing_class, self.audit.date)
 
     @cached_property
     def model_config(self) -> Any:

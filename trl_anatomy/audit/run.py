@@ -11,6 +11,7 @@ import pyarrow as pa
 from scipy import sparse
 
 from ..errors import AnatomyError
+from ..reading.clock import dated, template_now
 from ..reading.processing import lengthen_embeddings, load_processing_class, set_chat_template
 from ..reading.storage import local
 from . import stats
@@ -151,6 +152,13 @@ def _tokenizer(config: AuditConfig, model: Any, tokenizer: Any) -> Any:
     return load_tokenizer(name, config)
 
 
+def _date(config: AuditConfig) -> str:
+    """The date that templates write: of the harvest that a run before this one began in the folder, else today's."""
+    from ..reading.harvest import harvest_date
+
+    return harvest_date(local(config.out) / "harvest") or template_now()
+
+
 def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, dataset: Any = None) -> dict[str, Any]:
     """What `run_audit` would do, without weights and without the pass: everything is checked that can be.
 
@@ -171,7 +179,7 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
     raw = load_dataset(config) if dataset is None else dataset
     pairs = read_rows(
         raw,
-        _tokenizer(config, model, tokenizer),
+        dated(_tokenizer(config, model, tokenizer), _date(config)),
         data_kind=config.data_kind,
         max_length=config.max_length,
         truncation=config.truncation,
@@ -240,7 +248,8 @@ def run_audit(
     out = local(config.out)  # refuses a URL that fsspec cannot read
     with timed(timings, "load"):
         raw = load_dataset(config) if dataset is None else dataset
-        tokenizer = _tokenizer(config, model, tokenizer)
+        date = ranks.in_main(lambda: _date(config))
+        tokenizer = dated(_tokenizer(config, model, tokenizer), date)
         pairs = read_rows(
             raw, tokenizer, data_kind=config.data_kind, max_length=config.max_length, truncation=config.truncation
         )
@@ -336,6 +345,8 @@ def _conclude(
             "tokens": tokens,
             "unread_columns": unread,
             "looks_like_prompt": prompt,
+            "date": pairs.date,
+            "chat_template": tokenizer.chat_template,
         },
         "settings": config.settings(),
         **findings.info,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..errors import AnatomyError
 from . import storage
+from .clock import is_date
 from .files import make_folder, misfit, remove_partial, write_atomically
 from .fingerprint import hash_json, model_key
 from .forward import in_halves, length_sorted_batches, read_spans
@@ -227,6 +228,8 @@ def harvest(
             stacklevel=2,
         )
     manifest = {"key": key, "n_pairs": len(pairs), "d_sae": sae.d_sae, "shard_pairs": shard_pairs}
+    if pairs.date is not None:
+        manifest["date"] = pairs.date
     entries = ranks.in_main(lambda: _settle(out, manifest, replace))
     assert entries is not None
     shards = {_shard_name(i): start for i, start in enumerate(range(0, len(pairs), shard_pairs))}
@@ -278,6 +281,18 @@ def harvest(
     ranks.in_main(merge)
     ranks.together(bring)
     return Harvest(out, {**manifest, "shards": [entries[name] for name in shards]})
+
+
+def harvest_date(out: str | Path) -> str | None:
+    """The date that a template wrote into the pairs of a harvest, begun or whole; None without either.
+
+    Args:
+        out: folder of the harvest, or its URL.
+    """
+    out = storage.local(out)
+    found = _read_manifest(out / _MANIFEST) if storage.fetch(out / _MANIFEST) else None
+    date = None if found is None else found.get("date")
+    return date if is_date(date) else None
 
 
 def shards_done(

@@ -116,6 +116,7 @@ def read_sft(
         pad_token_id=text_tokenizer.eos_token_id if pad is None else pad,
         bos_token_id=bos,
         left_out=left_out,
+        tokenizer=text_tokenizer,
     )
 
 

@@ -18,10 +18,14 @@ import numpy as np
 from datasets import Dataset
 
 from ..errors import AnatomyError
+from .clock import date_of
 from .processing import text_tokenizer as tokenizer_of
 
 SPANS = ("prompt", "chosen", "rejected")
 TRUNCATIONS = ("keep_start", "keep_end", "drop")
+# Columns of responses that a model sampled: their tokens, and those of the prompt that it was given.
+SAMPLED = tuple(f"sampled_{span}_ids" for span in SPANS)
+SAMPLED_RESPONSE = ("sampled_prompt_ids", "sampled_response_ids")  # the same of labelled text
 
 # Columns of a preference dataset that are read; all others are passed over.
 PAIR_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
@@ -71,6 +75,11 @@ class Pairs:
         """Whether the first prompt begins with the tokenizer's BOS."""
         prompt = self.ids(0, "prompt")
         return len(prompt) > 0 and prompt[0] == self.bos_token_id
+
+    @property
+    def date(self) -> str | None:
+        """The date that the chat template wrote into the tokens; None where it writes none, or today's."""
+        return date_of(self.tokenizer)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -373,6 +382,9 @@ def read_pairs(
 ) -> Pairs:
     """Tokenise preference pairs exactly as TRL's trainers do.
 
+    Sampled responses are not tokenised: with the columns `SAMPLED` a row's tokens are those that the model was given
+    and those that it wrote, without a second rendering and without an end that it did not write.
+
     Args:
         dataset: preference rows: explicit or implicit prompt, text or conversations, with or without tools.
         tokenizer: the trainer's tokenizer or processor. It is not changed.
@@ -396,31 +408,15 @@ def read_pairs(
         )
     text_tokenizer = tokenizer_of(tokenizer)
     columns = [column for column in PAIR_COLUMNS if column in dataset.column_names]
-    kept = dataset.select_columns(columns).add_column("row", np.arange(len(dataset)))
+    sampled = set(SAMPLED) <= set(dataset.column_names)
+    kept = dataset.select_columns(list(SAMPLED) if sampled else columns).add_column("row", np.arange(len(dataset)))
     if not usable.all():
         kept = kept.select(np.flatnonzero(usable))
-    if isinstance(kept[0]["chosen"], str):
-        if text_tokenizer.eos_token is None:
-            raise AnatomyError(
-                "The tokenizer has no eos_token; TRL ends every response with it: set tokenizer.eos_token."
-            )
-    elif tokenizer.chat_template is None:
-        raise AnatomyError(
-            "The dataset holds conversations but the tokenizer has no chat_template: set one, or give "
-            "chat_template_path."
-        )
-
-    from trl.trainer.dpo_trainer import DPOTrainer  # the class itself, whatever stands in for it in `trl`
-
     n_kept = len(kept)
-    # _prepare_dataset reads nothing else of the trainer; a test compares the result with the trainers' own batches.
-    trainer: Any = SimpleNamespace(_tokenizer=text_tokenizer)
-    args: Any = SimpleNamespace(
-        dataset_num_proc=num_proc,
-        max_length=None if truncation == "drop" else max_length,
-        truncation_mode=truncation,
-    )
-    kept = prepare_rows(lambda rows: DPOTrainer._prepare_dataset(trainer, rows, tokenizer, args, "audit"), kept)
+    if sampled:
+        kept = _sampled_rows(kept, max_length if truncation == "keep_start" else None)
+    else:
+        kept = _tokenised_rows(kept, tokenizer, max_length, truncation, num_proc)
     if len(kept) < n_kept:
         left_out[FILLED] = n_kept - len(kept)
     kept = kept.select_columns([*(f"{span}_ids" for span in SPANS), "row"])
@@ -447,6 +443,40 @@ def read_pairs(
         tokenizer=text_tokenizer,
         processing_class=tokenizer,
     )
+
+
+def _sampled_rows(rows: Dataset, longest: int | None) -> Dataset:
+    """Sampled rows under the names of TRL's columns, without those whose prompt fills `longest` tokens."""
+    rows = rows.rename_columns({name: f"{span}_ids" for name, span in zip(SAMPLED, SPANS, strict=True)})
+    return rows if longest is None else rows.select(np.flatnonzero(_lengths(rows, "prompt_ids") < longest))
+
+
+def _tokenised_rows(
+    rows: Dataset, tokenizer: Any, max_length: int | None, truncation: str, num_proc: int | None
+) -> Dataset:
+    """TRL's own columns, of rows of text or conversations; TRL leaves out rows whose prompt fills `max_length`."""
+    text_tokenizer = tokenizer_of(tokenizer)
+    if isinstance(rows[0]["chosen"], str):
+        if text_tokenizer.eos_token is None:
+            raise AnatomyError(
+                "The tokenizer has no eos_token; TRL ends every response with it: set tokenizer.eos_token."
+            )
+    elif tokenizer.chat_template is None:
+        raise AnatomyError(
+            "The dataset holds conversations but the tokenizer has no chat_template: set one, or give "
+            "chat_template_path."
+        )
+
+    from trl.trainer.dpo_trainer import DPOTrainer  # the class itself, whatever stands in for it in `trl`
+
+    # _prepare_dataset reads nothing else of the trainer; a test compares the result with the trainers' own batches.
+    trainer: Any = SimpleNamespace(_tokenizer=text_tokenizer)
+    args: Any = SimpleNamespace(
+        dataset_num_proc=num_proc,
+        max_length=None if truncation == "drop" else max_length,
+        truncation_mode=truncation,
+    )
+    return prepare_rows(lambda part: DPOTrainer._prepare_dataset(trainer, part, tokenizer, args, "audit"), rows)
 
 
 def turn_starts(pairs: Pairs, tokenizer: Any, *, num_proc: int | None = None) -> np.ndarray:

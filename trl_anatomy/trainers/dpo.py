@@ -85,7 +85,7 @@ class AnatomyDPOTrainer(ShapedSeams, DPOTrainer):
             config_class=DPOConfig,
             check_rules=check_dpo_rules,
         )
-        self.plan, self.audit = prepared.plan, prepared.audit
+        self.plan, self.audit, self._date = prepared.plan, prepared.audit, prepared.date
         self._acts, self._logged_concepts = prepared.acts, prepared.logged_concepts
         self._waiting = prepared.waiting
         if self.plan is not None:

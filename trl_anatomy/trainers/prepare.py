@@ -26,6 +26,7 @@ from transformers import AutoConfig, ProcessorMixin
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ..errors import AnatomyError
+from ..reading.clock import dated, template_now
 from ..reading.forward import frozen
 from ..reading.processing import lengthen_embeddings, load_processing_class, set_chat_template, text_tokenizer
 from ..shaping.hidden import LowRankSteering
@@ -239,6 +240,7 @@ class Prepared:
         logged_concepts: concepts of the rules, in the order of their column of gaps.
         policy_text: the policy as YAML.
         waiting: the rest, where scores are read in TRL's reference precompute; there is no plan yet, then.
+        date: what chat templates write into the trainer's tokens; None for today's.
     """
 
     plan: "PolicyPlan | None" = None
@@ -248,6 +250,7 @@ class Prepared:
     policy_text: str = ""
     callback: AuditCallback | None = None
     waiting: ReferencePass | None = None
+    date: str | None = None
 
     def attach(self, trainer: Any) -> None:
         """Give the callback plan and trainer (its scalars go through that to every tracker), the trainer the policy.
@@ -315,11 +318,12 @@ def prepare(
             found: Audit | None = _audit_now(audit, start, dataset, loaded if policy else None)
         else:
             found = load_audit(audit) if isinstance(audit, str | Path) else audit
+        date = _date(found)
         if policy:
             if found is not None:
                 found.check_harvest()
             resolved = check_policy(policy, found, start.model_config, dataset.column_names, loaded)
-            begun, turns = _begin(resolved, found, start, dataset)
+            begun, turns = _begin(resolved, found, start, dataset, date)
             if shares:
                 check_columns(dataset)
                 waiting = ReferencePass.after(begun, turns)
@@ -337,7 +341,17 @@ def prepare(
     callback = AuditCallback(found, plan, policy_text=policy.text)
     arguments["callbacks"] = [*(arguments.get("callbacks") or []), callback]
     concepts = tuple(plan.gaps) if plan is not None else ()
-    return Prepared(plan, found, acts, concepts, policy.text, callback, waiting)
+    return Prepared(plan, found, acts, concepts, policy.text, callback, waiting, date)
+
+
+def _date(audit: "Audit | None") -> str:
+    """The date that chat templates write into what is trained on: the audit's, else that of now, on all ranks."""
+    if audit is not None and audit.date is not None:
+        return audit.date
+    shared = [template_now()]
+    if PartialState().num_processes > 1:
+        broadcast_object_list(shared, from_process=0)
+    return shared[0]
 
 
 def _checked(dataset: Any) -> Dataset:
@@ -379,15 +393,16 @@ def _audit_now(settings: "AuditConfig", start: Start, dataset: Dataset, loaded: 
 
 
 def _begin(
-    resolved: "Resolved", audit: "Audit | None", start: Start, dataset: Dataset
+    resolved: "Resolved", audit: "Audit | None", start: Start, dataset: Dataset, date: str
 ) -> "tuple[Begun, np.ndarray | None]":
     """The policy before its scores, and where the last user turns begin, if a rule asks."""
     from ..reading.spans import read_pairs, turn_starts
     from ..shaping.settle import begin_policy
 
+    processing_class = dated(start.processing_class, date)
     pairs = read_pairs(
         dataset,
-        start.processing_class,
+        processing_class,
         max_length=start.config.max_length,
         truncation=start.truncation,
         num_proc=start.config.dataset_num_proc,
@@ -405,7 +420,7 @@ def _begin(
         resolved=resolved,
     )
     steers = any(rule.verb == "steer" for rule in policy.rules)
-    turns = turn_starts(pairs, start.processing_class, num_proc=start.config.dataset_num_proc) if steers else None
+    turns = turn_starts(pairs, processing_class, num_proc=start.config.dataset_num_proc) if steers else None
     return begun, turns
 
 

@@ -71,7 +71,7 @@ class AnatomyRewardTrainer(ShapedSeams, RewardTrainer):
             config_class=RewardConfig,
             check_rules=check_reward_rules,
         )
-        self.plan, self.audit = prepared.plan, prepared.audit
+        self.plan, self.audit, self._date = prepared.plan, prepared.audit, prepared.date
         self._acts, self._logged_concepts = prepared.acts, prepared.logged_concepts
         if self.plan is not None or self.audit is not None:
             self._tag_names = [*type(self)._tag_names, TAG]

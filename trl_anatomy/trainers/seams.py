@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..reading.clock import dated
 from .card import append_section, card_section
 from .checkpoints import WholeCheckpoints
 
@@ -190,6 +191,12 @@ class ShapedSeams(WholeCheckpoints):
     plan: "PolicyPlan | None" = None
     audit: "Audit | None" = None
     policy_text: str = ""
+    _date: str | None = None
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, *args: Any, **kwargs: Any) -> Any:
+        # With an audit or a policy, the tokens that it was made of: templates write its date, not today's.
+        prepare: Any = super()._prepare_dataset  # type: ignore[misc]
+        return prepare(dataset, dated(processing_class, self._date), *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's card, with a section on the audit, the policy and what was observed where there is one of the first."""
