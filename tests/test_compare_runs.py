@@ -16,6 +16,7 @@ from trl_anatomy.audit.run import run_audit
 from trl_anatomy.checking import compare as comparing
 from trl_anatomy.checking.compare import compare, comparison_report, names_of
 from trl_anatomy.checking.report import render_comparison
+from trl_anatomy.checking.responses import sampled_responses
 from trl_anatomy.cli import main
 from trl_anatomy.errors import AnatomyError
 from trl_anatomy.reading.sae import load_sae
@@ -119,8 +120,8 @@ def test_one_prompt_leaves_json_that_every_reader_takes(root: Path, audit: Audit
 def test_several_responses_to_a_prompt_are_not_as_many_prompts(root: Path, audit: Audit, tmp_path: Path) -> None:
     """The same responses four times over tell nothing more: intervals must not narrow."""
     once = compared(audit, root, tmp_path / "once")
-    files = {name: json.loads((tmp_path / "once" / f"{name}.json").read_text()) for name in ("before", "out")}
-    sampled = {name: held["responses"] * 4 for name, held in files.items()}
+    # With their tokens, which is what compare reads of them: text alone would be rendered anew.
+    sampled = {name: sampled_responses(tmp_path / "once", name) * 4 for name in ("before", "out")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparing, "sampled", lambda model, tokenizer, prompts, file, sampling: sampled[file.stem])
         repeated = compared(audit, root, tmp_path / "repeated", PROMPTS * 4)

@@ -577,7 +577,7 @@ def _predict(argv: list[str]) -> int:
         if not (model_args.use_peft or model_args.load_in_4bit or model_args.load_in_8bit):
             model_args.dtype = "float32"  # a small step would be lost in the rounding of trained weights
         arguments = (script_args, training, model_args, *other)
-        made = {PLAIN: lambda: _trainer_of(script, arguments, None, None)}
+        made = {PLAIN: lambda: _trainer_of(script, arguments, None, policy.audit)}
         if policy.concept_policy is not None:
             made[POLICY] = lambda: _trainer_of(script, arguments, policy.concept_policy, policy.audit)
         result = predict(
@@ -721,6 +721,7 @@ def _fitted(args: argparse.Namespace) -> tuple[str, str]:
     from .checking.dose import dose_report, dose_response
     from .reading.files import check_writable
     from .reading.fit import KINDS, fit_concept, fit_report, read_examples, split_examples
+    from .reading.prompts import prompt_of
     from .reading.sae import load_sae
     from .reading.scorers.direction import DirectionScorer
     from .reading.scorers.reft import ReftScorer
@@ -794,7 +795,7 @@ def _fitted(args: argparse.Namespace) -> tuple[str, str]:
             model,
             tokenizer,
             scorer,
-            list(prompts["prompt"]),
+            [prompt_of(row) for row in prompts],
             lambda texts: np.array([rule.search(text) is not None for text in texts]),
             strengths=strengths,
             max_new_tokens=args.max_new_tokens or 64,

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import AnatomyError
 from ..reading.files import check_writable, remove_partial, without_nan, write_atomically
+from ..reading.prompts import Prompt, prompt_key
 from ..reading.storage import local
 from ..trainers.card import put_comparison
 from .prediction import PLAIN
@@ -20,9 +21,9 @@ from .rates import TEXT_RULES, rate_interval, recovery, rule_hits, word_counts
 from .report import PAGE, write_comparison
 from .responses import (
     Interval,
-    Prompt,
     activities,
     as_pairs,
+    audited_tokenizer,
     load_audited,
     load_model,
     means_with_intervals,
@@ -94,7 +95,7 @@ def compare(
         after: name -> trained model (path or loaded); recovery of the others is counted against the first.
         prompts: strings or conversations; one response of each model to each, so repeat them for more.
         out: folder for the sampled responses, `compare.json` and its page `compare.html`.
-        tokenizer: default: the start model's.
+        tokenizer: default: the one that the pairs were audited with.
         rules: name -> regular expression, counted in the responses; default `TEXT_RULES`.
         max_new_tokens: longest response sampled, in tokens.
         batch_size: responses sampled at a time.
@@ -121,7 +122,6 @@ def compare(
     """
     from ..audit.predict import agreement
     from ..audit.reopen import reopen
-    from ..audit.run import load_tokenizer
     from ..reading.harvest import harvest
     from ..reading.spans import read_pairs
     from .prompt_shift import prompt_view_agreement
@@ -141,12 +141,14 @@ def compare(
     start_model = load_audited(audit, before)
     sae = audit.load_sae(next(start_model.parameters()).device)
     if tokenizer is None:
-        tokenizer = load_tokenizer(name_of(before), reopen(audit).config)
+        tokenizer = audited_tokenizer(audit, before)
     check_writable(out := local(out))
     remove_partial(out)
     sampling = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
-    prompt_of = np.unique([json.dumps(prompt) for prompt in prompts], return_inverse=True)[1]
-    responses = {"before": sampled(start_model, tokenizer, prompts, out / "before.json", sampling)}
+    prompt_of = np.unique([prompt_key(prompt) for prompt in prompts], return_inverse=True)[1]
+    responses: dict[str, Sequence[str]] = {
+        "before": sampled(start_model, tokenizer, prompts, out / "before.json", sampling)
+    }
     for name, model in after.items():
         responses[name] = sampled(load_model(model), tokenizer, prompts, out / f"{slug(name)}.json", sampling)
 

@@ -15,8 +15,9 @@ from ..errors import AnatomyError
 from ..reading.forward import frozen
 from ..reading.locate import layer_module
 from ..reading.processing import text_tokenizer
+from ..reading.prompts import Prompt, encode_prompt
 from .rates import rate_interval
-from .rollouts import encode_prompt, rollouts
+from .rollouts import Response, rollouts
 
 if TYPE_CHECKING:
     from ..reading.scorers.direction import DirectionScorer
@@ -47,7 +48,7 @@ def dose_response(
     model: Any,
     tokenizer: Any,
     direction: DirectionScorer | ReftScorer,
-    prompts: Sequence[str | list[dict[str, Any]]],
+    prompts: Sequence[Prompt],
     shows: Callable[[Sequence[str]], np.ndarray],
     *,
     strengths: Sequence[float] = (-8.0, -4.0, -2.0, 0.0, 2.0, 4.0, 8.0),
@@ -125,19 +126,25 @@ def dose_report(rows: Sequence[dict[str, float]]) -> str:
 def perplexity(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str | list[dict[str, Any]]],
+    prompts: Sequence[Prompt],
     responses: Sequence[str],
     *,
     batch_size: int = 64,
 ) -> float:
-    """exp of the mean negative log-likelihood of a response token after its prompt; NaN where there is no token."""
+    """exp of the mean negative log-likelihood of a response token after its prompt; NaN where there is no token.
+
+    A `Response` has the tokens that were sampled, its end among them; a text is tokenised.
+    """
     total, count = 0.0, 0
     reader = text_tokenizer(tokenizer)
     pad = reader.pad_token_id if reader.pad_token_id is not None else reader.eos_token_id
     encoded = []
     for prompt, response in zip(prompts, responses, strict=True):
-        before = encode_prompt(tokenizer, prompt)
-        after = reader(response, add_special_tokens=False).input_ids
+        if isinstance(response, Response):
+            before, after = list(response.prompt_ids), list(response.ids)
+        else:
+            before = encode_prompt(tokenizer, prompt)
+            after = reader(response, add_special_tokens=False).input_ids
         if after and before:
             encoded.append((before, after))
     encoded.sort(key=lambda pair: len(pair[0]) + len(pair[1]))

@@ -15,8 +15,10 @@ from ..errors import AnatomyError
 from ..reading.chat import ChatEndpoint
 from ..reading.files import write_atomically
 from ..reading.fingerprint import hash_json, model_key
+from ..reading.prompts import ChatPrompt, encode_prompt
+from ..reading.spans import SAMPLED_RESPONSE
 from ..reading.storage import fetch
-from .rollouts import rollouts
+from .rollouts import Response, rollouts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,8 +38,11 @@ class Generate(Protocol):
         max_new_tokens: int,
         temperature: float,
         seed: int,
-    ) -> list[list[str]]:
-        """`n_per_prompt` response texts to each conversation, in their order."""
+    ) -> Sequence[Sequence[str]]:
+        """`n_per_prompt` response texts to each conversation, in their order.
+
+        A conversation is a `ChatPrompt` that carries its tokens; a text that is a `Response` keeps those it sampled.
+        """
 
 
 _MIDDLE = 50.0
@@ -87,7 +92,8 @@ def persona_rows(
             a name: a `generate` or a judge that is no dataclass is asked every time.
 
     Returns:
-        Columns `prompt` (messages), `response`, `label` (1 positive, 0 negative), `rating`.
+        Columns `prompt` (messages), `response`, `label` (1 positive, 0 negative), `rating`; and `SAMPLED_RESPONSE`, the
+        tokens as they were sampled, where `generate` gives them for all.
 
     Raises:
         AnatomyError: no chat template, nothing to ask, a judge that answers otherwise than asked, or no response left
@@ -107,17 +113,26 @@ def persona_rows(
         for system in systems
         for question in questions
     ]
-    conversations = [messages for _, messages, _ in asked]
+    conversations = [ChatPrompt(messages, ids=encode_prompt(tokenizer, messages)) for _, messages, _ in asked]
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     answers_file = rated_file = None
     if store is not None and (generate is None or is_dataclass(generate)):
-        made_from = [asked, n_per_question, sampling, batch_size, tokenizer.chat_template, model_key(model)]
+        made_from = [
+            asked,
+            SAMPLED_RESPONSE,
+            n_per_question,
+            sampling,
+            batch_size,
+            tokenizer.chat_template,
+            model_key(model),
+        ]
         key = hash_json([__version__, "transformers" if generate is None else repr(generate), *made_from])
         answers_file = store / f"answers-{key}.jsonl"
         if is_dataclass(judge):
             rated_file = store / f"rated-{hash_json([key, repr(judge), _RUBRIC])}.jsonl"
 
     def sample() -> list[dict[str, Any]]:
+        answers: Sequence[Sequence[str]]
         if generate is not None:
             answers = generate(conversations, n_per_prompt=n_per_question, **sampling)
         else:
@@ -127,7 +142,7 @@ def persona_rows(
         if len(answers) != len(asked):
             raise AnatomyError(f"generate was given {len(asked)} conversations and answered {len(answers)}.")
         return [
-            {"prompt": messages, "response": text, "label": label, "question": question}
+            {"prompt": messages, "response": text, "label": label, "question": question, **_tokens(text)}
             for (label, messages, question), texts in zip(asked, answers, strict=True)
             for text in texts
             if text.strip()
@@ -144,8 +159,11 @@ def persona_rows(
         return [{**row, "rating": rating} for row, rating in zip(rows, ratings, strict=True)]
 
     rows = _kept(rated_file, rate)
+    columns = ["prompt", "response", "label"]
+    if all(name in row for row in rows for name in SAMPLED_RESPONSE):
+        columns += SAMPLED_RESPONSE
     kept = [
-        {"prompt": row["prompt"], "response": row["response"], "label": row["label"], "rating": float(rating)}
+        {**{name: row[name] for name in columns}, "rating": float(rating)}
         for row in rows
         if (rating := row["rating"]) is not None and (rating >= _MIDDLE if row["label"] else rating <= _MIDDLE)
     ]
@@ -157,6 +175,12 @@ def persona_rows(
                 "model does not follow them, or the judge does not see the trait."
             )
     return Dataset.from_list(kept)
+
+
+def _tokens(text: str) -> dict[str, list[int]]:
+    if not isinstance(text, Response):
+        return {}
+    return dict(zip(SAMPLED_RESPONSE, (list(text.prompt_ids), list(text.ids)), strict=True))
 
 
 def _kept(file: Path | None, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:

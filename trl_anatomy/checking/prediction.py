@@ -12,9 +12,10 @@ import numpy as np
 from ..errors import AnatomyError
 from ..reading.files import check_writable, misfit, remove_partial, without_nan, write_atomically
 from ..reading.fingerprint import hash_json
+from ..reading.prompts import Prompt
 from ..reading.storage import fetch, local
 from .rates import TEXT_RULES, rate_interval, rule_hits
-from .responses import Prompt, activities, as_pairs, load_audited, name_of, sampled
+from .responses import activities, as_pairs, audited_tokenizer, load_audited, name_of, sampled
 
 if TYPE_CHECKING:
     from ..audit.folder import Audit
@@ -57,7 +58,7 @@ def predict(
         prompts: strings or conversations.
         out: folder for the sampled responses and `prediction.json`.
         policy: what the trainer `POLICY` was given; its concepts are scored in the responses and followed too.
-        tokenizer: default: the start model's.
+        tokenizer: default: the one that the pairs were audited with.
         rules: name -> regular expression, counted in the responses; default `TEXT_RULES`.
         n_per_prompt: responses to each prompt, an even number.
         max_new_tokens: longest response sampled, in tokens.
@@ -82,8 +83,6 @@ def predict(
     Source: method.md section 12.
     """
     from ..audit.predict import step_shift
-    from ..audit.reopen import reopen
-    from ..audit.run import load_tokenizer
     from ..reading.harvest import harvest
     from ..reading.score import score_pairs
     from ..reading.spans import read_pairs
@@ -100,7 +99,7 @@ def predict(
     model = load_audited(audit, before)
     sae = audit.load_sae(next(model.parameters()).device)
     scorers = _scorers(ConceptPolicy.load(policy), audit, model)
-    tokenizer = tokenizer or load_tokenizer(name_of(before), reopen(audit).config)
+    tokenizer = tokenizer or audited_tokenizer(audit, before)
     rules = TEXT_RULES if rules is None else rules
     check_writable(out := local(out))
     remove_partial(out)

@@ -2,36 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from ..reading.processing import prompt_ids, text_tokenizer
+from ..reading.processing import text_tokenizer
+from ..reading.prompts import Prompt, encode_prompt
+
+__all__ = ["Response", "encode_prompt", "rollouts", "stop_ids"]
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Response(str):
+    """The text of a sampled response, without special tokens, and the tokens as they were sampled.
+
+    Attributes:
+        ids: what the model wrote, with its end token where it wrote one.
+        prompt_ids: what it was given before.
+        finished: whether it ended by itself; False where it was cut at `max_new_tokens`.
+    """
+
+    ids: tuple[int, ...]
+    prompt_ids: tuple[int, ...]
+    finished: bool
+
+    def __new__(cls, text: str, ids: Sequence[int] = (), prompt_ids: Sequence[int] = (), finished: bool = True) -> Self:
+        made = super().__new__(cls, text)
+        made.ids, made.prompt_ids, made.finished = tuple(ids), tuple(prompt_ids), finished
+        return made
 
 
 @torch.no_grad()
 def rollouts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | list[dict[str, Any]]],
+    prompts: Sequence[Prompt],
     *,
     n_per_prompt: int = 1,
     max_new_tokens: int = 64,
     batch_size: int = 256,
     seed: int = 0,
     temperature: float = 1.0,
-) -> list[list[str]]:
+) -> list[list[Response]]:
     """Samples `n_per_prompt` responses to each prompt.
 
     Only the temperature shapes the samples: of the generation settings stored with the model nothing counts but its end
-    tokens, so that rates of different models can be compared. A text prompt is tokenised as it stands, a conversation
-    by the tokenizer's chat template. The caller's random state and the model's mode are left as they were found.
+    tokens, so that rates of different models can be compared. Prompts are tokenised as training
+    tokenises them (`encode_prompt`). The caller's random state and the model's mode are left as they were found.
 
     Where the device runs out of memory, the batch is sampled in halves, and so are those after it. What had been drawn
     for it is drawn again, so the same batch running out in the same place gives the same responses; but each batch goes
@@ -41,7 +64,7 @@ def rollouts(
     Args:
         model: Any causal language model of transformers.
         tokenizer: Its tokenizer or processor. Its padding side does not matter: the padding is done here, on the left.
-        prompts: Texts to continue, or conversations (lists of messages) to answer.
+        prompts: Texts to continue, or conversations (lists of messages) to answer; a `ChatPrompt` brings tools.
         n_per_prompt: Responses per prompt.
         max_new_tokens: Longest response in tokens.
         batch_size: Responses sampled at once.
@@ -49,7 +72,7 @@ def rollouts(
         temperature: 1 samples from the model's own distribution; 0 decodes greedily.
 
     Returns:
-        For each prompt, in the order given, its `n_per_prompt` response texts without special tokens.
+        For each prompt, in the order given, its `n_per_prompt` responses.
 
     Raises:
         AnatomyError: there is not enough memory for a single response.
@@ -62,13 +85,13 @@ def rollouts(
     reader = text_tokenizer(tokenizer)
     pad = reader.pad_token_id if reader.pad_token_id is not None else reader.eos_token_id
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    texts: list[list[str]] = [[] for _ in prompts]
+    responses: list[list[Response]] = [[] for _ in prompts]
     was_training = model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
     ends = stop_ids(model, tokenizer)
 
-    def sample(batch: list[int]) -> list[str]:
+    def sample(batch: list[int]) -> list[Response]:
         longest = max(len(encoded[i]) for i in batch)
         rows = [[pad] * (longest - len(encoded[i])) + encoded[i] for i in batch]
         mask = [[0] * (longest - len(encoded[i])) + [1] * len(encoded[i]) for i in batch]
@@ -89,23 +112,29 @@ def rollouts(
             for device, state in zip(devices, states[1], strict=True):
                 torch.cuda.set_rng_state(state, device)
             raise
-        return reader.batch_decode(output[:, longest:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        written = output[:, longest:]
+        texts = reader.batch_decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return [
+            _response(text, ids, encoded[i], ends or [])
+            for i, text, ids in zip(batch, texts, written.tolist(), strict=True)
+        ]
 
     batches = (jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size))
     try:
         with torch.random.fork_rng(devices=devices), _without_settings(model):
             torch.manual_seed(seed)
             for batch, answers in each_in_halves(batches, sample, one="response: lower max_new_tokens, or free memory"):
-                for i, text in zip(batch, answers, strict=True):
-                    texts[i].append(text)
+                for i, response in zip(batch, answers, strict=True):
+                    responses[i].append(response)
     finally:
         model.train(was_training)
-    return texts
+    return responses
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> list[int]:
-    """Token ids of a prompt: text as it stands, a conversation by the chat template."""
-    return prompt_ids(tokenizer, prompt)
+def _response(text: str, ids: list[int], prompt_ids: list[int], ends: Sequence[int]) -> Response:
+    """A response without the padding that follows its end."""
+    stop = next((n for n, token in enumerate(ids) if token in ends), None)
+    return Response(text, ids if stop is None else ids[: stop + 1], prompt_ids, stop is not None)
 
 
 @contextmanager

@@ -10,16 +10,18 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..errors import AnatomyError
+from .rollouts import Response
 
 
 @dataclass(frozen=True)
 class VllmRollouts:
     """Answers conversations with vLLM, for `persona_rows(generate=...)`.
 
-    The engine lives for one call, so that the memory of the GPU is free again for what reads hidden states.
+    It is given tokens, those that `persona_rows` makes, and renders nothing itself. The engine lives for one call, so
+    that the memory of the GPU is free again for what reads hidden states.
 
     Args:
-        model: folder or hub name of the start model; vLLM loads it itself, and uses its own chat template.
+        model: folder or hub name of the start model; vLLM loads it itself.
         dtype: as vLLM knows it.
 
     Raises:
@@ -43,16 +45,29 @@ class VllmRollouts:
         max_new_tokens: int,
         temperature: float,
         seed: int,
-    ) -> list[list[str]]:
-        """`n_per_prompt` response texts to each conversation; only the temperature shapes the samples."""
+    ) -> list[list[Response]]:
+        """`n_per_prompt` responses to each conversation; only the temperature shapes the samples.
+
+        Args:
+            conversations: each a `ChatPrompt` with its tokens.
+
+        Raises:
+            AnatomyError: one without tokens.
+        """
         import torch
 
+        prompts = [ids for conversation in conversations if (ids := getattr(conversation, "ids", None)) is not None]
+        if len(prompts) < len(conversations):
+            raise AnatomyError("vLLM is given tokens: make each conversation a ChatPrompt with ids (encode_prompt).")
         vllm = import_module("vllm")
         sampling = vllm.SamplingParams(n=n_per_prompt, temperature=temperature, max_tokens=max_new_tokens, seed=seed)
         engine = vllm.LLM(model=self.model, dtype=self.dtype, seed=seed)
         try:
-            answered = engine.chat(list(conversations), sampling)
-            return [[sample.text for sample in answer.outputs] for answer in answered]
+            answered = engine.generate([{"prompt_token_ids": list(ids)} for ids in prompts], sampling)
+            return [
+                [Response(of.text, of.token_ids, ids, of.finish_reason == "stop") for of in answer.outputs]
+                for answer, ids in zip(answered, prompts, strict=True)
+            ]
         finally:
             del engine
             gc.collect()

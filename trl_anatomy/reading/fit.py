@@ -25,7 +25,7 @@ from .scorers.features import FeaturesScorer
 from .scorers.linear_probe import LinearProbe
 from .scorers.metrics import best_threshold, detector_metrics
 from .scorers.reft import ReftScorer
-from .spans import flatten_text, read_pairs
+from .spans import SAMPLED, SAMPLED_RESPONSE, flatten_text, read_pairs
 
 KINDS: Mapping[str, type[HiddenScorer]] = {
     "direction": DirectionScorer,
@@ -96,8 +96,8 @@ def read_examples(
     Args:
         dataset: rows with `text` and `label`; with `prompt`, `response` and `label`; with `prompt` and `label` (for
             ``tokens="prompt_end"``); or pairs, whose `chosen` shows the concept and whose `rejected` does not. Prompt
-            and response are text, taken as they stand, or messages, for which the chat template is used. A label is
-            1, 0, true or false.
+            and response are text, taken as they stand, or messages, for which the chat template is used; rows that
+            `persona_rows` sampled bring their tokens (`SAMPLED_RESPONSE`). A label is 1, 0, true or false.
         tokenizer: the model's tokenizer or processor.
         tokens: ``"response"``: all tokens of the response (or text; a leading BOS is left out); ``"prompt_end"``: the
             last token before the response, for concepts such as refusal that a prompt decides.
@@ -184,7 +184,11 @@ def _row_sides(row: Mapping[str, Any]) -> dict[str, Any]:
     prompt, response = row["prompt"], row.get("response", "-")
     if not isinstance(prompt, str) and isinstance(response, str):
         response = [{"role": "assistant", "content": response}]
-    return {"prompt": prompt, "chosen": response, "rejected": response}
+    sides = {"prompt": prompt, "chosen": response, "rejected": response}
+    if set(SAMPLED_RESPONSE) <= set(row):
+        before, after = (row[name] for name in SAMPLED_RESPONSE)
+        sides |= dict(zip(SAMPLED, (before, after, after), strict=True))
+    return sides
 
 
 def _placed(prompt: list[int], response: list[int], label: bool, tokens: str, text: str) -> _Row:

@@ -1,7 +1,7 @@
 """A concept policy as a reward function of TRL's online trainers: r − λ·s on generated text (method.md section 8)."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +9,7 @@ import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
+from trl.chat_template_utils import get_training_chat_template, is_chat_template_prefix_preserving
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ..errors import AnatomyError
@@ -39,7 +40,8 @@ class ConceptReward:
     were generated.
 
     Gates on the prompt and on columns of the training set work; a rule is silent outside its gate. Prompts are
-    tokenised as the trainers do, without tools.
+    tokenised as the trainers tokenise them: give the tools and `chat_template_kwargs` that the trainer is given, since
+    TRL does not pass them on.
 
     Args:
         concept_policy: YAML path, dict or ConceptPolicy, with `shape_reward` rules only.
@@ -48,6 +50,9 @@ class ConceptReward:
         processing_class: its tokenizer; default: the one beside the model.
         reference: preference pairs to measure scores by. Default: the audit's pairs, else none.
         audit: audit folder or Audit, for concepts that name its clusters.
+        tools: the trainer's `tools`, functions or JSON schemas.
+        chat_template_kwargs: those of the trainer's config; a `chat_template` among them takes the place of the
+            tokenizer's own.
 
     Attributes:
         strengths: λ per rule, negative where it amplifies.
@@ -79,6 +84,8 @@ class ConceptReward:
         processing_class: Any = None,
         reference: Dataset | None = None,
         audit: "str | Path | Audit | None" = None,
+        tools: Sequence[Callable[..., Any] | dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         from ..audit.folder import load_audit
         from ..audit.reopen import reopen
@@ -97,6 +104,7 @@ class ConceptReward:
         self._tokenizer: Any = processing_class or (_tokenizer(model) if model is not None else None)
         if self._tokenizer is None and source is not None:
             self._tokenizer = source.tokenizer
+        self._asked = _asked(self._tokenizer, tools, chat_template_kwargs)
         self._model: Any = None
         if hidden:
             with loaded_whole():
@@ -158,7 +166,7 @@ class ConceptReward:
                 hidden[name] = scorer
         if not hidden:
             return scores
-        before = [prompt_ids(self._tokenizer, prompt) for prompt in prompts]
+        before = [prompt_ids(self._tokenizer, prompt, **self._asked) for prompt in prompts]
         if completion_ids is None:
             completion_ids = text_tokenizer(self._tokenizer)(texts, add_special_tokens=False)["input_ids"]
         rows = [[*prompt, *ids] for prompt, ids in zip(before, completion_ids, strict=True)]
@@ -213,6 +221,16 @@ def _followed(policy: ConceptPolicy, *, measured: bool) -> list[ShapeReward]:
 def _tokenizer(model: str | Path | nn.Module) -> Any:
     name = get_config_model_id(model.config) if isinstance(model, nn.Module) else str(model)
     return load_processing_class(name)
+
+
+def _asked(
+    processing_class: Any, tools: Sequence[Any] | None, chat_template_kwargs: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What `GRPOTrainer` asks the chat template with, beside the messages."""
+    asked = {"tools": list(tools or []) or None, **(chat_template_kwargs or {})}  # for no tools some open a list
+    if tools and processing_class is not None and not is_chat_template_prefix_preserving(processing_class):
+        asked.setdefault("chat_template", get_training_chat_template(processing_class))
+    return asked
 
 
 def _own(model: str | Path | nn.Module | None) -> Any:
