@@ -316,6 +316,35 @@ def test_what_the_pairs_do_not_tell_has_no_number() -> None:
         assert edited.warnings == []
 
 
+@pytest.mark.parametrize(
+    ("rule", "hits", "note"),
+    [
+        (explain("filter_pairs", side="chosen"), (0, 50, 0, 50), "touches nothing: no chosen response scores above 0"),
+        (explain("filter_pairs", above=0), (0, 50, 0, 50), "touches nothing: the chosen response scores higher in no"),
+        (explain("shape_reward", strength=1), (30, 70, 0, 0), "every pair is touched: check its pattern"),
+        (explain("shape_reward"), (70, 30, 0, 0), "every pair is touched: check its pattern"),
+        (explain("filter_pairs", fraction=0.1), RISES, ""),
+        (explain("shape_reward", strength=0.1), RISES, ""),
+    ],
+)
+def test_a_rule_that_touches_nothing_or_all_says_so(rule: dict[str, Any], hits: Hits, note: str) -> None:
+    plan = planned([rule], sides(hits))
+    assert plan.rules[0]["note"].startswith(note)
+    assert bool(plan.rules[0]["note"]) == bool(note)
+    assert sum(line.startswith("rule 1: ") for line in plan_report(plan).splitlines()) == bool(note)
+
+
+def test_rules_on_tokens_and_gates_that_touch_all_say_so() -> None:
+    every = {i: (np.array([True, False]), np.array([False, False])) for i in range(100)}
+    [rule] = planned([explain("mask_tokens")], sides(RISES), read={0: every}).rules
+    assert (rule["rows"], rule["note"]) == (100, "every pair is touched: check its pattern or threshold")
+    prompts = {i: ([7, 1, 2], []) for i in range(100)}
+    [rule] = planned([explain("inoculate", instruction="do a")], sides((100, 0, 0, 0)), read={0: prompts}).rules
+    assert rule["note"].startswith("every chosen response shows the concept")
+    plan = gated(explain("filter_pairs", side="either", **X), (60, 40, 0, 0), RISES)
+    assert plan.rules[0]["note"] == "drops every pair in its gate"
+
+
 def test_other_scores_are_in_standard_deviations() -> None:
     chosen, rejected = np.array([10.0, 30.0, 20.0, 20.0]), np.array([20.0, 10.0, 10.0, 40.0])
     plan = planned([explain("filter_pairs", above=0)], (chosen, rejected), scorer="probe")

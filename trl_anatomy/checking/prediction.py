@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..reading.scorers import Scorer
     from ..reading.spans import Pairs
     from ..shaping.policy import ConceptPolicy
+    from ..shaping.resolve import Loaded
 
 PLAIN, POLICY = "plain", "policy"
 FOLDER, FILE = "prediction", "prediction.json"  # in an audit's folder, unless it is told otherwise
@@ -87,6 +88,7 @@ def predict(
     from ..reading.score import score_pairs
     from ..reading.spans import read_pairs
     from ..shaping.policy import ConceptPolicy
+    from ..shaping.resolve import Loaded
     from .first_step import first_step, log_prob_changes
 
     if not prompts:
@@ -97,8 +99,9 @@ def predict(
         raise AnatomyError(f"predict got a policy and no trainer {POLICY!r} with it.")
     audit.check_harvest()
     model = load_audited(audit, before)
-    sae = audit.load_sae(next(model.parameters()).device)
-    scorers = _scorers(ConceptPolicy.load(policy), audit, model)
+    loaded = Loaded()
+    sae = audit.load_sae(load=loaded.sae).to(next(model.parameters()).device)
+    scorers = _scorers(ConceptPolicy.load(policy), audit, model, loaded)
     tokenizer = tokenizer or audited_tokenizer(audit, before)
     rules = TEXT_RULES if rules is None else rules
     check_writable(out := local(out))
@@ -232,9 +235,12 @@ def taken_out(
     return 1 - left, 1 - left - half, 1 - left + half
 
 
-def _scorers(policy: ConceptPolicy, audit: Audit, model: Any) -> dict[str, Scorer]:
-    """Of a policy's concepts, those that have a score."""
-    found = policy.scorers(audit=audit, model=model) if policy else {}
+def _scorers(policy: ConceptPolicy, audit: Audit, model: Any, loaded: Loaded) -> dict[str, Scorer]:
+    """Of a policy's concepts, those that have a score. Raises PolicyError as `ConceptPolicy.scorers`."""
+    from ..shaping.resolve import resolve
+
+    resolved, problems = resolve(policy, audit, loaded=loaded)
+    found = resolved.to(model, problems)
     return {name: scorer for name, scorer in found.items() if policy.concepts[name].scorer != "reft"}
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.special import expit
 
-from .interventions import FilterPairs, Inoculate, Intervention, MaskTokens, ReweightPairs
+from .interventions import FilterPairs, Inoculate, Intervention, MaskTokens, ReweightPairs, ShapeReward
 from .margins import Shaped
 from .policy import ConceptPolicy
 from .tokens import Masked
@@ -98,9 +98,18 @@ def rule_records(
         record["gradient_removed"] = float(np.abs(change[change < 0]).sum() / total)
         record["gradient_added"] = float(change[change > 0].sum() / total)
         record["gradient_share"] = record["gradient_added"] - record["gradient_removed"]
-        record["note"] = _weight_note(a.weighed[i], record) if i in a.weighed else _note(rule, record)
+        reached = gates[i] if i in a.dropped else gates[i] & kept
+        whole = record["rows"] == reached.sum() and _chooses(rule, policy)
+        record["note"] = _weight_note(a.weighed[i], record) if i in a.weighed else _note(rule, record, whole)
         records[i] = record
     return [records[i] for i in range(len(policy.rules))]
+
+
+def _chooses(rule: Intervention, policy: ConceptPolicy) -> bool:
+    """Whether it is odd that a rule touches every pair it may."""
+    if isinstance(rule, ShapeReward):  # scores that are no hits differ in nearly every pair
+        return rule.constant is None and policy.concepts[rule.concept].scorer == "text"
+    return isinstance(rule, MaskTokens | Inoculate) or (isinstance(rule, FilterPairs) and rule.fraction != "all")
 
 
 def _weight_note(weighed: Weighed, record: dict[str, Any]) -> str:
@@ -114,7 +123,8 @@ def _weight_note(weighed: Weighed, record: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _note(rule: Intervention, record: dict[str, Any]) -> str:
+def _note(rule: Intervention, record: dict[str, Any], whole: bool) -> str:
+    """What a reader should know; `whole`: a rule that chooses pairs touches all that it may."""
     if record["gradient_touched"] is not None:
         return f"edits the step of pairs that carry {record['gradient_touched']:.0%} of the gradient"
     if record["rows"] == 0:
@@ -125,10 +135,14 @@ def _note(rule: Intervention, record: dict[str, Any]) -> str:
         if isinstance(rule, Inoculate):
             return "touches nothing: no chosen response shows the concept"
         return "touches nothing: the two responses score alike in every pair"
-    if record["ci_low"] is None:
-        return ""
-    if record["ci_low"] <= 0 <= record["ci_high"]:
-        return "the interval holds 0: these pairs say next to nothing about the concept"
-    if record["strength"] < 0:
-        return "the pairs punish this concept; the offset cancels that"
-    return ""
+    parts = []
+    if record["ci_low"] is not None and record["ci_low"] <= 0 <= record["ci_high"]:
+        parts.append("the interval holds 0: these pairs say next to nothing about the concept")
+    elif record["ci_low"] is not None and record["strength"] < 0:
+        parts.append("the pairs punish this concept; the offset cancels that")
+    if whole and isinstance(rule, FilterPairs):
+        parts.append("drops every pair in its gate")
+    elif whole:
+        every = "chosen response shows the concept" if isinstance(rule, Inoculate) else "pair is touched"
+        parts.append(f"every {every}: check its pattern or threshold")
+    return "; ".join(parts)
