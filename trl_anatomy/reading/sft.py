@@ -20,9 +20,9 @@ _IGNORED = -100  # TRL's label of a token outside the loss
 class SftRows(Pairs):
     """Tokenised SFT rows: pairs whose chosen side is the response and whose rejected side is empty."""
 
-    def texts(self, i: int) -> tuple[str, str, str]:
-        """Prompt and response text of row `i`, and an empty text."""
-        return (*sft_texts(self.raw[int(self.rows[i])]), "")
+    def conversation(self, i: int) -> tuple[Any, Any, Any]:
+        """Prompt and response of row `i` as the dataset has them; None for the empty side."""
+        return (*_sides(self._text_columns[int(self.rows[i])]), None)
 
 
 def sft_texts(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -31,11 +31,16 @@ def sft_texts(row: Mapping[str, Any]) -> tuple[str, str]:
     >>> sft_texts({"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]})
     ('Hi.', 'Hello.')
     """
+    prompt, response = _sides(row)
+    return flatten_text(prompt), flatten_text(response)
+
+
+def _sides(row: Mapping[str, Any]) -> tuple[Any, Any]:
     if "completion" in row:
-        return flatten_text(row.get("prompt")), flatten_text(row["completion"])
+        return row.get("prompt"), row["completion"]
     if "messages" in row:
-        return flatten_text(row["messages"][:-1]), flatten_text(row["messages"][-1:])
-    return "", flatten_text(row["text"])
+        return row["messages"][:-1], row["messages"][-1:]
+    return "", row["text"]
 
 
 def read_sft(
@@ -117,6 +122,7 @@ def read_sft(
         bos_token_id=bos,
         left_out=left_out,
         tokenizer=text_tokenizer,
+        processing_class=tokenizer,
     )
 
 

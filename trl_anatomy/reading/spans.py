@@ -20,6 +20,19 @@ from datasets import Dataset
 from ..errors import AnatomyError
 from .clock import date_of
 from .processing import text_tokenizer as tokenizer_of
+from .token_text import decode_all, pieces
+from .written import (
+    Conversation,
+    Frame,
+    Spans,
+    common_part,
+    join,
+    joined_bounds,
+    kept_spans,
+    learn_frame,
+    special_tokens,
+    warn_refused,
+)
 
 SPANS = ("prompt", "chosen", "rejected")
 TRUNCATIONS = ("keep_start", "keep_end", "drop")
@@ -33,6 +46,7 @@ _OTHER_TEXTS = ("0", "Z")  # two, of which no text begins with both
 EMPTY = "empty response"
 FILLED = "prompt fills max_length"
 _LONG = "longer than max_length"
+_TAIL = 16  # tokens at the end of a plain prompt that are compared with its text
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +62,7 @@ class Pairs:
         pad_token_id: the trainer's padding token.
         bos_token_id: the tokenizer's first token, if it has one; it carries no text and stays out of pooling.
         left_out: reason -> number of raw rows left out.
-        tokenizer: reads the tokens as text; None where they were not made of text.
+        tokenizer: reads the tokens as text; None where they were not made of text, and texts are those of `raw`.
         processing_class: what made the tokens: the tokenizer, or the processor that holds it.
     """
 
@@ -175,17 +189,113 @@ class Pairs:
         return cut[0] + cut[1] - np.minimum(prompt, np.minimum(*cut))
 
     def texts(self, i: int) -> tuple[str, str, str]:
-        """Prompt, chosen and rejected text of pair `i`; of conversations, the messages' contents line by line."""
-        row = split_row(self.raw[int(self.rows[i])])
-        return flatten_text(row["prompt"]), flatten_text(row["chosen"]), flatten_text(row["rejected"])
+        """Prompt, chosen and rejected text of pair `i`, as the trainer sees them.
+
+        They are decoded from the tokens that template and truncation leave, without special tokens and without what the
+        template puts around the texts of messages: headers, a system text of its own, what it opens and ends an answer
+        with. Texts of several messages stand line by line. A text begins with the first character that the model was
+        asked to write (or to read). Of prompts cut at their front, the longer of the two.
+        """
+        return self.prompt_text(i), self.response_text(i, "chosen"), self.response_text(i, "rejected")
 
     def prompt_text(self, i: int) -> str:
         """Text of the prompt of pair `i`."""
-        return self.texts(i)[0]
+        if self.tokenizer is None:
+            return self.raw_texts(i)[0]
+        ids = self.ids(i, "prompt").tolist()
+        text = decode_all(self.tokenizer, ids)
+        first = "" if self._plain else flatten_text(self.conversation(i)[0][:1])
+        spans = self._frame.prompt_spans(text, first)
+        n_kept = max(len(kept) for kept in self.arrays(i)[::2])
+        if n_kept < len(ids) and self.truncation == "keep_end":
+            kept = decode_all(self.tokenizer, ids[len(ids) - n_kept :])
+            spans = kept_spans(spans, *common_part(text, kept, end=True))
+        return join(text, spans) + (self._rest_of_prompt(i) if self._plain else "")
 
     def response_text(self, i: int, side: str) -> str:
         """Text of one response of pair `i`; `side` is ``"chosen"`` or ``"rejected"``."""
-        return self.texts(i)[SPANS.index(side)]
+        if self.tokenizer is None:
+            return self.raw_texts(i)[SPANS.index(side)]
+        text = decode_all(self.tokenizer, self.ids(i, side).tolist())
+        return join(text, self._written(i, side, text))
+
+    def response_tokens(self, i: int, side: str) -> tuple[str, np.ndarray]:
+        """`response_text`, and (n_tokens, 2) int64 begin and end of each token's characters in it.
+
+        The tokens are those before truncation; tokens that are cut off, and the template's, have no characters.
+        """
+        text, bounds = pieces(self.ids(i, side).tolist(), lambda part: decode_all(self.tokenizer, part))
+        spans = self._written(i, side, text)
+        return join(text, spans), joined_bounds(spans, bounds)
+
+    def _written(self, i: int, side: str, text: str) -> Spans:
+        """Parts of a decoded response that the model was asked to write, after truncation."""
+        frame = self._frame
+        if self._plain:
+            rest = self._rest_of_prompt(i)
+            start = len(rest) if text.startswith(rest) else 0
+        else:
+            end = self.ids(i, "prompt")[-frame.reach :].tolist() if frame.reach else []
+            start = len(frame.opening(text, decode_all(self.tokenizer, end)))
+        spans = frame.response_spans(text, start)
+        ids, kept = self.ids(i, side).tolist(), self.kept_part(i, side)
+        if kept.stop - kept.start < len(ids):
+            part = decode_all(self.tokenizer, ids[kept])
+            spans = kept_spans(spans, *common_part(text, part, end=self.truncation == "keep_end"))
+        return spans
+
+    def _rest_of_prompt(self, i: int) -> str:
+        """What of a prompt of plain text is in the first token of the responses, such as a blank at its end."""
+        prompt = self.conversation(i)[0] or ""
+        ids = self.ids(i, "prompt").tolist()
+        if ids and ids[0] == self.bos_token_id:
+            ids = ids[1:]
+        if prompt.endswith(decode_all(self.tokenizer, ids[-_TAIL:])):
+            return ""
+        text = decode_all(self.tokenizer, ids)
+        return prompt[len(text) :] if prompt.startswith(text) else ""
+
+    @cached_property
+    def _plain(self) -> bool:
+        """Whether the rows are plain text, not messages."""
+        return isinstance(self.conversation(0)[1], str)
+
+    @cached_property
+    def _frame(self) -> Frame:
+        """What the chat template writes around messages; of plain text, the special tokens alone."""
+        ids = [values for values, _ in (self._flat[span] for span in SPANS)]
+        specials = special_tokens(self.tokenizer, np.concatenate(ids))
+        if self._plain:
+            return Frame(specials=specials)
+        return learn_frame(
+            self._conversations(), lambda rows: decoded_rows(rows, self.processing_class or self.tokenizer), specials
+        )
+
+    def _conversations(self) -> Iterator[Conversation]:
+        """Every prompt with each of its responses, as `learn_frame` takes them."""
+        columns = [column for column in ("tools", "chat_template_kwargs") if column in self.raw.column_names]
+        more = self.raw.select_columns(columns) if columns else None
+        for i in range(len(self)):
+            given = more[int(self.rows[i])] if more is not None else {}
+            prompt, *sides = self.conversation(i)
+            for response in sides:
+                if response:
+                    yield {"prompt": prompt, "response": response, **given}
+
+    def raw_texts(self, i: int) -> tuple[str, str, str]:
+        """The same texts as the dataset has them, whatever is trained on; of messages, their contents line by line."""
+        prompt, chosen, rejected = self.conversation(i)
+        return flatten_text(prompt), flatten_text(chosen), flatten_text(rejected)
+
+    def conversation(self, i: int) -> tuple[Any, Any, Any]:
+        """Prompt, chosen and rejected response of pair `i` as the dataset has them; None for a side that is not."""
+        row = split_row(self._text_columns[int(self.rows[i])])
+        return row["prompt"], row["chosen"], row["rejected"]
+
+    @cached_property
+    def _text_columns(self) -> Dataset:
+        named = [column for column in self.raw.column_names if column in (*SPANS, "completion", "messages", "text")]
+        return self.raw.with_format(None).select_columns(named)
 
 
 def split_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -270,7 +380,7 @@ def flatten_text(value: Any) -> str:
             content = "".join(part.get("text") or "" for part in content)
         lines.append(content or "")
         if message.get("tool_calls"):
-            lines.append(json.dumps(message["tool_calls"], default=str))
+            lines.append(json.dumps(message["tool_calls"], default=str, ensure_ascii=False))
     return "\n".join(line for line in lines if line)
 
 
@@ -477,6 +587,23 @@ def _tokenised_rows(
         truncation_mode=truncation,
     )
     return prepare_rows(lambda part: DPOTrainer._prepare_dataset(trainer, part, tokenizer, args, "audit"), rows)
+
+
+def decoded_rows(rows: list[dict[str, Any]], tokenizer: Any) -> list[tuple[str, str, str] | None]:
+    """Decoded prompt and responses of rows with messages, special tokens included; None for rows that are refused."""
+    text_tokenizer = tokenizer_of(tokenizer)
+    try:
+        read = read_pairs(Dataset.from_list(rows), tokenizer, max_length=None) if rows else None
+    except AnatomyError as error:  # of a template that refuses some other text than the data's
+        if len(rows) > 1:
+            return [texts for row in rows for texts in decoded_rows([row], tokenizer)]
+        warn_refused(error)
+        return [None]
+    found: list[tuple[str, str, str] | None] = [None] * len(rows)
+    for i, row in enumerate(() if read is None else read.rows.tolist()):
+        prompt, chosen, rejected = (decode_all(text_tokenizer, read.ids(i, span).tolist()) for span in SPANS)
+        found[row] = prompt, chosen, rejected
+    return found
 
 
 def turn_starts(pairs: Pairs, tokenizer: Any, *, num_proc: int | None = None) -> np.ndarray:

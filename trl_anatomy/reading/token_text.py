@@ -50,6 +50,11 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def decode_all(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Text of some tokens, special tokens included."""
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
 def tokens_of(characters: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     """Which tokens hold a marked character.
 
