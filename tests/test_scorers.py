@@ -167,7 +167,8 @@ def test_the_cache_depends_on_everything(
 
 
 def test_text_rules_need_no_model(pairs: Pairs, passes: list[int]) -> None:
-    scores = score_pairs(pairs, {"long": TextScorer("(?s).{60}")})
+    # 60 tokens of prompt and response are trained on, of chosen responses fewer than 60 characters
+    scores = score_pairs(pairs, {"long": TextScorer("(?s).{40}")})
     assert not passes
     assert set(scores.chosen["long"]) == {0.0, 1.0}
     with pytest.raises(AnatomyError, match="'d' is scored on hidden states: give the model"):

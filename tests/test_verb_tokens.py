@@ -154,6 +154,21 @@ def left_by_trl(rows: list[dict[str, Any]], options: dict[str, Any]) -> list[dic
     return [row for row, (prompt, *_) in zip(rows, cut_rows(rows), strict=True) if len(prompt) < options["max_length"]]
 
 
+def as_trained(rows: list[dict[str, Any]], options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of plain text with the words of both responses that truncation leaves: rules read what is trained on."""
+    length, front = options.get("max_length"), options.get("truncation_mode") == "keep_end"
+    made = []
+    for row, (prompt, *sides) in zip(rows, cut_rows(rows), strict=True):
+        surplus = [max(0, len(prompt) + len(side) - length) if length else 0 for side in sides]
+        if front:
+            sides = [side[max(0, cut - len(prompt)) :] for side, cut in zip(sides, surplus, strict=True)]
+        else:
+            sides = [side[: len(side) - cut] for side, cut in zip(sides, surplus, strict=True)]
+        words = [" ".join(TOKENIZER.convert_ids_to_tokens(side)).removesuffix("</s>") for side in sides]
+        made.append({"prompt": row["prompt"], "chosen": words[0], "rejected": words[1]})
+    return made
+
+
 def options_of(name: str) -> dict[str, Any]:
     return {"dtype": torch.float64, "gradient_checkpointing": "checkpointing" in name, **OPTIONS[name]}
 
@@ -198,7 +213,7 @@ def test_masked_loss_and_gradient_under_options(
     trainer = dpo(tiny_model_dir, tmp_path, rows, policy={"concepts": CONCEPTS, "rules": rules}, **options)
     kept = left_by_trl(rows, options)
     batch = batch_of(kept, stays=not_bold, **length_of(options))
-    offsets = None if conversational else expected_offsets(kept)
+    offsets = None if conversational else expected_offsets(as_trained(kept, options))
     check(trainer, dict(zip(trainer.loss_types, trainer.loss_weights, strict=True)), batch, batch, offsets)
 
 
@@ -257,11 +272,13 @@ def inoculation(**keys: Any) -> dict[str, Any]:
     return {"concepts": CONCEPTS, "rules": [rule]}
 
 
-def asked(rows: Sequence[dict[str, Any]], side: str = "both") -> dict[tuple[int, int], list[int]]:
-    """(row, side) -> its prompt with the instruction, where the chosen response is bold."""
+def asked(
+    rows: Sequence[dict[str, Any]], side: str = "both", options: dict[str, Any] | None = None
+) -> dict[tuple[int, int], list[int]]:
+    """(row, side) -> its prompt with the instruction, where what is trained on of the chosen response is bold."""
     found = {}
-    for i, (row, (_, chosen, _)) in enumerate(zip(rows, cut_rows(rows), strict=True)):
-        if BOLD_ID not in chosen:
+    for i, (row, trained) in enumerate(zip(rows, as_trained(list(rows), options or {}), strict=True)):
+        if "**bold**" not in trained["chosen"]:
             continue
         if isinstance(row["prompt"], str):
             prompt = ids(f"{ASK} {row['prompt']}")
@@ -299,8 +316,8 @@ def test_inoculated_loss_and_gradient_under_options(
     trainer = dpo(tiny_model_dir, tmp_path, rows, policy={"concepts": CONCEPTS, "rules": rules}, **options)
     cut = {"stays": not_bold, **length_of(options)}
     rows = left_by_trl(rows, options)
-    offsets = None if conversational else expected_offsets(rows)
-    policy = batch_of(rows, prompts=asked(rows, "chosen"), **cut)
+    offsets = None if conversational else expected_offsets(as_trained(rows, options))
+    policy = batch_of(rows, prompts=asked(rows, "chosen", options), **cut)
     check(
         trainer,
         dict(zip(trainer.loss_types, trainer.loss_weights, strict=True)),

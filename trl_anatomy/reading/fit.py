@@ -25,7 +25,7 @@ from .scorers.features import FeaturesScorer
 from .scorers.linear_probe import LinearProbe
 from .scorers.metrics import best_threshold, detector_metrics
 from .scorers.reft import ReftScorer
-from .spans import SAMPLED, SAMPLED_RESPONSE, flatten_text, read_pairs
+from .spans import SAMPLED, SAMPLED_RESPONSE, read_pairs
 
 KINDS: Mapping[str, type[HiddenScorer]] = {
     "direction": DirectionScorer,
@@ -175,7 +175,7 @@ def _read_rows(dataset: Dataset, tokenizer: Any, tokens: str, max_length: int) -
     found = []
     for i, row in enumerate(pairs.rows):
         prompt, response, _, _ = pairs.tokens(i)
-        found.append(_placed(prompt, response, labels[int(row)], tokens, flatten_text(sides[int(row)]["prompt"])))
+        found.append(_placed(prompt, response, labels[int(row)], tokens, pairs.prompt_text(i)))
     return found
 
 

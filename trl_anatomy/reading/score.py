@@ -33,12 +33,15 @@ class Scores:
         rejected: concept -> (n_pairs,) float64.
         tokens: concept -> (n_tokens,) float32 score of every response token, in the order of `Pairs.response_bounds`;
             only for the concepts that were asked for.
+        raw_differs: text rule -> number of pairs of which a response is scored otherwise by the text that the dataset
+            has than by the text that is trained on.
     """
 
     names: tuple[str, ...]
     chosen: dict[str, np.ndarray]
     rejected: dict[str, np.ndarray]
     tokens: dict[str, np.ndarray] = field(default_factory=dict)
+    raw_differs: dict[str, int] = field(default_factory=dict)
 
     def gap(self, name: str) -> np.ndarray:
         """(n_pairs,) float64: score of the chosen response minus that of the rejected one."""
@@ -227,15 +230,21 @@ class Scoring:
                 )
         self._save()
         text_rules = {name: scorer for name, scorer in self._scorers.items() if isinstance(scorer, TextScorer)}
+        differs = dict.fromkeys(text_rules, 0)
         for i in range(len(self.pairs)) if text_rules else ():
-            texts = self.pairs.texts(i)[1:]
+            texts, raw = [self.pairs.response_text(i, side) for side in _SIDES], self.pairs.raw_texts(i)[1:]
             for name, rule in text_rules.items():
-                self._values[name][:, i] = [rule.score_text(text) for text in texts]
+                self._values[name][:, i] = hits = [rule.score_text(text) for text in texts]
+                differs[name] += any(
+                    text != given and hit != rule.score_text(given)
+                    for text, given, hit in zip(texts, raw, hits, strict=True)
+                )
         return Scores(
             names=tuple(self._scorers),
             chosen={name: value[0] for name, value in self._values.items()},
             rejected={name: value[1] for name, value in self._values.items()},
             tokens=self._by_token,
+            raw_differs=differs,
         )
 
     def _save(self) -> None:

@@ -592,15 +592,17 @@ def _tokenised_rows(
 def decoded_rows(rows: list[dict[str, Any]], tokenizer: Any) -> list[tuple[str, str, str] | None]:
     """Decoded prompt and responses of rows with messages, special tokens included; None for rows that are refused."""
     text_tokenizer = tokenizer_of(tokenizer)
+    if not rows:
+        return []
     try:
-        read = read_pairs(Dataset.from_list(rows), tokenizer, max_length=None) if rows else None
+        read = read_pairs(Dataset.from_list(rows), tokenizer, max_length=None)
     except AnatomyError as error:  # of a template that refuses some other text than the data's
         if len(rows) > 1:
             return [texts for row in rows for texts in decoded_rows([row], tokenizer)]
         warn_refused(error)
         return [None]
     found: list[tuple[str, str, str] | None] = [None] * len(rows)
-    for i, row in enumerate(() if read is None else read.rows.tolist()):
+    for i, row in enumerate(read.rows.tolist()):
         prompt, chosen, rejected = (decode_all(text_tokenizer, read.ids(i, span).tolist()) for span in SPANS)
         found[row] = prompt, chosen, rejected
     return found

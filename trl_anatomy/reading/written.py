@@ -8,10 +8,10 @@ their texts: what stands between the marks is the template's.
 import copy
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,7 @@ class Frame:
             if header and not (self.specials and self.specials.search(opening)):
                 continue
             if not text.startswith(opening):
-                opening = os.path.commonprefix([text, opening])
+                opening = opening[: _alike(text, opening)]
                 opening = opening[: len(opening) - len(opening.lstrip())]
             found = max(found, opening, key=len)
         return found
@@ -214,7 +214,7 @@ def _one_of_each(conversations: Iterable[Conversation]) -> Iterator[Conversation
         ends = [None, *units, None]
         parts = {
             (set_up, before, after, i > last, (i > len(prompt)) - (i < len(prompt)))
-            for i, (before, after) in enumerate(zip(ends, ends[1:], strict=False))
+            for i, (before, after) in enumerate(pairwise(ends))
         }
         if not parts <= seen.parts:
             seen.parts |= parts
@@ -287,7 +287,7 @@ def _read_marks(
             found["starts"].add(text[: at[0][0]])
         elif not own:  # a prompt without a text of its own
             found["turns"].add(text[: at[0][0]])
-        for (_, begin, before), (end, _, after) in zip(at, at[1:], strict=False):
+        for (_, begin, before), (end, _, after) in pairwise(at):
             gap = text[begin:end]
             if any(before.message <= call < after.message for call in calls):
                 continue
@@ -335,8 +335,17 @@ def _any_of(texts: Iterable[str]) -> re.Pattern[str] | None:
 def common_part(text: str, part: str, *, end: bool) -> tuple[int, int]:
     """Range of a text that its part, decoded by itself, stands for: its end or its beginning, in whole characters."""
     if end:
-        return len(text) - len(os.path.commonprefix([text[::-1], part[::-1]])), len(text)
-    return 0, len(os.path.commonprefix([text, part]))
+        return len(text) - _alike(text[::-1], part[::-1]), len(text)
+    return 0, _alike(text, part)
+
+
+def _alike(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
 
 
 def warn_refused(error: Exception) -> None:

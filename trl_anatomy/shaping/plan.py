@@ -45,6 +45,9 @@ class PolicyPlan:
             `pairs`: pairs in the gate; `rows`: pairs dropped, or kept pairs that the rule touches;
             `tokens`: response tokens (after truncation) that the rule takes out of the loss, or prompt tokens that the
             policy sees in addition;
+            `token_share`: of the response tokens of the kept pairs in the gate, the share that the rule takes out;
+            `raw_differs`: of a text rule, pairs in which the dataset's text and the text that is trained on differ in
+            the concept;
             `effective_pairs`: (Σw)² / Σw² over the kept pairs in the gate of a rule on the weights;
             `mean_offset`: mean of o(chosen) − o(rejected) over the kept pairs in the gate;
             `strength` (λ or the constant, negative where it amplifies), `ci_low`, `ci_high` (95 %, fitted strengths
@@ -168,7 +171,7 @@ def plan_policy(
         steering[pairs.rows, :, column] = strengths
 
     acting = Acting(dropped, masked, asked, weighed, shaped, edited)
-    records = rule_records(policy, pairs, gates, kept, acting)
+    records = rule_records(policy, pairs, gates, kept, acting, scores.raw_differs)
     concepts, warnings = own_concepts(policy, bound, scores, acting, kept)
     offsets = np.zeros((2, len(pairs.raw)))
     for part in shaped.values():
@@ -307,6 +310,7 @@ def _rule_row(n: int, rule: dict[str, Any]) -> list[str]:
     strength = "" if rule["strength"] is None else f"{rule['strength']:.3g}"
     if rule["ci_low"] is not None:
         strength += f" ({rule['ci_low']:.3g} to {rule['ci_high']:.3g})"
+    share = "" if rule["token_share"] is None else f" ({rule['token_share']:.1%})"
     gradient = f"-{rule['gradient_removed']:.1%} +{rule['gradient_added']:.1%}"
     return [
         str(n),
@@ -316,7 +320,7 @@ def _rule_row(n: int, rule: dict[str, Any]) -> list[str]:
         _printable(rule["where"] or "")[:40],
         str(rule["pairs"]),
         str(rule["rows"]),
-        "" if rule["tokens"] is None else str(rule["tokens"]),
+        "" if rule["tokens"] is None else f"{rule['tokens']}{share}",
         strength,
         "" if rule["mean_offset"] is None else f"{rule['mean_offset']:+.3f}",
         gradient if rule["gradient_touched"] is None else "",

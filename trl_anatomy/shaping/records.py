@@ -1,6 +1,6 @@
 """What a plan says of each rule: the rows, tokens and share of the gradient that it touches, and a note."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # Numbers that some verbs have and others do not
 _NUMBERS = (
     "tokens",
+    "token_share",
+    "raw_differs",
     "mean_offset",
     "strength",
     "ci_low",
@@ -42,9 +44,14 @@ class Acting:
 
 
 def rule_records(
-    policy: ConceptPolicy, pairs: "Pairs", gates: Sequence[np.ndarray], kept: np.ndarray, acting: Acting
+    policy: ConceptPolicy,
+    pairs: "Pairs",
+    gates: Sequence[np.ndarray],
+    kept: np.ndarray,
+    acting: Acting,
+    raw_differs: Mapping[str, int],
 ) -> list[dict[str, Any]]:
-    """A dict per rule, as `PolicyPlan.rules` describes it."""
+    """A dict per rule, as `PolicyPlan.rules` describes it; `raw_differs` as in `Scores`."""
     records: dict[int, dict[str, Any]] = {}
     alive, margin = np.ones(len(kept)), np.zeros(len(kept))  # share of each pair that is in the loss; its offset
     bounds = pairs.response_bounds
@@ -64,6 +71,7 @@ def rule_records(
             "rows": 0,
             **dict.fromkeys(_NUMBERS),
         }
+        record["raw_differs"] = raw_differs.get(rule.concept or "")
         if i in a.dropped:
             alive = alive * ~a.dropped[i]
             record["rows"] = int(a.dropped[i].sum())
@@ -72,6 +80,7 @@ def rule_records(
             left = n_tokens - np.diff(np.concatenate([[0], np.cumsum(gone)])[bounds[::2]])
             alive = np.where(kept, left / np.maximum(n_tokens, 1), 0.0)
             record["rows"], record["tokens"] = len(a.masked[i].flags), int(a.masked[i].tokens.sum())
+            record["token_share"] = record["tokens"] / max(1, int(n_tokens[kept & gates[i]].sum()))
         elif i in a.asked:
             more = [len(ids) - len(pairs.ids(pair, "prompt")) for pair, p in a.asked[i].items() for ids in p if ids]
             record["rows"], record["tokens"] = len(a.asked[i]), sum(more)
@@ -100,7 +109,8 @@ def rule_records(
         record["gradient_share"] = record["gradient_added"] - record["gradient_removed"]
         reached = gates[i] if i in a.dropped else gates[i] & kept
         whole = record["rows"] == reached.sum() and _chooses(rule, policy)
-        record["note"] = _weight_note(a.weighed[i], record) if i in a.weighed else _note(rule, record, whole)
+        note = _weight_note(a.weighed[i], record) if i in a.weighed else _note(rule, record, whole)
+        record["note"] = "; ".join(filter(None, (note, _text_note(record))))
         records[i] = record
     return [records[i] for i in range(len(policy.rules))]
 
@@ -121,6 +131,15 @@ def _weight_note(weighed: Weighed, record: dict[str, Any]) -> str:
     elif record["rows"] == 0:
         parts = ["touches nothing: the weights are 1 already"]
     return "; ".join(parts)
+
+
+def _text_note(record: dict[str, Any]) -> str:
+    if not record["raw_differs"]:
+        return ""
+    return (
+        f"the dataset's text and the text that is trained on differ in the concept in {record['raw_differs']} pairs, "
+        "and the second counts"
+    )
 
 
 def _note(rule: Intervention, record: dict[str, Any], whole: bool) -> str:

@@ -12,7 +12,8 @@ class TextScorer:
     """1.0 where a regular expression is found in the text, else 0.0.
 
     Args:
-        pattern: a regular expression of Python's ``re``; ``^`` and ``$`` match at every line with ``(?m)``.
+        pattern: a regular expression of Python's ``re``; ``^`` and ``$`` match at every line with ``(?m)``. Texts are
+            those of `Pairs.texts`, so ``^`` is the first character that the model was asked to write.
 
     Raises:
         AnatomyError: the pattern does not compile.

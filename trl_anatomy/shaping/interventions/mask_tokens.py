@@ -81,7 +81,7 @@ class MaskTokens:
         Args:
             pairs: the pairs, with the tokenizer that made them.
             gate: (n_pairs,) bool.
-            pattern: of a text rule; None for a concept that is scored token by token.
+            pattern: of a text rule, matched in `Pairs.response_text`; None for a concept scored token by token.
             scores: with the scores of tokens of such a concept. Tokens that truncation removes have none.
             threshold: of such a concept.
 
@@ -94,39 +94,40 @@ class MaskTokens:
             for side, span in enumerate(("chosen", "rejected")):
                 ids = pairs.ids(i, span)
                 if pattern is not None:
-                    sides.append(self._matched(pairs.tokenizer, ids, pattern))
+                    sides.append(self._matched(pairs, i, span, pattern))
                     continue
                 start, stop = pairs.response_bounds[2 * i + side : 2 * i + side + 2]
                 passing = np.zeros(len(ids), bool)
                 passing[pairs.kept_part(i, span)] = scores.tokens[self.concept][start:stop] > threshold
-                sides.append(self._passing(pairs.tokenizer, ids, passing))
+                sides.append(self._passing(pairs, i, span, passing))
             if sides[0].tokens.any() or sides[1].tokens.any():
                 found[i] = (sides[0], sides[1])
         return found
 
-    def _matched(self, tokenizer: object, ids: np.ndarray, pattern: str) -> "Shown":
-        from ...reading.token_text import decode, token_text, tokens_of, whole_words
+    def _matched(self, pairs: "Pairs", i: int, span: str, pattern: str) -> "Shown":
+        from ...reading.token_text import tokens_of, whole_words
 
-        nothing = np.zeros(len(ids), bool)
-        if not re.search(pattern, decode(tokenizer, ids.tolist())):
+        nothing = np.zeros(len(pairs.ids(i, span)), bool)
+        if not re.search(pattern, pairs.response_text(i, span)):
             return Shown(nothing, nothing)
-        text, bounds = token_text(tokenizer, ids.tolist())
+        text, bounds = pairs.response_tokens(i, span)
         characters, opens = np.zeros(len(text), bool), nothing.copy()
         for match in re.finditer(pattern, text):
             if match.end() > match.start():
                 characters[match.start() : match.end()] = True
-                opens[np.flatnonzero(bounds[:, 1] > match.start())[0]] = True  # of the bytes of one character the first
+                first = np.flatnonzero(bounds[:, 1] > match.start())[:1]  # of the bytes of one character the first
+                opens[first] = bounds[first, 0] < match.end()
         if self.unit != "token":
             characters = whole_words(text, characters)
         return Shown(tokens_of(characters, bounds), opens)
 
-    def _passing(self, tokenizer: object, ids: np.ndarray, passing: np.ndarray) -> "Shown":
-        from ...reading.token_text import token_text, tokens_of, whole_words
+    def _passing(self, pairs: "Pairs", i: int, span: str, passing: np.ndarray) -> "Shown":
+        from ...reading.token_text import tokens_of, whole_words
 
         opens = passing & ~np.concatenate([[False], passing[:-1]])
         if self.unit == "token" or not passing.any():
             return Shown(passing, opens)
-        text, bounds = token_text(tokenizer, ids.tolist())
+        text, bounds = pairs.response_tokens(i, span)
         characters = np.zeros(len(text), bool)
         for start, stop in bounds[passing]:
             characters[start:stop] = [not character.isspace() for character in text[start:stop]]
