@@ -300,6 +300,7 @@ _RULE_HEADER = [
     "pairs",
     "touched",
     "tokens",
+    "of all",
     "strength (95 %)",
     "mean offset",
     "gradient",
@@ -310,7 +311,6 @@ def _rule_row(n: int, rule: dict[str, Any]) -> list[str]:
     strength = "" if rule["strength"] is None else f"{rule['strength']:.3g}"
     if rule["ci_low"] is not None:
         strength += f" ({rule['ci_low']:.3g} to {rule['ci_high']:.3g})"
-    share = "" if rule["token_share"] is None else f" ({rule['token_share']:.1%})"
     gradient = f"-{rule['gradient_removed']:.1%} +{rule['gradient_added']:.1%}"
     return [
         str(n),
@@ -320,7 +320,8 @@ def _rule_row(n: int, rule: dict[str, Any]) -> list[str]:
         _printable(rule["where"] or "")[:40],
         str(rule["pairs"]),
         str(rule["rows"]),
-        "" if rule["tokens"] is None else f"{rule['tokens']}{share}",
+        "" if rule["tokens"] is None else str(rule["tokens"]),
+        "" if rule["token_share"] is None else f"{rule['token_share']:.1%}",
         strength,
         "" if rule["mean_offset"] is None else f"{rule['mean_offset']:+.3f}",
         gradient if rule["gradient_touched"] is None else "",
