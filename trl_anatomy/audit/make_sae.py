@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import AnatomyError
 from .config import AuditConfig
-from .run import load_dataset, load_model, load_tokenizer
+from .run import load_config, load_dataset, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from ..reading.sae_check import SAEFit
@@ -154,9 +154,12 @@ def check_saes(config: SAEConfig) -> "SAEFit":
 
 
 def _pairs(config: AuditConfig, tokenizer: Any) -> "Pairs":
+    from ..reading.capacity import check_pairs_fit
     from ..reading.spans import read_pairs
 
-    return read_pairs(load_dataset(config), tokenizer, max_length=config.max_length, truncation=config.truncation)
+    pairs = read_pairs(load_dataset(config), tokenizer, max_length=config.max_length, truncation=config.truncation)
+    check_pairs_fit(pairs, load_config(str(config.model)), grows=config.chat_template_path is not None)
+    return pairs
 
 
 def _text_tokens(config: AuditConfig, name: str, tokenizer: Any) -> list[list[int]]:

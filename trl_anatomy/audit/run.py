@@ -69,13 +69,23 @@ def load_tokenizer(name: str, config: AuditConfig | None = None) -> Any:
     return loaded
 
 
+def load_config(name: str) -> Any:
+    """The transformers configuration of a model, without remote code."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        raise AnatomyError(f"model {name}: cannot be loaded ({_first_line(error)}).") from error
+
+
 def empty_model(name: str) -> Any:
     """A causal language model without its weights, and without remote code: whether it can be loaded at all."""
     import torch
 
+    auto, config = auto_class(name)
     try:
         with torch.device("meta"):
-            auto, config = auto_class(name)
             return auto.from_config(config, trust_remote_code=False)
     except Exception as error:
         raise AnatomyError(f"model {name}: cannot be loaded ({_first_line(error)}).") from error
@@ -84,8 +94,8 @@ def empty_model(name: str) -> Any:
 def load_model(config: AuditConfig) -> Any:
     """The start model in evaluation mode on its device, without remote code."""
     device = _device(config)
+    auto, _ = auto_class(config.model)
     try:
-        auto, _ = auto_class(config.model)
         model = auto.from_pretrained(config.model, dtype=config.dtype, trust_remote_code=False)
     except Exception as error:
         raise AnatomyError(f"model {config.model}: cannot be loaded ({_first_line(error)}).") from error
@@ -98,12 +108,11 @@ def auto_class(name: str) -> tuple[Any, Any]:
     """What loads a model, and its configuration: a model of text and images is read where it is no language model."""
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
-        AutoConfig,
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
     )
 
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    config = load_config(name)
     known: Any = MODEL_FOR_CAUSAL_LM_MAPPING
     return AutoModelForCausalLM if type(config) in known else AutoModelForImageTextToText, config
 
@@ -163,12 +172,14 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
     """What `run_audit` would do, without weights and without the pass: everything is checked that can be.
 
     Returns:
-        JSON-able: pairs, left_out, notes (on columns that nothing reads), tokens (a span each, after truncation),
-        longest (tokens of the longest pair), shards and shards_done, batch_tokens, layer, d_sae, contexts, out.
+        JSON-able: pairs, left_out, notes (on columns that nothing reads, on rows longer than the model was trained on),
+        tokens (a span each, after truncation), longest (tokens of the longest pair), shards and shards_done,
+        batch_tokens, layer, d_sae, contexts, out.
     Raises:
         AnatomyError: as `run_audit` would, but for what only weights tell: that a harvest in the folder is of another
             model of the same shape.
     """
+    from ..reading.capacity import check_pairs_fit
     from ..reading.columns import column_notes, prompt_column, unread_columns
     from ..reading.harvest import shards_done
     from ..reading.sae import check_sae, load_sae
@@ -187,6 +198,7 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
     if config.region is not None:
         region_rows(pairs, config.region)
     shape = empty_model(config.model) if model is None else model
+    unfit = check_pairs_fit(pairs, shape.config, grows=config.chat_template_path is not None)
     sae = load_sae(config.sae)
     layer = check_sae(sae, shape, config.layer)
     done = shards_done(
@@ -198,7 +210,7 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
     return {
         "pairs": len(pairs),
         "left_out": dict(pairs.left_out),
-        "notes": column_notes(unread_columns(raw, config.data_kind), prompt_column(raw)),
+        "notes": [*column_notes(unread_columns(raw, config.data_kind), prompt_column(raw)), *unfit],
         "tokens": {
             "prompt": int(tokens[:, 0].sum()),
             "chosen": int(tokens[:, 1].sum()),
@@ -236,6 +248,7 @@ def run_audit(
     Raises:
         AnatomyError: bad input, told before the pass; a harvest of something else in the folder.
     """
+    from ..reading.capacity import check_pairs_fit
     from ..reading.harvest import harvest
     from ..reading.ranks import Ranks
     from ..reading.sae import check_sae, load_sae
@@ -255,6 +268,8 @@ def run_audit(
         )
         if config.region is not None:  # a bad one is told before the pass
             region_rows(pairs, config.region)
+        shape = load_config(str(config.model)) if model is None else model.config
+        check_pairs_fit(pairs, shape, grows=config.chat_template_path is not None)
         sae = load_sae(config.sae) if sae is None else sae
         model = load_model(config) if model is None else model
         layer = check_sae(sae, model, config.layer)
@@ -287,6 +302,7 @@ def _conclude(
     progress: bool,
 ) -> None:
     """From a harvest to the audit folder."""
+    from ..reading.capacity import check_pairs_fit
     from ..reading.columns import column_notes, prompt_column, unread_columns
     from ..reading.fingerprint import layer_weights, model_fingerprint
     from .labelling import label_audit
@@ -318,7 +334,8 @@ def _conclude(
     if note := sae.l0_note(l0):
         findings.info["notes"].append(note)
     unread, prompt = unread_columns(raw, config.data_kind), prompt_column(raw)
-    findings.info["notes"][:0] = column_notes(unread, prompt)
+    unfit = check_pairs_fit(pairs, model.config, grows=config.chat_template_path is not None)
+    findings.info["notes"][:0] = [*column_notes(unread, prompt), *unfit]
     info = {
         "versions": _versions(),
         "model": {

@@ -75,11 +75,13 @@ def rollouts(
         For each prompt, in the order given, its `n_per_prompt` responses.
 
     Raises:
-        AnatomyError: there is not enough memory for a single response.
+        AnatomyError: there is not enough memory for a single response, or a prompt that the model cannot read.
     """
+    from ..reading.capacity import check_prompts_fit
     from ..reading.forward import each_in_halves
 
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    check_prompts_fit(encoded, max_new_tokens, model.config)
     jobs = [i for i in range(len(prompts)) for _ in range(n_per_prompt)]
     jobs.sort(key=lambda i: len(encoded[i]))
     reader = text_tokenizer(tokenizer)

@@ -10,6 +10,7 @@ import inspect
 import logging
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from transformers import AutoConfig, ProcessorMixin
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ..errors import AnatomyError
+from ..reading.capacity import check_pairs_fit
 from ..reading.clock import dated, template_now
 from ..reading.forward import frozen
 from ..reading.processing import lengthen_embeddings, load_processing_class, set_chat_template, text_tokenizer
@@ -407,6 +409,9 @@ def _begin(
         truncation=start.truncation,
         num_proc=start.config.dataset_num_proc,
     )
+    grows = getattr(start.config, "chat_template_path", None) is not None
+    for note in check_pairs_fit(pairs, start.model_config, grows=grows):
+        warnings.warn(note, stacklevel=2)
     if audit is not None:
         audit.check_pairs(pairs)
     policy = resolved.policy
