@@ -4,6 +4,7 @@ import json
 from itertools import islice
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from reading_world import build_tokenizer, dataset, tiny_model
@@ -174,6 +175,54 @@ def test_verdicts_on_right_and_wrong_saes(model, trained, tmp_path):
     assert check_fit(model, right, pairs, 0).verdict == REFUSE  # another layer
     right._inner.W_dec.data = right._inner.W_dec.data.roll(1, dims=0)
     assert check_fit(model, right, pairs, 2).verdict == REFUSE  # decoder rows of other latents
+
+
+def test_going_on_from_an_sae_starts_at_its_reconstruction(model, trained):
+    init = load_sae(trained[0])
+    settings = recipe(32, SHORTEST * BATCH, d_sae=256, k=6, lr=1e-4)
+    run = sae_training._Run(model, texts(), [2], settings, sae_training.Path(), 4096, 1 << 20, init)
+    hidden = run._read(texts().select([0, 1]))
+    run._begin(hidden)
+    scale = run._scale(2)
+    sae = run._trainers[2].sae
+    codes = init.encode(hidden[2])
+    with torch.no_grad():
+        pre = sae.process_sae_in(hidden[2] * scale) @ sae.W_enc + sae.b_enc
+        # Where a latent fires, its activation, and so what is decoded of the same codes.
+        torch.testing.assert_close(
+            pre[codes > 0], (codes * init.decoder_rows(range(256)).norm(dim=1))[codes > 0], atol=1e-3, rtol=1e-3
+        )
+        made = (pre * (codes > 0)) @ sae.W_dec / scale + sae.b_dec / scale
+    torch.testing.assert_close(made, init.reconstruct(hidden[2]), atol=2e-3, rtol=1e-3)
+
+
+def test_an_sae_of_the_base_model_fits_a_changed_model_after_going_on(model, trained, tmp_path):
+    changed = tiny_model("llama")
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for layer in changed.model.layers[:3]:
+            for weight in layer.parameters():
+                weight.add_(
+                    0.1 * weight.std() * torch.randn(weight.shape, generator=generator)
+                ) if weight.ndim > 1 else None
+    settings = recipe(32, 60 * BATCH, d_sae=256, k=6, lr=1e-3)
+    init = load_sae(trained[0])
+    out = train_saes(changed, texts(), [2], settings, tmp_path, init=init, progress=False)[2]
+    figures = json.loads((out / "training.json").read_text())["figures"]["2"]
+    hidden = torch.cat(
+        [read_layers(changed, [2], input_ids=torch.tensor(ids[None].astype(int)))[2][0, 1:] for ids in texts().ids[:20]]
+    )
+
+    def left(sae):
+        return float((sae.reconstruct(hidden) - hidden).pow(2).sum() / (hidden - hidden.mean(0)).pow(2).sum())
+
+    assert left(load_sae(out)) < left(init)
+    table = pq.read_table(out / "latents.parquet")
+    before, after = (sae.decoder_rows(range(256)).double() for sae in (init, load_sae(out)))
+    expected = (before * after).sum(dim=1) / before.norm(dim=1) / after.norm(dim=1)
+    np.testing.assert_allclose(table["cosine"].to_numpy(), expected.numpy(), atol=1e-5)
+    assert figures["kept_latents"] == pytest.approx(float((expected > 0.9).double().mean()))
+    assert figures["kept_latents"] > 0.5
 
 
 def test_the_figures_of_a_check_are_those_of_a_plain_forward(model, trained):

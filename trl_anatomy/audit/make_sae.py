@@ -9,6 +9,7 @@ from .config import AuditConfig
 from .run import load_config, load_dataset, load_model, load_tokenizer
 
 if TYPE_CHECKING:
+    from ..reading.sae import SAE
     from ..reading.sae_check import SAEFit
     from ..reading.sae_training import SAERecipe, Sequences
     from ..reading.spans import Pairs
@@ -43,6 +44,12 @@ class SAEConfig:
     )
     minutes: float | None = field(
         default=None, metadata={"help": "Instead of tokens: minutes, at the speed found here."}
+    )
+    init: str | None = field(
+        default=None,
+        metadata={
+            "help": "SAE to go on from (folder or RELEASE:ID), such as the base model's: latents keep their numbers."
+        },
     )
     architecture: str = field(default="batchtopk", metadata={"help": "batchtopk, topk or matryoshka."})
     latents: int | None = field(default=None, metadata={"help": "Number of latents. Default: by rule from the width."})
@@ -109,6 +116,15 @@ def make_sae(config: SAEConfig, *, progress: bool = True) -> "dict[Path, SAEFit 
         "k": config.k,
         "lr": config.lr,
     }
+    init = None
+    if config.init is not None:
+        init = load_sae(config.init, device=model.device)
+        layers = [check_sae(init, model, config.layer[0] if len(config.layer) == 1 else None)]
+        named["d_sae"] = config.latents or init.d_sae
+        named["lr"] = config.lr or continued_lr(init.d_sae)
+        named["k"] = config.k or init.k or _l0(init, model, sequences, layers[0], config.batch_tokens)
+        if init.k is not None:
+            named["architecture"] = "topk"
     n_learned = int(sequences.n_learned.sum())
     tokens = config.tokens or min(MOST_TOKENS, max(LEAST_TOKENS, 2 * n_learned))
     if config.minutes is not None:
@@ -121,6 +137,7 @@ def make_sae(config: SAEConfig, *, progress: bool = True) -> "dict[Path, SAEFit 
         layers,
         settings,
         Path(config.out),
+        init=init,
         model_name=config.model,
         batch_tokens=config.batch_tokens,
         progress=progress,
@@ -131,6 +148,18 @@ def make_sae(config: SAEConfig, *, progress: bool = True) -> "dict[Path, SAEFit 
         fits[folder] = None if pairs is None else check_fit(model, sae, pairs, layer)
         write_atomically(folder / "README.md", _card(config, layer, settings, n_learned, fits[folder]).encode())
     return fits
+
+
+def _l0(sae: "SAE", model: Any, sequences: "Sequences", layer: int, batch_tokens: int) -> int:
+    """Latents of an SAE that fire per token of some sequences, 1 at least."""
+    from ..reading.forward import read_texts
+
+    some = [ids.tolist() for ids in sequences.ids[:16]]
+    fired = n = 0
+    for _, hidden in read_texts(model, some, [layer], pad_token_id=sequences.pad_token_id, batch_tokens=batch_tokens):
+        codes = sae.encode(hidden[layer][1:])
+        fired, n = fired + int((codes > 0).sum()), n + len(codes)
+    return max(1, round(fired / max(1, n)))
 
 
 def check_saes(config: SAEConfig) -> "SAEFit":

@@ -176,13 +176,29 @@ class SAE:
         parts = [self.encode(part).index_select(1, index) for part in h.split(step)]
         return torch.cat(parts) if parts else h.new_zeros(0, len(index), dtype=torch.float32)
 
+    @property
+    def place(self) -> str:
+        """Where it was loaded from, quoted."""
+        return self._place
+
+    @property
+    def b_dec(self) -> Tensor:
+        """(d_in,) float32: what is decoded where no latent fires."""
+        return self._inner.b_dec
+
+    @property
+    def k(self) -> int | None:
+        """Latents that fire per token, of a TopK SAE; None for others."""
+        return int(self._inner.cfg.k) if self.architecture == "topk" else None
+
     @torch.no_grad()
     def reconstruct(self, h: Tensor) -> Tensor:
         """What the SAE makes of hidden states (n_tokens, d_in): decoded activations, (n_tokens, d_in) float32.
 
-        A normalisation per token keeps state between encoding and decoding, so both happen here.
+        A normalisation per token keeps state between encoding and decoding, so both happen here. What `centred` takes
+        from a token is put back.
         """
-        return self._inner.decode(self.encode(h))
+        return self._inner.decode(self.encode(h)) + (h.float() - self._centre(h))
 
     @torch.no_grad()
     def decoder_rows(self, features: Sequence[int]) -> Tensor:

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -25,6 +27,7 @@ from .files import check_writable, make_folder, remove_partial, sealed, unsealed
 from .fingerprint import model_key
 from .forward import read_texts
 from .locate import decoder_layers, hidden_size
+from .sae import SAE, load_sae
 from .spans import Pairs
 
 ARCHITECTURES = ("batchtopk", "topk", "matryoshka")
@@ -32,6 +35,7 @@ OUTLIER = 6.0  # tokens whose norm exceeds this many mean norms are left out, as
 BATCH = 1024  # tokens of one step
 BUFFER_BYTES = 512 << 20
 HELD_OUT_TOKENS = 16_384
+KEPT = 0.9  # cosine of a decoder row above which a latent is called the same
 SHORTEST = 32  # steps below which nothing is learned
 STATE, SETTINGS = "state.safetensors", "training.json"
 SAVED = ("cfg.json", "sae_weights.safetensors")
@@ -164,8 +168,13 @@ def recipe(
     if not 0 < k <= d_sae:
         raise AnatomyError(f"k is {k}; allowed: 1 to {d_sae}, the number of latents.")
     if lr is None:
-        lr = 2e-4 * math.sqrt(16_384 / d_sae) * (2.5 if tokens < 20_000_000 else 1.0)
+        lr = continued_lr(d_sae) * (2.5 if tokens < 20_000_000 else 1.0)
     return SAERecipe(architecture, d_sae, k, lr, tokens, seed)
+
+
+def continued_lr(d_sae: int) -> float:
+    """Peak learning rate by width alone: for long trainings, and for SAEs that are gone on from."""
+    return 2e-4 * math.sqrt(16_384 / d_sae)
 
 
 def train_saes(
@@ -175,6 +184,7 @@ def train_saes(
     settings: SAERecipe,
     out: Path,
     *,
+    init: SAE | None = None,
     model_name: str = "",
     batch_tokens: int = 8192,
     buffer_bytes: int = BUFFER_BYTES,
@@ -193,6 +203,8 @@ def train_saes(
         layers: layers whose output is learned, from 0.
         settings: see `recipe`.
         out: folder; the SAE of a single layer lies in it, those of several in ``layer_N`` below it.
+        init: an SAE to go on from, of one layer; latents keep their numbers, and ``latents.parquet`` says for each the
+            cosine of its decoder row before and after.
         model_name: for the card.
         batch_tokens: padded tokens of one forward pass.
         buffer_bytes: activations of one round, in the model's precision, all layers together.
@@ -202,8 +214,8 @@ def train_saes(
         layer -> folder of its SAE.
 
     Raises:
-        AnatomyError: a layer that is not there, activations that are not finite, too little data, a folder that holds
-            another training or cannot be written.
+        AnatomyError: a layer that is not there, activations that are not finite, too little data, an SAE that cannot be
+            gone on from, a folder that holds another training or cannot be written.
     """
     layers = sorted(set(layers))
     n_layers = len(decoder_layers(model))
@@ -220,14 +232,30 @@ def train_saes(
         "model": model_key(model),
         "buffer_bytes": buffer_bytes,
     }
+    if init is not None:
+        made_from["init"] = init.fingerprint
+        _check_init(init, settings, layers)
     if _finished(out, made_from):
         return folders
-    run = _Run(model, sequences, layers, settings, out / STATE, batch_tokens, buffer_bytes)
+    run = _Run(model, sequences, layers, settings, out / STATE, batch_tokens, buffer_bytes, init)
     run.train(progress)
     figures = {layer: run.save(layer, folder, model_name) for layer, folder in folders.items()}
     write_atomically(out / SETTINGS, json.dumps(without_nan({**made_from, "figures": figures}), indent=2).encode())
     (out / STATE).unlink(missing_ok=True)
     return folders
+
+
+def _check_init(init: SAE, settings: SAERecipe, layers: Sequence[int]) -> None:
+    init.rows([0])  # raises for one whose latents are not exact
+    problem = None
+    if len(layers) > 1:
+        problem = f"layers {', '.join(map(str, layers))} are asked for, and an SAE to go on from is of one"
+    elif init.centred:
+        problem = "it reads a centred stream, on which training is not supported"
+    elif init.d_sae != settings.d_sae or settings.architecture == "matryoshka":
+        problem = f"it has {init.d_sae} latents in one level; leave latents out, and choose batchtopk or topk"
+    if problem is not None:
+        raise AnatomyError(f"The SAE at {init.place} cannot be gone on from: {problem}.")
 
 
 def _finished(out: Path, made_from: Mapping[str, Any]) -> bool:
@@ -292,7 +320,9 @@ class _Run:
         state: Path,
         batch_tokens: int,
         buffer_bytes: int,
+        init: SAE | None = None,
     ) -> None:
+        self._init = init
         self._model, self._layers, self._settings, self._state = model, list(layers), settings, state
         self._batch_tokens, self._d_in = batch_tokens, hidden_size(model)
         order = np.random.default_rng(settings.seed).permutation(len(sequences)).tolist()
@@ -393,7 +423,22 @@ class _Run:
         for layer in self._layers:
             mean = activations[layer].float().mean(0)
             self._trainers[layer] = self._trainer(layer)
-            self._trainers[layer].sae.b_dec.data = mean * self._scale(layer)
+            if self._init is not None:
+                self._take_over(self._trainers[layer].sae, self._scale(layer))
+            else:
+                self._trainers[layer].sae.b_dec.data = mean * self._scale(layer)
+
+    @torch.no_grad()
+    def _take_over(self, sae: Any, scale: float) -> None:
+        """Begin at the weights of `init`, decoder rows of norm 1 before scaling: its latents and their order."""
+        assert self._init is not None
+        rows, b_dec = self._init.rows(range(self._init.d_sae)), self._init.b_dec
+        norm = rows.decoder.norm(dim=1).clamp(min=1e-8)
+        encoder = rows.encoder * norm[:, None]
+        sae.W_enc.copy_(encoder.T / scale)
+        sae.b_enc.copy_(rows.bias * norm + encoder @ b_dec)
+        sae.W_dec.copy_(rows.decoder / norm[:, None] * scale)
+        sae.b_dec.copy_(b_dec * scale)
 
     def _scale(self, layer: int) -> float:
         """Factor that brings activations to the norm sqrt(d_in), for which learning rates are meant."""
@@ -513,24 +558,35 @@ class _Run:
         make_folder(folder)
         partial = folder / f"saving.{os.getpid()}.partial"
         sae.save_inference_model(partial)
-        from .sae import load_sae  # what is judged is what a user loads
-
         for name in reversed(SAVED):  # the settings last: a folder without them is no SAE
             os.replace(partial / name, folder / name)
         partial.rmdir()
-        saved = load_sae(folder, device=sae.W_dec.device)
+        saved = load_sae(folder, device=sae.W_dec.device)  # what is judged is what a user loads
         error, fired, dead = 0.0, 0, torch.ones(saved.d_sae, dtype=torch.bool, device=hidden.device)
         for part in hidden.split(BATCH):
             codes = saved.encode(part)
             error += float((saved.reconstruct(part) - part).pow(2).sum(dtype=torch.float64))
             fired += int((codes > 0).sum())
             dead &= ~(codes > 0).any(dim=0)
+        changed = {} if self._init is None else self._changed(saved, folder)
         return {
+            **changed,
             "variance_explained": 1 - error / float((hidden - hidden.mean(0)).pow(2).sum(dtype=torch.float64)),
             "l0": fired / len(hidden),
             "silent_latents": float(dead.float().mean()),
             "held_out_tokens": float(len(hidden)),
         }
+
+    def _changed(self, saved: SAE, folder: Path) -> dict[str, float]:
+        """Write down what became of each latent of `init`; the mean, and the share that kept its direction."""
+        assert self._init is not None
+        every = range(saved.d_sae)
+        before, after = self._init.decoder_rows(every).cpu(), saved.decoder_rows(every).cpu()
+        cosine = torch.nn.functional.cosine_similarity(before, after).numpy()
+        buffer = pa.BufferOutputStream()
+        pq.write_table(pa.table({"feature": pa.array(every, pa.int32()), "cosine": cosine}), buffer)
+        write_atomically(folder / "latents.parquet", buffer.getvalue().to_pybytes())
+        return {"mean_cosine": float(cosine.mean()), "kept_latents": float((cosine > KEPT).mean())}
 
     def _threshold(self, sae: Any, hidden: Tensor) -> Tensor:
         """() activation above which, on held-out tokens, k latents fire per token on average.

@@ -1,0 +1,180 @@
+"""`--sae auto`: a published SAE of the model or of its base model, else one trained here if that is quick enough."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ..errors import AnatomyError
+from .make_sae import DEPTH, LEAST_TOKENS, MOST_TOKENS
+
+if TYPE_CHECKING:
+    from ..reading.sae import SAE
+    from ..reading.spans import Pairs
+    from .config import AuditConfig
+
+AUTO = "auto"
+FOLDER = "sae"  # of an SAE trained for an audit, in the audit's folder
+_ALIASES = {"gpt2": "gpt2-small"}  # hub name -> TransformerLens' name, in which old releases are listed
+_BESIDE = re.compile(r"transcoder|-att|-mlp|attn|hook_z|lxa|lxm|lxtc|mlp_out|clt", re.IGNORECASE)
+_LAYER = re.compile(
+    r"blocks\.(?P<pre>\d+)\.hook_resid_pre|blocks\.(?P<post>\d+)\.hook_resid_post|layers?[_./]?(?P<layer>\d+)"
+    r"|(?:^|[^a-z0-9])l(?P<short>\d+)r?(?:[^0-9]|$)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Published:
+    """An SAE that sae-lens lists.
+
+    Attributes:
+        release, id: sae-lens' names.
+        layer: the model's layer whose output it reads, from 0.
+        of: the name in the list that the model's own matched.
+    """
+
+    release: str
+    id: str
+    layer: int
+    of: str
+
+    @property
+    def source(self) -> str:
+        """As `--sae` takes it."""
+        return f"{self.release}:{self.id}"
+
+
+def published_sae(names: list[str], n_layers: int) -> Published | None:
+    """The SAE of the residual stream nearest two thirds of the depth, of the first name that has any.
+
+    Args:
+        names: of the model, then of its base model; hub names, or folders, whose last part counts.
+        n_layers: layers of the model.
+
+    Returns:
+        The SAE; the first listed where several are equally near. None where sae-lens lists none.
+
+    >>> published_sae(["google/gemma-2-2b"], 26).source
+    'gemma-scope-2b-pt-res-canonical:layer_16/width_16k/canonical'
+    >>> published_sae(["my/own-model"], 26) is None
+    True
+    """
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    releases = get_pretrained_saes_directory()
+    for name in names:
+        wanted = _plain(name)
+        found = [
+            Published(release, sae_id, layer, entry.model)
+            for release, entry in releases.items()
+            if _plain(entry.model) == wanted and not _BESIDE.search(release)
+            for sae_id in entry.saes_map
+            if not _BESIDE.search(sae_id) and (layer := _layer_of(sae_id)) is not None and layer < n_layers
+        ]
+        if found:
+            target = DEPTH * n_layers - 1
+            return min(found, key=lambda sae: (abs(sae.layer - target), "canonical" not in sae.release))
+    return None
+
+
+def _plain(name: str) -> str:
+    last = name.rstrip("/").rsplit("/", 1)[-1].lower()
+    return _ALIASES.get(last, last)
+
+
+def _layer_of(sae_id: str) -> int | None:
+    found = _LAYER.search(sae_id)
+    if found is None:
+        return None
+    if found["pre"] is not None:
+        return int(found["pre"]) - 1 if int(found["pre"]) else None
+    return int(next(value for value in (found["post"], found["layer"], found["short"]) if value is not None))
+
+
+def model_names(model: str) -> list[str]:
+    """The model's name, and those of the models that its files say it was made from."""
+    return list(dict.fromkeys([model, *_bases(Path(model))]))
+
+
+def _bases(folder: Path) -> Iterator[str]:
+    for file, key in (("adapter_config.json", "base_model_name_or_path"), ("config.json", "_name_or_path")):
+        try:
+            base = json.loads((folder / file).read_text()).get(key)
+        except (OSError, ValueError, AttributeError):
+            continue
+        if isinstance(base, str) and base:
+            yield base
+    try:
+        head = (folder / "README.md").read_text(encoding="utf-8").split("---")
+        card = yaml.safe_load(head[1]) if len(head) > 2 and not head[0].strip() else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return
+    base = card.get("base_model") if isinstance(card, dict) else None
+    yield from (name for name in (base if isinstance(base, list) else [base]) if isinstance(name, str))
+
+
+def find_sae(
+    config: "AuditConfig", model: Any, pairs: "Pairs", out: Path, *, progress: bool = True
+) -> "tuple[SAE, str]":
+    """The SAE of an audit that names none.
+
+    Args:
+        config: the audit; `sae_minutes` is the most that training one may take.
+        model: the start model, loaded.
+        pairs: the pairs to be audited.
+        out: the audit's folder; a trained SAE is kept in ``sae`` below it, and found again by what it was made from.
+        progress: show progress bars.
+
+    Returns:
+        The SAE, and one sentence on where it comes from.
+
+    Raises:
+        AnatomyError: none is published or within reach, and training one would take longer; says the command.
+    """
+    from ..reading.locate import decoder_layers, hidden_size
+    from ..reading.sae import check_sae, load_sae
+    from ..reading.sae_training import BATCH, SETTINGS, recipe, seconds_per_token, sequences_of, train_saes
+
+    layers, unreached = decoder_layers(model), ""
+    listed = published_sae(model_names(config.model), len(layers)) if config.model else None
+    if listed is not None:
+        try:
+            sae = load_sae(listed.source)
+            check_sae(sae, model)
+            return sae, f"The SAE is {listed.source}, published for {listed.of}, at layer {listed.layer}"
+        except AnatomyError as error:
+            unreached = f"{listed.source} is published for {listed.of}, but: {error} "
+    sequences = sequences_of(pairs, [], pairs.pad_token_id)
+    layer = round(DEPTH * len(layers)) - 1 if config.layer is None else config.layer
+    n_learned = int(sequences.n_learned.sum())
+    settings = recipe(hidden_size(model), min(MOST_TOKENS, max(LEAST_TOKENS, 2 * n_learned)), seed=config.seed)
+    folder = out / FOLDER
+    if not (folder / SETTINGS).is_file():
+        read, step = seconds_per_token(model, sequences, [layer], settings, batch_tokens=config.batch_tokens)
+        minutes = (step * settings.tokens + read * min(settings.tokens, n_learned)) / 60
+        command = f"trl-anatomy sae --model {config.model} --dataset {config.dataset} --layer {layer} --out saes/run1"
+        if minutes > config.sae_minutes:
+            raise AnatomyError(
+                f"{unreached}There is no SAE of this model at hand. Training one on {settings.tokens} tokens takes about "
+                f"{minutes:.0f} minutes here, more than sae_minutes ({config.sae_minutes:g}): raise that, or run "
+                f"`{command}` and give --sae saes/run1."
+            )
+        if progress:
+            print(f"{unreached}Training an SAE of layer {layer}: about {minutes:.0f} minutes, of {BATCH}-token steps.")
+    train_saes(
+        model,
+        sequences,
+        [layer],
+        settings,
+        folder,
+        model_name=config.model,
+        batch_tokens=config.batch_tokens,
+        progress=progress,
+    )
+    device = next(model.parameters()).device
+    return load_sae(folder, device=device), f"{unreached}The SAE was trained on these pairs, at layer {layer}"
