@@ -3,8 +3,14 @@
 import json
 
 import pytest
+from test_audit_folder import word_pairs, write_start_model
 
+from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.find_sae import model_names, published_sae
+from trl_anatomy.audit.folder import load_audit
+from trl_anatomy.audit.run import dry_run, run_audit
+from trl_anatomy.errors import AnatomyError
+from trl_anatomy.reading.sae_check import CONTINUE, FITS
 
 
 @pytest.mark.parametrize(
@@ -45,3 +51,40 @@ def test_the_base_model_is_found_in_the_files(tmp_path):
     (tmp_path / "config.json").write_text("{broken")
     (tmp_path / "README.md").write_text("no card")
     assert model_names(str(tmp_path))[1:] == ["openai-community/gpt2"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("auto")
+    write_start_model(root / "model")
+    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in word_pairs(700)))
+    return root
+
+
+def config(root, **changes) -> AuditConfig:
+    given = {"model": str(root / "model"), "dataset": str(root / "pairs.jsonl"), "sae": "auto", "device": "cpu"}
+    return AuditConfig(**{**given, "out": str(root / "audit"), "bootstrap": 100, **changes})
+
+
+def test_an_audit_without_an_sae_trains_one_once_and_judges_it(inputs):
+    audit = run_audit(config(inputs), progress=False)
+    sae = audit.info["sae"]
+    assert sae["source"] == {"path": str(inputs / "audit" / "sae")}
+    assert sae["fit"]["verdict"] in (FITS, CONTINUE)
+    assert any(note.startswith("The SAE was trained on these pairs; its verdict is") for note in audit.info["notes"])
+    made = (inputs / "audit" / "sae" / "sae_weights.safetensors").stat().st_mtime_ns
+    again = run_audit(config(inputs), progress=False)
+    assert (inputs / "audit" / "sae" / "sae_weights.safetensors").stat().st_mtime_ns == made
+    assert again.info["sae"] == sae
+    assert load_audit(inputs / "audit").load_sae().fingerprint == sae["fingerprint"]
+
+
+def test_a_training_that_would_take_too_long_is_not_begun(inputs):
+    with pytest.raises(AnatomyError, match=r"more than sae_minutes \(0\).* `trl-anatomy sae --model .* --dataset"):
+        run_audit(config(inputs, sae_minutes=0.0, out=str(inputs / "other")), progress=False)
+    assert not (inputs / "other" / "sae").exists()
+
+
+def test_a_dry_run_says_which_sae_would_be_used(inputs):
+    shown = dry_run(config(inputs))
+    assert (shown["sae"], shown["d_sae"]) == ("one trained on these pairs", None)

@@ -53,7 +53,16 @@ class AuditConfig:
         default=None,
         metadata={"help": "Preference data: hub name, folder, or .json/.jsonl/.csv(.gz)/.parquet file, or a URL."},
     )
-    sae: str = field(default="", metadata={"help": "SAE: folder saved by sae-lens, or 'RELEASE:ID'."})
+    sae: str = field(
+        default="",
+        metadata={
+            "help": "SAE: folder saved by sae-lens, 'RELEASE:ID', or auto: a published one of the model or its base "
+            "model, else one that is trained on these pairs."
+        },
+    )
+    sae_minutes: float = field(
+        default=30.0, metadata={"help": "With --sae auto: the longest training of an SAE that is begun."}
+    )
     layer: int | None = field(
         default=None, metadata={"help": "Decoder layer whose output the SAE reads. Default: the SAE's own."}
     )
@@ -182,6 +191,7 @@ class AuditConfig:
             (self.dtype in ("auto", "float32", "bfloat16", "float16"), "dtype", "auto, float32, bfloat16 or float16"),
             (self.max_length is None or self.max_length > 0, "max_length", "a positive number or none"),
             (self.batch_tokens > 0, "batch_tokens", "positive"),
+            (self.sae_minutes >= 0, "sae_minutes", "at least 0"),
             (self.shard_pairs > 0, "shard_pairs", "positive"),
             (0 <= self.seed < 1 << 32, "seed", "at least 0 and below 2³²"),
             (0 <= self.tau < 1, "tau", "at least 0 and below 1"),

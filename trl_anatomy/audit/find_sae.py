@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..errors import AnatomyError
-from .make_sae import DEPTH, LEAST_TOKENS, MOST_TOKENS
+from ..reading.sae_training import DEPTH
 
 if TYPE_CHECKING:
     from ..reading.sae import SAE
+    from ..reading.sae_check import SAEFit
     from ..reading.spans import Pairs
     from .config import AuditConfig
 
@@ -120,7 +122,7 @@ def _bases(folder: Path) -> Iterator[str]:
 
 def find_sae(
     config: "AuditConfig", model: Any, pairs: "Pairs", out: Path, *, progress: bool = True
-) -> "tuple[SAE, str]":
+) -> "tuple[SAE, SAEFit, str]":
     """The SAE of an audit that names none.
 
     Args:
@@ -131,28 +133,40 @@ def find_sae(
         progress: show progress bars.
 
     Returns:
-        The SAE, and one sentence on where it comes from.
+        The SAE, how well it fits these pairs, and one sentence on where it comes from.
 
     Raises:
         AnatomyError: none is published or within reach, and training one would take longer; says the command.
     """
     from ..reading.locate import decoder_layers, hidden_size
     from ..reading.sae import check_sae, load_sae
-    from ..reading.sae_training import BATCH, SETTINGS, recipe, seconds_per_token, sequences_of, train_saes
+    from ..reading.sae_check import REFUSE, check_fit
+    from ..reading.sae_training import (
+        SETTINGS,
+        default_layer,
+        default_tokens,
+        recipe,
+        seconds_per_token,
+        sequences_of,
+        train_saes,
+    )
 
-    layers, unreached = decoder_layers(model), ""
+    layers, unreached, device = decoder_layers(model), "", next(model.parameters()).device
     listed = published_sae(model_names(config.model), len(layers)) if config.model else None
     if listed is not None:
         try:
-            sae = load_sae(listed.source)
-            check_sae(sae, model)
-            return sae, f"The SAE is {listed.source}, published for {listed.of}, at layer {listed.layer}"
+            sae = load_sae(listed.source, device=device)
+            fit = check_fit(model, sae, pairs, check_sae(sae, model))
+            if fit.verdict != REFUSE:
+                return sae, fit, _told(f"The SAE is {listed.source}, published for {listed.of}", fit)
+            problem = f"on these pairs, {fit.reason}."
         except AnatomyError as error:
-            unreached = f"{listed.source} is published for {listed.of}, but: {error} "
+            problem = str(error)
+        unreached = f"{listed.source} is published for {listed.of}, but {problem} "
     sequences = sequences_of(pairs, [], pairs.pad_token_id)
-    layer = round(DEPTH * len(layers)) - 1 if config.layer is None else config.layer
+    layer = default_layer(len(layers)) if config.layer is None else config.layer
     n_learned = int(sequences.n_learned.sum())
-    settings = recipe(hidden_size(model), min(MOST_TOKENS, max(LEAST_TOKENS, 2 * n_learned)), seed=config.seed)
+    settings = recipe(hidden_size(model), default_tokens(n_learned), seed=config.seed)
     folder = out / FOLDER
     if not (folder / SETTINGS).is_file():
         read, step = seconds_per_token(model, sequences, [layer], settings, batch_tokens=config.batch_tokens)
@@ -160,12 +174,13 @@ def find_sae(
         command = f"trl-anatomy sae --model {config.model} --dataset {config.dataset} --layer {layer} --out saes/run1"
         if minutes > config.sae_minutes:
             raise AnatomyError(
-                f"{unreached}There is no SAE of this model at hand. Training one on {settings.tokens} tokens takes about "
-                f"{minutes:.0f} minutes here, more than sae_minutes ({config.sae_minutes:g}): raise that, or run "
+                f"{unreached}There is no SAE of this model at hand, and training one on {settings.tokens} tokens takes "
+                f"about {minutes:.0f} minutes here, more than sae_minutes ({config.sae_minutes:g}): raise that, or run "
                 f"`{command}` and give --sae saes/run1."
             )
         if progress:
-            print(f"{unreached}Training an SAE of layer {layer}: about {minutes:.0f} minutes, of {BATCH}-token steps.")
+            note = f"{unreached}Training an SAE of layer {layer} on these pairs takes about {minutes:.0f} minutes."
+            print(note, file=sys.stderr, flush=True)
     train_saes(
         model,
         sequences,
@@ -176,5 +191,10 @@ def find_sae(
         batch_tokens=config.batch_tokens,
         progress=progress,
     )
-    device = next(model.parameters()).device
-    return load_sae(folder, device=device), f"{unreached}The SAE was trained on these pairs, at layer {layer}"
+    sae = load_sae(folder, device=device)
+    fit = check_fit(model, sae, pairs, layer)
+    return sae, fit, _told(f"{unreached}The SAE was trained on these pairs", fit)
+
+
+def _told(origin: str, fit: "SAEFit") -> str:
+    return f"{origin}; its verdict is {fit.verdict}: {fit.reason}."

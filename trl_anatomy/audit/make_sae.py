@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from ..reading.sae_training import SAERecipe, Sequences
     from ..reading.spans import Pairs
 
-DEPTH = 2 / 3  # of the model: where concepts of responses are read best
-LEAST_TOKENS, MOST_TOKENS = 300_000, 3_000_000
-
 
 @dataclass
 class SAEConfig:
@@ -89,9 +86,9 @@ def make_sae(config: SAEConfig, *, progress: bool = True) -> "dict[Path, SAEFit 
     from ..reading.files import write_atomically
     from ..reading.locate import decoder_layers, hidden_size
     from ..reading.ranks import Ranks
-    from ..reading.sae import load_sae
+    from ..reading.sae import check_sae, load_sae
     from ..reading.sae_check import check_fit
-    from ..reading.sae_training import recipe, sequences_of, train_saes
+    from ..reading.sae_training import continued_lr, default_layer, default_tokens, recipe, sequences_of, train_saes
 
     if not config.model:
         raise AnatomyError("sae: no model given.")
@@ -109,7 +106,7 @@ def make_sae(config: SAEConfig, *, progress: bool = True) -> "dict[Path, SAEFit 
     texts = [ids for name in config.text for ids in _text_tokens(audit, name, text_tokenizer)]
     sequences = sequences_of(pairs, texts, text_tokenizer.eos_token_id if pad is None else pad)
     model = load_model(audit)
-    layers = config.layer or [round(DEPTH * len(decoder_layers(model))) - 1]
+    layers = config.layer or [default_layer(len(decoder_layers(model)))]
     named: dict[str, Any] = {
         "architecture": config.architecture,
         "d_sae": config.latents,
@@ -126,9 +123,9 @@ def make_sae(config: SAEConfig, *, progress: bool = True) -> "dict[Path, SAEFit 
         if init.k is not None:
             named["architecture"] = "topk"
     n_learned = int(sequences.n_learned.sum())
-    tokens = config.tokens or min(MOST_TOKENS, max(LEAST_TOKENS, 2 * n_learned))
+    tokens = config.tokens or default_tokens(n_learned)
     if config.minutes is not None:
-        probe = recipe(hidden_size(model), MOST_TOKENS, **named)
+        probe = recipe(hidden_size(model), default_tokens(n_learned), **named)
         tokens = _affordable(model, sequences, layers, probe, config)
     settings = recipe(hidden_size(model), tokens, seed=config.seed, **named)
     folders = train_saes(

@@ -3,6 +3,7 @@
 import copy
 import platform
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,11 @@ from scipy import sparse
 from ..errors import AnatomyError
 from ..reading.clock import dated, template_now
 from ..reading.processing import lengthen_embeddings, load_processing_class, set_chat_template
-from ..reading.storage import local
+from ..reading.storage import is_url, local
 from . import stats
 from .communities import find_communities
 from .config import AuditConfig
+from .find_sae import AUTO, find_sae, model_names, published_sae
 from .findings import Findings, one_blas_thread, shared_prompts, timed
 from .folder import Audit, load_audit, pairs_table, write_audit
 from .labels import distinctive_terms, group_terms, member_terms
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     from ..reading.harvest import Harvest
     from ..reading.sae import SAE
+    from ..reading.sae_check import SAEFit
     from ..reading.spans import Pairs
 
 # Pairs whose text is read for labels.
@@ -174,7 +177,7 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
     Returns:
         JSON-able: pairs, left_out, notes (on columns that nothing reads, on rows longer than the model was trained on),
         tokens (a span each, after truncation), longest (tokens of the longest pair), shards and shards_done,
-        batch_tokens, layer, d_sae, contexts, out.
+        batch_tokens, sae, layer, d_sae (None for an SAE that is found or trained first), contexts, out.
     Raises:
         AnatomyError: as `run_audit` would, but for what only weights tell: that a harvest in the folder is of another
             model of the same shape.
@@ -182,7 +185,9 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
     from ..reading.capacity import check_pairs_fit
     from ..reading.columns import column_notes, prompt_column, unread_columns
     from ..reading.harvest import shards_done
+    from ..reading.locate import decoder_layers
     from ..reading.sae import check_sae, load_sae
+    from ..reading.sae_training import default_layer
     from ..reading.sft import read_rows
     from .region_view import region_rows
 
@@ -199,11 +204,17 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
         region_rows(pairs, config.region)
     shape = empty_model(config.model) if model is None else model
     unfit = check_pairs_fit(pairs, shape.config, grows=config.chat_template_path is not None)
-    sae = load_sae(config.sae)
-    layer = check_sae(sae, shape, config.layer)
-    done = shards_done(
-        local(config.out) / "harvest", pairs, sae, layer=layer, shard_pairs=config.shard_pairs, model=model
-    )
+    if config.sae == AUTO:
+        n_layers = len(decoder_layers(shape))
+        listed = published_sae(model_names(config.model), n_layers)
+        layer, d_sae, done = default_layer(n_layers) if listed is None else listed.layer, None, 0
+        origin = "one trained on these pairs" if listed is None else listed.source
+    else:
+        sae = load_sae(config.sae)
+        layer, d_sae, origin = check_sae(sae, shape, config.layer), sae.d_sae, config.sae
+        done = shards_done(
+            local(config.out) / "harvest", pairs, sae, layer=layer, shard_pairs=config.shard_pairs, model=model
+        )
     tokens = np.array([[len(part) for part in pairs.tokens(i)] for i in range(len(pairs))])
     shards = -(-len(pairs) // config.shard_pairs)
     active = int(len(pairs) * (1 - config.silent_percentile / 100))
@@ -220,8 +231,9 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
         "shards": shards,
         "shards_done": done,
         "batch_tokens": config.batch_tokens,
+        "sae": origin,
         "layer": layer,
-        "d_sae": sae.d_sae,
+        "d_sae": d_sae,
         "contexts": max(1, min(config.n_contexts, active // (2 * config.min_context))),
         "out": str(config.out),
     }
@@ -270,8 +282,17 @@ def run_audit(
             region_rows(pairs, config.region)
         shape = load_config(str(config.model)) if model is None else model.config
         check_pairs_fit(pairs, shape, grows=config.chat_template_path is not None)
-        sae = load_sae(config.sae) if sae is None else sae
+        if sae is None and config.sae != AUTO:
+            sae = load_sae(config.sae)
         model = load_model(config) if model is None else model
+        fit, origin = None, ""
+        if sae is None:
+            if ranks.size > 1 or is_url(config.out):
+                raise AnatomyError(
+                    "--sae auto works in one process and in a folder of this machine: make the SAE first, with "
+                    "`trl-anatomy sae`."
+                )
+            sae, fit, origin = find_sae(config, model, pairs, out, progress=progress)
         layer = check_sae(sae, model, config.layer)
     with timed(timings, "harvest"):
         read = harvest(
@@ -285,7 +306,9 @@ def run_audit(
             progress=progress,
             ranks=ranks,
         )
-    ranks.in_main(lambda: _conclude(config, read, pairs, raw, tokenizer, model, sae, layer, timings, progress))
+    ranks.in_main(
+        lambda: _conclude(config, read, pairs, raw, tokenizer, model, sae, layer, timings, progress, fit, origin)
+    )
     return load_audit(config.out)
 
 
@@ -300,6 +323,8 @@ def _conclude(
     layer: int,
     timings: dict[str, float],
     progress: bool,
+    fit: "SAEFit | None" = None,
+    origin: str = "",
 ) -> None:
     """From a harvest to the audit folder."""
     from ..reading.capacity import check_pairs_fit
@@ -336,6 +361,7 @@ def _conclude(
     unread, prompt = unread_columns(raw, config.data_kind), prompt_column(raw)
     unfit = check_pairs_fit(pairs, model.config, grows=config.chat_template_path is not None)
     findings.info["notes"][:0] = [*column_notes(unread, prompt), *unfit]
+    findings.info["notes"][:0] = [*column_notes(unread, prompt), *unfit, *([origin] if origin else [])]
     info = {
         "versions": _versions(),
         "model": {
@@ -352,6 +378,7 @@ def _conclude(
             "neuronpedia_id": sae.neuronpedia_id,
             "l0": l0,
             "card_l0": sae.card_l0,
+            **({} if fit is None else {"fit": asdict(fit)}),
         },
         "data": {
             "name": config.dataset or "dataset in memory",

@@ -24,12 +24,13 @@ class Progress:
 
     Attributes:
         done: things done.
+        note: shown beside the count, such as how well it goes; no braces.
     """
 
     def __init__(
         self, total: int | None, what: str, unit: str = "", *, work: float | None = None, show: bool = True
     ) -> None:
-        self.total, self.what, self.unit, self.done = total, what, unit, 0
+        self.total, self.what, self.unit, self.done, self.note = total, what, unit, 0, ""
         self._work, self._spent, self._skipped = float((total or 0) if work is None else work), 0.0, 0.0
         self._began, self._shown = time.monotonic(), 0.0
         self._ended = threading.Event()
@@ -69,7 +70,8 @@ class Progress:
             print(text, file=sys.stderr, flush=True)
 
     def _count(self) -> str:
-        return "" if self.total is None else f" {self.done} of {self.total} {self.unit},"
+        note = f" {self.note}," if self.note else ""
+        return note if self.total is None else f" {self.done} of {self.total} {self.unit},{note}"
 
     def _format(self) -> str:
         return f"{{desc}}: {{percentage:3.0f}}%|{{bar}}|{self._count()} {{elapsed}} gone, {{remaining}} left"

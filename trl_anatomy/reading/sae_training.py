@@ -20,17 +20,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..errors import AnatomyError
 from .files import check_writable, make_folder, remove_partial, sealed, unsealed, without_nan, write_atomically
 from .fingerprint import model_key
 from .forward import read_texts
 from .locate import decoder_layers, hidden_size
+from .progress import Progress
 from .sae import SAE, load_sae
 from .spans import Pairs
 
 ARCHITECTURES = ("batchtopk", "topk", "matryoshka")
+DEPTH = 2 / 3  # of the model: where concepts of responses are read best
+LEAST_TOKENS, MOST_TOKENS = 300_000, 3_000_000
 OUTLIER = 6.0  # tokens whose norm exceeds this many mean norms are left out, as published (method.md section 2)
 BATCH = 1024  # tokens of one step
 BUFFER_BYTES = 512 << 20
@@ -170,6 +172,16 @@ def recipe(
     if lr is None:
         lr = continued_lr(d_sae) * (2.5 if tokens < 20_000_000 else 1.0)
     return SAERecipe(architecture, d_sae, k, lr, tokens, seed)
+
+
+def default_layer(n_layers: int) -> int:
+    """The layer, from 0, at two thirds of the depth."""
+    return max(0, round(DEPTH * n_layers) - 1)
+
+
+def default_tokens(n_learned: int) -> int:
+    """Tokens of training for data of so many: twice, within bounds."""
+    return min(MOST_TOKENS, max(LEAST_TOKENS, 2 * n_learned))
 
 
 def continued_lr(d_sae: int) -> float:
@@ -352,14 +364,8 @@ class _Run:
         steps, saved, cost = self._steps, time.monotonic(), 0.0
         held: list[int] = []
         activations: dict[int, Tensor] = {}
-        with tqdm(
-            total=self._n_steps * BATCH,
-            initial=steps * BATCH,
-            desc="Training SAE",
-            unit="tok",
-            unit_scale=True,
-            disable=not progress,
-        ) as bar:
+        with Progress(self._n_steps * BATCH, "Training SAE", "tokens", show=progress) as bar:
+            bar.update(steps * BATCH, skipped=True)
             for number, batch in enumerate(rounds(self._sequences.n_learned, self._most, self._settings.seed)):
                 if number < at:
                     continue
@@ -375,7 +381,7 @@ class _Run:
                     for layer in self._layers:
                         self._step(layer, activations[layer], number, step)
                     self._steps += 1
-                    bar.set_postfix_str(self._progress(), refresh=False)
+                    bar.note = self._progress()
                     bar.update(BATCH)
                     if time.monotonic() - saved > max(_SAVE_SECONDS, _SAVE_SHARE * cost):
                         start = time.monotonic()
@@ -391,14 +397,7 @@ class _Run:
         dtype = next(self._model.parameters()).dtype
         found = {layer: torch.empty(int(starts[-1]), self._d_in, dtype=dtype) for layer in self._layers}
         texts = [ids.tolist() for ids in sequences.ids]
-        with tqdm(
-            total=int(starts[-1]),
-            desc="Reading activations",
-            unit="tok",
-            unit_scale=True,
-            leave=False,
-            disable=not progress,
-        ) as bar:
+        with Progress(int(starts[-1]), "Reading activations", "tokens", show=progress) as bar:
             for i, hidden in read_texts(
                 self._model, texts, self._layers, pad_token_id=sequences.pad_token_id, batch_tokens=self._batch_tokens
             ):
@@ -502,8 +501,8 @@ class _Run:
         parts = []
         for layer, trainer in self._trainers.items():
             dead = float(trainer.dead_neurons.float().mean())
-            parts.append(f"layer {layer}: {self._explained[layer]:.1%} of variance, {dead:.1%} dead")
-        return "; ".join(parts)
+            parts.append(f"layer {layer}: {self._explained[layer]:.1%} of the variance, {dead:.1%} dead latents")
+        return ", ".join(parts)
 
     def _keep(self, number: int, step: int) -> None:
         """Write down all that the next step depends on."""
