@@ -360,7 +360,6 @@ def _conclude(
         findings.info["notes"].append(note)
     unread, prompt = unread_columns(raw, config.data_kind), prompt_column(raw)
     unfit = check_pairs_fit(pairs, model.config, grows=config.chat_template_path is not None)
-    findings.info["notes"][:0] = [*column_notes(unread, prompt), *unfit]
     findings.info["notes"][:0] = [*column_notes(unread, prompt), *unfit, *([origin] if origin else [])]
     info = {
         "versions": _versions(),
