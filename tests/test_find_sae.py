@@ -6,11 +6,12 @@ import pytest
 from test_audit_folder import word_pairs, write_start_model
 
 from trl_anatomy.audit.config import AuditConfig
-from trl_anatomy.audit.find_sae import model_names, published_sae
+from trl_anatomy.audit.find_sae import model_names
 from trl_anatomy.audit.folder import load_audit
 from trl_anatomy.audit.run import dry_run, run_audit
 from trl_anatomy.errors import AnatomyError
 from trl_anatomy.reading.sae_check import CONTINUE, FITS
+from trl_anatomy.reading.sae_list import published_sae
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,12 @@ from scipy import sparse
 from ..errors import AnatomyError
 from ..reading.clock import dated, template_now
 from ..reading.processing import lengthen_embeddings, load_processing_class, set_chat_template
+from ..reading.sae_list import published_sae
 from ..reading.storage import is_url, local
 from . import stats
 from .communities import find_communities
 from .config import AuditConfig
-from .find_sae import AUTO, find_sae, model_names, published_sae
+from .find_sae import AUTO, find_sae, model_names
 from .findings import Findings, one_blas_thread, shared_prompts, timed
 from .folder import Audit, load_audit, pairs_table, write_audit
 from .labels import distinctive_terms, group_terms, member_terms
