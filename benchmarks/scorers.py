@@ -70,15 +70,15 @@ def pool(shared: Path, n_positive: int, n_random: int) -> tuple[list[str], np.nd
     """Windows: some that show each concept, and random ones; the response each is from; labels by concept."""
     everything = windows(shared)
     rng = np.random.default_rng(0)
-    rules = {name: re.compile(TEXT_RULES[name]) for name in CONCEPTS}
+    rules = {name: TEXT_RULES[name] for name in CONCEPTS}
     order = rng.permutation(len(everything))
     taken = set(order[:n_random].tolist())
     for rule in rules.values():
-        shows = [i for i in order if rule.search(everything[i][0])]
+        shows = [i for i in order if rule.value(everything[i][0])]
         taken |= set(shows[:n_positive])
     chosen = sorted(taken)
     texts = [everything[i][0] for i in chosen]
-    labels = {name: np.array([rule.search(text) is not None for text in texts]) for name, rule in rules.items()}
+    labels = {name: np.array([rule.value(text) != 0 for text in texts]) for name, rule in rules.items()}
     return texts, np.array([everything[i][1] for i in chosen]), labels
 
 

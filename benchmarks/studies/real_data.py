@@ -34,7 +34,7 @@ from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.folder import Audit
 from trl_anatomy.audit.run import run_audit
 from trl_anatomy.audit.views import cluster_sums, concept_activity
-from trl_anatomy.checking.rates import TEXT_RULES
+from trl_anatomy.checking.rates import TEXT_RULES, rule_hits
 from trl_anatomy.reading.forward import length_sorted_batches, read_spans
 from trl_anatomy.reading.spans import Pairs, read_pairs
 
@@ -162,7 +162,7 @@ def responses(audit: Audit, pairs: Pairs, tokenizer: Any) -> Responses:
     texts = [
         tokenizer.decode(pairs.tokens(i)[side], skip_special_tokens=True) for side in (1, 3) for i in range(len(pairs))
     ]
-    shows = {name: np.array([bool(re.search(rule, text)) for text in texts]) for name, rule in HABITS.items()}
+    shows = rule_hits(texts, HABITS)
     size = np.array([len(text) for text in texts])
     shows[LONG] = size > np.median(size)
     sides = ("chosen", "rejected")

@@ -367,6 +367,34 @@ def mean_test(values: np.ndarray, groups: np.ndarray | None = None) -> tuple[np.
     return mean, error, np.where(error > ROUNDING, 2 * distributions.t.sf(np.abs(t), n_groups - 1), swapped)
 
 
+def rate_interval(
+    hits: np.ndarray, confidence: float = 0.95, *, groups: np.ndarray | None = None
+) -> tuple[float, float, float]:
+    """Rate with its Wilson score interval.
+
+    Args:
+        hits: bool, shape (n,).
+        confidence: coverage of the interval.
+        groups: (n,) prompt of each response: several responses to one prompt tell less than as many prompts. They
+            count as what would vary as much by itself (Korn and Graubard 1998: n over the design effect), and as one a
+            prompt where all or none of them are hits. Default: every response its own.
+
+    Returns:
+        (rate, low, high); (nan, nan, nan) where `hits` is empty.
+    """
+    n = float(len(hits))
+    if n == 0:
+        return float("nan"), float("nan"), float("nan")
+    rate = float(hits.mean())
+    if groups is not None and (n_groups := len(np.unique(groups))) < n:
+        _, (error,), _ = mean_test(np.asarray(hits, dtype=np.float64)[:, None], groups)
+        n = min(n, rate * (1 - rate) / error**2) if error > 0 else float(n_groups)
+    z = distributions.norm.ppf(0.5 + confidence / 2)
+    middle, half = rate + z**2 / (2 * n), z * np.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
+    low, high = (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
+    return rate, float(max(0.0, low)) if rate > 0 else 0.0, float(min(1.0, high)) if rate < 1 else 1.0
+
+
 def _in_blocks(values: np.ndarray, of: Callable[[np.ndarray], tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
     """`of` (n, some columns) in float64, a block at a time; its results put together along their last axis."""
     starts = range(0, max(1, values.shape[1]), BLOCK)

@@ -17,7 +17,7 @@ from ..reading.prompts import Prompt, prompt_key
 from ..reading.storage import local
 from ..trainers.card import put_comparison
 from .prediction import PLAIN
-from .rates import TEXT_RULES, rate_interval, recovery, rule_hits, word_counts
+from .rates import TEXT_RULES, Rules, rate_interval, recovery, rule_hits, word_counts
 from .report import PAGE, write_comparison
 from .responses import (
     Interval,
@@ -75,7 +75,7 @@ def compare(
     *,
     out: Path,
     tokenizer: Any = None,
-    rules: Mapping[str, str] | None = None,
+    rules: Rules | None = None,
     max_new_tokens: int = 256,
     batch_size: int = 64,
     seed: int = 0,
@@ -96,7 +96,7 @@ def compare(
         prompts: strings or conversations; one response of each model to each, so repeat them for more.
         out: folder for the sampled responses, `compare.json` and its page `compare.html`.
         tokenizer: default: the one that the pairs were audited with.
-        rules: name -> regular expression, counted in the responses; default `TEXT_RULES`.
+        rules: name -> habit or regular expression, counted in the responses; default `TEXT_RULES`, the library's.
         max_new_tokens: longest response sampled, in tokens.
         batch_size: responses sampled at a time.
         seed: of sampling and resampling.
@@ -274,7 +274,7 @@ def cheap_predictions(
     audit: Audit,
     pairs: Pairs | None,
     start_model: Any,
-    rules: Mapping[str, str],
+    rules: Rules,
     *,
     seed: int = 0,
     progress: bool = True,
@@ -285,7 +285,7 @@ def cheap_predictions(
         audit: audit of the pairs.
         pairs: the audited pairs; None where they are not at hand.
         start_model: the audited model; None reads no likelihood.
-        rules: name -> regular expression, searched in the responses.
+        rules: name -> habit or regular expression, looked for in the responses.
         seed: of the draw of pairs whose likelihood is read, at most `LIKELIHOOD_PAIRS`.
         progress: show a progress bar.
 
@@ -521,7 +521,7 @@ def split_half_reliability(u: np.ndarray, seed: int, groups: np.ndarray | None =
 
 
 def _rates(
-    responses: Mapping[str, Sequence[str]], after: Sequence[str], rules: Mapping[str, str], groups: np.ndarray
+    responses: Mapping[str, Sequence[str]], after: Sequence[str], rules: Rules, groups: np.ndarray
 ) -> list[dict[str, Any]]:
     hits = {name: rule_hits(texts, rules) for name, texts in responses.items()}
     rows = []

@@ -14,7 +14,7 @@ from ..reading.files import check_writable, misfit, remove_partial, without_nan,
 from ..reading.fingerprint import hash_json
 from ..reading.prompts import Prompt
 from ..reading.storage import fetch, local
-from .rates import TEXT_RULES, rate_interval, rule_hits
+from .rates import TEXT_RULES, Rules, rate_interval, rule_hits
 from .responses import activities, as_pairs, audited_tokenizer, load_audited, name_of, sampled
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def predict(
     out: Path,
     policy: str | Path | Mapping[str, Any] | ConceptPolicy | None = None,
     tokenizer: Any = None,
-    rules: Mapping[str, str] | None = None,
+    rules: Rules | None = None,
     n_per_prompt: int = 4,
     max_new_tokens: int = 256,
     batch_size: int = 64,
@@ -60,7 +60,7 @@ def predict(
         out: folder for the sampled responses and `prediction.json`.
         policy: what the trainer `POLICY` was given; its concepts are scored in the responses and followed too.
         tokenizer: default: the one that the pairs were audited with.
-        rules: name -> regular expression, counted in the responses; default `TEXT_RULES`.
+        rules: name -> habit or regular expression, counted in the responses; default `TEXT_RULES`, the library's.
         n_per_prompt: responses to each prompt, an even number.
         max_new_tokens: longest response sampled, in tokens.
         batch_size: responses sampled at a time.

@@ -1,36 +1,21 @@
-"""How often a text rule holds: the measurement that needs neither a model nor an SAE."""
+"""How often a text rule or a named habit holds: the measurement that needs neither a model nor an SAE."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import evaluate
 import numpy as np
-from scipy import stats
 
-from ..audit.stats import mean_test
+from ..audit.stats import rate_interval as rate_interval  # what other modules and users find here
+from ..reading.habits import HABITS, Habit, measure
 
-TEXT_RULES: Mapping[str, str] = {
-    "bold": r"\*\*[^*\n]+\*\*",
-    "bullet": r"(?m)^\s*[-*•]\s+\S",
-    "numbered": r"(?m)^\s*\d+[.)]\s+\S",
-    "header": r"(?m)^#{1,6}\s+\S",
-    "table": r"(?m)^\s*\|.+\|\s*$",
-    "horizontal_rule": r"(?m)^\s*(-{3,}|\*{3,}|_{3,})\s*$",
-    "code_fence": r"```",
-    "link": r"https?://|\[[^\]]+\]\([^)]+\)",
-    "emoji": "[\U0001f300-\U0001faff\u2600-\u27bf]",
-    "em_dash": "\u2014",
-    "exclamation": r"!",
-    "refusal": r"(?i)^\W*(i'?m sorry|i am sorry|sorry,|i can(?:no|')t (?:help|assist|provide|do)|"
-    r"i(?: a|')m (?:unable|not able))",
-    "flattery": r"(?i)^\W*(great|excellent|wonderful|fantastic|what an? (?:great|excellent|wonderful))\b",
-    "hedging": r"(?i)\b(perhaps|maybe|might be|it depends|i think|possibly)\b",
-}
-"""Regular expressions by concept, searched in a response. Simple on purpose: a reader can check each by eye."""
+Rules: TypeAlias = Mapping[str, str | Habit]
+
+TEXT_RULES: Mapping[str, Habit] = {name: habit for name, habit in HABITS.items() if habit.kind == "rate"}
+"""The habits of the library that a response has or has not (docs/habits.md)."""
 
 
 class ConceptRate(evaluate.Measurement):
@@ -39,7 +24,7 @@ class ConceptRate(evaluate.Measurement):
     Loads without a hub, and works with `evaluate.combine`.
 
     Args:
-        rules: name -> regular expression, searched with `re.search`. Default: `TEXT_RULES`.
+        rules: name -> habit, or a regular expression searched with `re.search`. Default: `TEXT_RULES`.
 
     Example:
 
@@ -51,14 +36,14 @@ class ConceptRate(evaluate.Measurement):
     ```
     """
 
-    def __init__(self, rules: Mapping[str, str] | None = None, **kwargs: Any) -> None:
+    def __init__(self, rules: Rules | None = None, **kwargs: Any) -> None:
         self.rules = dict(TEXT_RULES if rules is None else rules)
         super().__init__(**kwargs)
 
     def _info(self) -> evaluate.MeasurementInfo:
         return evaluate.MeasurementInfo(
             module_type="measurement",
-            description="Share of texts in which a regular expression is found, per rule.",
+            description="Share of texts that have a habit, or in which a regular expression is found, per rule.",
             citation="",
             inputs_description="data: list of texts",
             features=datasets.Features({"data": datasets.Value("string")}),
@@ -97,50 +82,25 @@ class ResponseLength(evaluate.Measurement):
 
 
 def word_counts(texts: Iterable[str]) -> np.ndarray:
-    """Words of each text, split at white space: int, shape (n_texts,)."""
-    return np.array([len(text.split()) for text in texts], dtype=np.int64)
+    """Words of each text, as the habit `words` counts them: int, shape (n_texts,)."""
+    return np.array([HABITS["words"].value(text) for text in texts], dtype=np.int64)
 
 
-def rule_hits(texts: Iterable[str], rules: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """Where each rule is found.
+def rule_hits(texts: Iterable[str], rules: Rules) -> dict[str, np.ndarray]:
+    """Where each rule holds.
+
+    Args:
+        rules: name -> habit, or regular expression.
 
     Returns:
         name -> bool array of shape (n_texts,).
     """
-    texts = list(texts)
-    compiled = {name: re.compile(pattern) for name, pattern in rules.items()}
-    return {
-        name: np.fromiter((pattern.search(text) is not None for text in texts), dtype=bool, count=len(texts))
-        for name, pattern in compiled.items()
+    habits = {
+        name: rule if isinstance(rule, Habit) else Habit("rule", rule, rule, pattern=rule, reads="text")
+        for name, rule in rules.items()
     }
-
-
-def rate_interval(
-    hits: np.ndarray, confidence: float = 0.95, *, groups: np.ndarray | None = None
-) -> tuple[float, float, float]:
-    """Rate with its Wilson score interval.
-
-    Args:
-        hits: bool, shape (n,).
-        confidence: coverage of the interval.
-        groups: (n,) prompt of each response: several responses to one prompt tell less than as many prompts. They
-            count as what would vary as much by itself (Korn and Graubard 1998: n over the design effect), and as one a
-            prompt where all or none of them are hits. Default: every response its own.
-
-    Returns:
-        (rate, low, high); (nan, nan, nan) where `hits` is empty.
-    """
-    n = float(len(hits))
-    if n == 0:
-        return float("nan"), float("nan"), float("nan")
-    rate = float(hits.mean())
-    if groups is not None and (n_groups := len(np.unique(groups))) < n:
-        _, (error,), _ = mean_test(np.asarray(hits, dtype=np.float64)[:, None], groups)
-        n = min(n, rate * (1 - rate) / error**2) if error > 0 else float(n_groups)
-    z = stats.norm.ppf(0.5 + confidence / 2)
-    middle, half = rate + z**2 / (2 * n), z * np.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
-    low, high = (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
-    return rate, float(max(0.0, low)) if rate > 0 else 0.0, float(min(1.0, high)) if rate < 1 else 1.0
+    found = measure(texts, habits) != 0
+    return {name: found[:, k] for k, name in enumerate(habits)}
 
 
 def recovery(start: float, trained: float, shaped: float) -> float:

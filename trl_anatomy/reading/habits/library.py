@@ -241,7 +241,7 @@ _SAYS = (
     Habit(
         "first_person",
         "the writer says I, me or my; a numeral such as “World War I” is none",
-        "speak of themselves",
+        "speak in the first person",
         pattern=rf"[IMm](?<!\w[IMm])(?:(?<=I)(?:['’](?:m|ve|ll|d)\b|{_ROMAN}(?= [a-z]))|(?<=[Mm])(?:e|y|yself)\b)",
         reads="spoken",
     ),
@@ -260,7 +260,7 @@ _SAYS = (
     Habit(
         "quotation",
         "words between quotation marks, or a line quoted with `>`; inches are none",
-        "quote",
+        "use quotation marks",
         pattern=r'"(?<!\w")(?=\S)[^"\n]{2,400}(?<=\S)"|“[^”\n]{2,400}”|«[^»\n]{2,400}»|'
         r"「[^」\n]{2,400}」|(?m:^[ \t]*> ?\S)",
         needs=('"', "“", "«", "「", ">"),
@@ -327,7 +327,7 @@ _AMOUNTS = (
     Habit(
         "repetition",
         "share of runs of four words that stood before in the response",
-        "repeated wording",
+        "repeat their wording",
         kind="mean",
         unit="share",
         measure=counts.repetition,
@@ -335,7 +335,7 @@ _AMOUNTS = (
     Habit(
         "digits",
         "numbers in figures per 100 words, without those of lists and headings",
-        "numbers per 100 words",
+        "use numbers",
         kind="mean",
         unit="per 100 words",
         measure=counts.numerals,
