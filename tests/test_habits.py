@@ -77,7 +77,7 @@ RESPONSES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "emoji": (
         ["nice 😀", "✅ done", "Bravo 🇫🇷!", "I ❤️ it"],
-        ["nice :)", "a → b", "Acme™ © 2020", "你好", "① first"],
+        ["nice :)", "a → b ➔ c", "Acme™ © 2020", "你好", "① first ❶"],
     ),
     "em_dash": (
         ["so — yes", "he came—late", "“Wait”—no"],

@@ -28,6 +28,7 @@ from .errors import AnatomyError
 if TYPE_CHECKING:
     from .audit.config import AuditConfig
     from .audit.folder import Audit
+    from .audit.text_folder import TextAudit
     from .checking.persona import EndpointJudge
     from .checking.persona_file import Persona
     from .checking.vllm_rollouts import VllmRollouts
@@ -138,9 +139,12 @@ def _audit(argv: list[str]) -> int:
         (AuditConfig, _AuditFlags),
         prog="trl-anatomy audit",
         description=COMMANDS["audit"][1],
-        epilog="example: trl-anatomy audit --model M --dataset D --sae S --layer 20 --out audits/run1",
+        epilog="example: trl-anatomy audit --model M --dataset D --sae S --layer 20 --out audits/run1\n"
+        "without a model, in seconds: trl-anatomy audit --dataset D",
     )
     config, flags = _strict_parse(parser, argv)
+    if not config.sae and config.data_kind == "pairs":
+        return _audit_text(config, flags)
     with redirect_stdout(sys.stderr):  # some libraries print notes, which would spoil the JSON
         _check_labeller(flags)
         summary = dry_run(config) if flags.dry_run else None
@@ -158,6 +162,47 @@ def _audit(argv: list[str]) -> int:
     else:
         _print_audit(audit)
     return 0
+
+
+def _audit_text(config: AuditConfig, flags: Any) -> int:
+    """Count habits alone, for want of an SAE."""
+    from .audit.text_audit import run_text_audit
+    from .reading.files import without_nan
+    from .reading.ranks import is_main_process
+
+    if flags.label_model is not None or flags.dry_run:
+        what = "--dry_run" if flags.label_model is None else "--label_model"
+        raise AnatomyError(f"{what} goes with --sae; without an SAE an audit counts habits, which takes seconds.")
+    if not is_main_process():
+        return 0
+    with redirect_stdout(sys.stderr):  # as in _audit
+        audit = run_text_audit(config)
+    if flags.json:
+        habits = audit.habits.drop_columns(["snippets"]).to_pylist()
+        print(json.dumps(without_nan({**audit.info, "habits": habits}), indent=2))
+    else:
+        _print_habits(audit)
+    return 0
+
+
+def _print_habits(audit: TextAudit) -> None:
+    from .audit.habit_table import LESS, MORE
+    from .audit.habit_words import habit_sentences
+    from .reading.storage import shown
+
+    _print_size(audit)
+    rows = audit.habits.to_pylist()
+    print("\n".join(habit_sentences(rows, audit.info["counts"]["n_prompts"])))
+    found = sorted((row for row in rows if row["verdict"] in (MORE, LESS)), key=lambda row: row["q"])
+    if found:
+        print(f"  {'habit':<17} {'chosen':>8} {'rejected':>8} {'difference':>11}  {'95 % interval':<20} {'q':>8}")
+    for row in found:
+        interval = f"[{row['difference_low']:+.3g}, {row['difference_high']:+.3g}]"
+        levels = f"{row['chosen']:8.3g} {row['rejected']:8.3g} {row['difference']:+11.3g}"
+        print(f"  {row['habit']:<17} {levels}  {interval:<20} {row['q']:8.1g}")
+    read = "what is trained on" if audit.reads_tokens else "the dataset's text; --model M counts what is trained on"
+    print(f"Counted: {read}. What no list names needs --model and --sae.")
+    print(f"Report: {shown(audit.path / 'report.html')}")
 
 
 def _check_labeller(flags: Any) -> None:
@@ -322,9 +367,12 @@ def _print_size(audit: Audit) -> None:
 
 
 def _print_audit(audit: Audit) -> None:
+    from .audit.habit_words import habit_sentences
     from .reading.storage import shown
 
     _print_size(audit)
+    if audit.habits is not None:
+        print("\n".join(habit_sentences(audit.habits.to_pylist(), audit.info["counts"]["n_prompts"])))
     rows = sorted(audit.labelled(audit.concepts).to_pylist(), key=lambda row: -abs(row["predicted"]))
     taught = [row for row in rows if row["verdict"] in ("rises", "falls")]
     if not taught:
@@ -405,7 +453,12 @@ def _plan(argv: list[str]) -> int:
         resolved = check_policy(policy, audit, source.model_config, source.pairs.raw.column_names)
         scores = audit.path / "scores"
         plan = settle_policy(
-            policy, source.pairs, lambda: source.model, audit=audit, cache_dir=scores, resolved=resolved
+            policy,
+            source.pairs,
+            lambda: source.model,
+            audit=audit if audit.has_concepts else None,
+            cache_dir=scores,
+            resolved=resolved,
         )
     print(json.dumps(plan_json(plan), indent=2) if args.json else plan_report(plan))
     return 0
@@ -969,6 +1022,7 @@ def _report(argv: list[str]) -> int:
     from .audit.folder import REPORT, load_audit
     from .audit.reopen import reopen
     from .audit.report import write_report
+    from .audit.text_folder import TextAudit
     from .reading.storage import shown
 
     with redirect_stdout(sys.stderr):  # as in plan
@@ -978,7 +1032,7 @@ def _report(argv: list[str]) -> int:
             _name_concepts(audit, args)
             page = audit.path / REPORT
         else:
-            page = write_report(audit, reopen(audit).pairs.raw)
+            page = write_report(audit, None if isinstance(audit, TextAudit) else reopen(audit).pairs.raw)
     print(shown(page))
     if args.open:
         import webbrowser

@@ -99,6 +99,12 @@ class AuditConfig:
             "hub name of a tokenizer."
         },
     )
+    habits: str | None = field(
+        default=None,
+        metadata={
+            "help": "YAML file of habits of your own to count: `habits: {name: regex}`. The library is counted too."
+        },
+    )
     dtype: str = field(default="auto", metadata={"help": "auto (as stored), float32, bfloat16 or float16."})
     device: str = field(default="auto", metadata={"help": "auto (cuda where there is one), cpu, cuda, cuda:1, ..."})
     batch_tokens: int = field(default=8192, metadata={"help": "Tokens in one batch of the frozen pass."})

@@ -20,6 +20,7 @@ from ..reading import storage
 from ..reading.clock import is_date
 from ..reading.files import make_folder, misfit, remove_partial, write_atomically
 from .config import AuditConfig
+from .habit_table import HABIT_ROWS
 from .predict import CO_FIRING, CONCEPTS, RESPONSE_GEOMETRY
 from .prompt_view import response_scores
 from .samples import SAMPLES
@@ -53,6 +54,7 @@ PAIRS = pa.schema(
 )
 TABLES = {"hypotheses": HYPOTHESES, "concepts": CONCEPTS, "pairs": PAIRS}
 SAMPLE_FILE = "samples.parquet"
+HABIT_FILE = "habits.parquet"
 # What a reader may rely on in audit.json; there is more in it.
 _INFO_SHAPE = {
     "format": int,
@@ -82,6 +84,9 @@ class Audit:
             regions of SFT data: a pair may be in several or none), `concepts` and `scores` its strongest concepts and
             their disparity u.
     """
+
+    # Whether an SAE found concepts; a `text_folder.TextAudit` has habits alone.
+    has_concepts = True
 
     def __init__(
         self, path: Path, info: dict[str, Any], hypotheses: pa.Table, concepts: pa.Table, pairs: pa.Table
@@ -147,7 +152,19 @@ class Audit:
             AnatomyError: the file is damaged.
         """
         file, hashes = self.path / SAMPLE_FILE, self.info.get("files", {})
-        return _read_table(file, SAMPLES, hashes) if storage.fetch(file, hashes.get(SAMPLE_FILE)) else None
+        return read_table(file, SAMPLES, hashes) if storage.fetch(file, hashes.get(SAMPLE_FILE)) else None
+
+    @cached_property
+    def habits(self) -> pa.Table | None:
+        """Named habits of both sides: schema `habit_table.HABIT_ROWS`. None where the folder has none.
+
+        Raises:
+            AnatomyError: the file is damaged.
+        """
+        file, hashes = self.path / HABIT_FILE, self.info.get("files", {})
+        if HABIT_FILE not in hashes or not storage.fetch(file, hashes[HABIT_FILE]):
+            return None
+        return read_table(file, HABIT_ROWS, hashes)
 
     @cached_property
     def labels(self) -> dict[str, Label]:
@@ -376,6 +393,7 @@ def write_audit(
     concepts: pa.Table,
     pairs: pa.Table,
     samples: pa.Table | None = None,
+    habits: pa.Table | None = None,
 ) -> Audit:
     """Write the tables and `audit.json` of an audit.
 
@@ -391,19 +409,25 @@ def write_audit(
     counted = {"hypotheses": hypotheses, "concepts": audit.concepts, "responses": audit.responses, "pairs": pairs}
     info["counts"] = {**info.get("counts", {}), **{name: table.num_rows for name, table in counted.items()}}
     storage.remove(path / INFO)
-    storage.remove(path / SAMPLE_FILE)
     files = {f"{name}.parquet": table for name, table in tables.items()}
-    if samples is not None:
-        files[SAMPLE_FILE] = samples
+    for name, more in ((SAMPLE_FILE, samples), (HABIT_FILE, habits)):
+        storage.remove(path / name)
+        if more is not None:
+            files[name] = more
     info["files"] = {}
     for name, table in files.items():
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
-        content = sink.getvalue().to_pybytes()
-        info["files"][name] = hashlib.sha256(content).hexdigest()
+        content, info["files"][name] = table_bytes(table)
         write_atomically(path / name, content)
     write_atomically(path / INFO, (json.dumps(info, indent=2, ensure_ascii=False) + "\n").encode())
     return audit
+
+
+def table_bytes(table: pa.Table) -> tuple[bytes, str]:
+    """A table as a parquet file, and its SHA-256."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    content = sink.getvalue().to_pybytes()
+    return content, hashlib.sha256(content).hexdigest()
 
 
 def load_audit(path: str | Path) -> Audit:
@@ -411,6 +435,8 @@ def load_audit(path: str | Path) -> Audit:
 
     Args:
         path: the folder, or its URL; of that, files are fetched when they are asked for.
+    Returns:
+        The audit; a `text_folder.TextAudit` where it counted habits alone.
     Raises:
         AnatomyError: a file is missing, truncated, of another format, or the files do not belong together.
     """
@@ -420,18 +446,22 @@ def load_audit(path: str | Path) -> Audit:
         name = storage.shown(path)
         raise AnatomyError(f"{name}: no such audit folder. Make one with `trl-anatomy audit --out {name}`.")
     info = _read_info(path)
+    if info.get("kind") == "text":
+        from .text_folder import open_text_audit
+
+        return open_text_audit(path, info)
     tables = {}
     for name, schema in TABLES.items():
         file = path / f"{name}.parquet"
         counts = info["counts"]
         wanted = counts[name] + (counts["responses"] if name == "concepts" else 0)
-        tables[name] = _read_table(file, schema, info.get("files", {}), wanted)
+        tables[name] = read_table(file, schema, info.get("files", {}), wanted)
     audit = Audit(path, info, **tables)
     _check_names(audit)
     return audit
 
 
-def _read_table(file: Path, schema: pa.Schema, hashes: Mapping[str, str], n_rows: int | None = None) -> pa.Table:
+def read_table(file: Path, schema: pa.Schema, hashes: Mapping[str, str], n_rows: int | None = None) -> pa.Table:
     """A table of the folder: whole, of its schema, without nulls, and the one that `audit.json` was written for."""
     name = storage.shown(file)
     if not storage.fetch(file, hashes.get(file.name)):
@@ -547,14 +577,19 @@ def _read_info(path: Path) -> dict[str, Any]:
         info = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise AnatomyError(f"{name}: not valid JSON ({error}). Run the audit again.") from error
-    missing = [key for key in _INFO_SHAPE if not isinstance(info, dict) or key not in info]
+    shape = _INFO_SHAPE
+    if isinstance(info, dict) and info.get("kind") == "text":
+        from .text_folder import INFO_SHAPE
+
+        shape = INFO_SHAPE
+    missing = [key for key in shape if not isinstance(info, dict) or key not in info]
     if missing:
         raise AnatomyError(f"{name}: lacks {', '.join(missing)}. Run the audit again.")
     if info["format"] != FORMAT:
         raise AnatomyError(
             f"{name}: format {repr(info['format'])[:40]}, this version reads {FORMAT}. Run the audit again."
         )
-    problem = misfit(info, _INFO_SHAPE) or misfit(info.get("contexts", {}), _CONTEXTS_SHAPE, "contexts")
+    problem = misfit(info, shape) or misfit(info.get("contexts", {}), _CONTEXTS_SHAPE, "contexts")
     problem = problem or misfit(info.get("files", {}), {str: str}, "files")
     date = None if problem else info["data"].get("date")
     if date is not None and not is_date(date):

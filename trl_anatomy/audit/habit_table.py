@@ -190,7 +190,7 @@ def _snippets(
 
 def _spread(n: int, most: int = 12) -> np.ndarray:
     """At most so many places, evenly spread over 0 ... n - 1."""
-    return np.unique(np.linspace(0, n - 1, min(n, most)).astype(np.int64)) if n else np.zeros(0, np.int64)
+    return ((np.arange(min(n, most)) + 0.5) * max(1.0, n / most)).astype(np.int64)
 
 
 def _words(text: str, n: int, end: bool = False) -> str:
@@ -202,6 +202,12 @@ def _words(text: str, n: int, end: bool = False) -> str:
         return "… " + re.sub(r"^\S*\s", "", part)
     part = text[:n]
     return re.sub(r"\s\S*$", "", part) + " …"
+
+
+def pair_groups(pairs: "Pairs", texts: Sequence[Texts]) -> np.ndarray:
+    """(n_pairs,) int64: as `prompt_groups`, but prompts are told apart by their tokens (tools, for one)."""
+    blank = np.array([not prompt.strip() for prompt, *_ in texts], dtype=bool)
+    return np.where(blank, prompt_groups(texts), pairs.prompt_groups)
 
 
 def texts_of(pairs: "Pairs") -> list[Texts]:

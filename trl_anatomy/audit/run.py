@@ -13,6 +13,7 @@ from scipy import sparse
 
 from ..errors import AnatomyError
 from ..reading.clock import dated, template_now
+from ..reading.habits import read_habits
 from ..reading.processing import lengthen_embeddings, load_processing_class, set_chat_template
 from ..reading.sae_list import published_sae
 from ..reading.storage import is_url, local
@@ -22,6 +23,7 @@ from .config import AuditConfig
 from .find_sae import AUTO, find_sae, model_names
 from .findings import Findings, one_blas_thread, shared_prompts, timed
 from .folder import Audit, load_audit, pairs_table, write_audit
+from .habit_table import habit_table, habits_to_count, pair_groups, texts_of, tokens_of
 from .labels import distinctive_terms, group_terms, member_terms
 from .maps import map_places
 from .predict import RESPONSE_GEOMETRY, concept_table
@@ -153,7 +155,8 @@ def _require(config: AuditConfig, model: Any, dataset: Any) -> None:
         _device(config)
 
 
-def _tokenizer(config: AuditConfig, model: Any, tokenizer: Any) -> Any:
+def tokenizer_of(config: AuditConfig, model: Any, tokenizer: Any) -> Any:
+    """The tokenizer or processor of an audit: the one given, else the model's, with the audit's template."""
     if tokenizer is not None:
         if config.chat_template_path is not None:
             tokenizer = copy.deepcopy(tokenizer)
@@ -196,7 +199,7 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
     raw = load_dataset(config) if dataset is None else dataset
     pairs = read_rows(
         raw,
-        dated(_tokenizer(config, model, tokenizer), _date(config)),
+        dated(tokenizer_of(config, model, tokenizer), _date(config)),
         data_kind=config.data_kind,
         max_length=config.max_length,
         truncation=config.truncation,
@@ -271,11 +274,13 @@ def run_audit(
     timings: dict[str, float] = {}
     ranks = Ranks.current()
     _require(config, model, dataset)
+    if config.habits is not None:  # bad ones are told before the pass
+        read_habits(config.habits)
     out = local(config.out)  # refuses a URL that fsspec cannot read
     with timed(timings, "load"):
         raw = load_dataset(config) if dataset is None else dataset
         date = ranks.in_main(lambda: _date(config))
-        tokenizer = dated(_tokenizer(config, model, tokenizer), date)
+        tokenizer = dated(tokenizer_of(config, model, tokenizer), date)
         pairs = read_rows(
             raw, tokenizer, data_kind=config.data_kind, max_length=config.max_length, truncation=config.truncation
         )
@@ -335,10 +340,20 @@ def _conclude(
     from .region_view import analyse_regions
     from .report import write_report
 
-    samples = None
+    samples, habits = None, None
     if config.data_kind == "sft":
         findings = analyse_regions(read, config, pairs)
     else:
+        with timed(timings, "habits"):
+            texts = texts_of(pairs)
+            habits = habit_table(
+                texts,
+                habits_to_count(config.habits, tokens=True),
+                groups=pair_groups(pairs, texts),
+                tokens=tokens_of(pairs),
+                rows=pairs.rows,
+                alpha=config.alpha,
+            )
         findings = analyse(read, config, pairs.texts, pairs.prompt_groups)
         with timed(timings, "samples"):
             table = findings.concepts
@@ -363,7 +378,7 @@ def _conclude(
     unfit = check_pairs_fit(pairs, model.config, grows=config.chat_template_path is not None)
     findings.info["notes"][:0] = [*column_notes(unread, prompt), *unfit, *([origin] if origin else [])]
     info = {
-        "versions": _versions(),
+        "versions": versions(),
         "model": {
             "name": config.model or _name(model),
             "fingerprint": model_fingerprint(model),
@@ -396,7 +411,7 @@ def _conclude(
         **findings.info,
         "timings": {**timings, **findings.timings},
     }
-    audit = write_audit(config.out, info, findings.hypotheses, findings.concepts, findings.pairs, samples)
+    audit = write_audit(config.out, info, findings.hypotheses, findings.concepts, findings.pairs, samples, habits)
     label_audit(audit, pairs.texts)
     write_report(audit, raw)
 
@@ -509,7 +524,7 @@ def _clear(u: np.ndarray) -> np.ndarray:
     return np.where(np.abs(u) >= u.std(axis=0), u, 0.0)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     from .. import __version__
 
     found = {"trl_anatomy": __version__, "python": platform.python_version()}

@@ -50,6 +50,8 @@ class AuditCallback(TrainerCallback):
             from ..audit.folder import load_audit
 
             audit = load_audit(audit)
+        if audit is not None and not audit.has_concepts:
+            audit.check_kind("log")
         self.audit: Audit | None = audit
         self.plan, self.trainer, self.policy_text = plan, trainer, policy_text
 

@@ -320,6 +320,8 @@ def prepare(
             found: Audit | None = _audit_now(audit, start, dataset, loaded if policy else None)
         else:
             found = load_audit(audit) if isinstance(audit, str | Path) else audit
+            if found is not None and not found.has_concepts:
+                found.check_kind("train with")
         date = _date(found)
         if policy:
             if found is not None:

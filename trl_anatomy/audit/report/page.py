@@ -13,7 +13,9 @@ from ...reading.storage import local, url_of
 from ..folder import REPORT, Audit
 from ..labels import neuronpedia_url
 from ..predict import FALLS, NO_EVIDENCE, RISES, TOO_FEW
+from ..text_folder import TextAudit
 from .explore import excerpt, explore_data, marked, pair_data, sample_views
+from .habits import habits_section, render_text_page
 from .shell import number, render_page
 
 if TYPE_CHECKING:
@@ -51,7 +53,8 @@ def write_report(audit: Audit, raw_dataset: "Dataset | None" = None, out: str | 
         AnatomyError: `raw_dataset` has another number of rows than the audited one.
     """
     path = audit.path / REPORT if out is None else local(out)
-    write_atomically(path, render(audit, raw_dataset).encode())
+    page = render_text_page(audit) if isinstance(audit, TextAudit) else render(audit, raw_dataset)
+    write_atomically(path, page.encode())
     return path
 
 
@@ -119,8 +122,12 @@ def _view(audit: Audit, raw: "Dataset | None", samples: dict[int, dict[str, Any]
     first = _first(found)
     sft = info["settings"].get("data_kind") == "sft"
     apart = [h for h in all_kept if h["view"] == "region" and h["q"] <= info["settings"]["alpha"]]
+    habits = ""
+    if audit.habits is not None:
+        habits = habits_section(audit.habits, info["counts"]["n_prompts"], tokens=True)
     return {
         "sft": sft,
+        "habits": habits,
         "regions": _regions(audit, apart, by_name, raw) if sft else [],
         "n_apart": len(apart),
         "info": info,

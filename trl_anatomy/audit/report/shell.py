@@ -13,6 +13,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from ..habit_words import percent
+
 # Control characters but newline and tab, lone surrogates, and signs that change the direction of what follows.
 _ACTIVE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 # "<", ">" and "&" so that no text ends the block or opens a comment; the separators end a line of JavaScript.
@@ -21,7 +23,9 @@ _IN_SCRIPT = str.maketrans({character: f"\\u{ord(character):04x}" for character 
 _MAP_STYLE = re.compile(r'getElementById\("([0-9a-f]{64})"\)')
 
 
-def render_page(template: str, package: str, scripts: Sequence[str], data: Mapping[str, Any], **view: Any) -> str:
+def render_page(
+    template: str, package: str, scripts: Sequence[str], data: Mapping[str, Any], *, plots: bool = True, **view: Any
+) -> str:
     """A page whose Content-Security-Policy allows its own style and scripts, by hash, and nothing else: no request, no
     inline handler, no `eval`.
 
@@ -30,17 +34,18 @@ def render_page(template: str, package: str, scripts: Sequence[str], data: Mappi
         package: where template and scripts lie.
         scripts: files of `package`, run in this order after common.js.
         data: id of an element -> what it holds as JSON, for the scripts.
+        plots: whether the scripts plot, for which the page carries plotly.
         view: what the template shows; escaped there.
     """
     css = _read(__package__, "page.css")
-    plotly = _plotly()
+    plotly = _plotly() if plots else ""
     inline = [_read(__package__, "common.js"), *(_read(package, name) for name in scripts)]
     # plotly fills its style element rule by rule: only the empty text needs to be allowed.
     policy = "; ".join(
         [
             "default-src 'none'",
-            f"script-src {' '.join(map(_hash, [plotly, *inline]))}",
-            f"style-src {_hash(css)} {_hash('')}",
+            f"script-src {' '.join(map(_hash, [plotly, *inline] if plots else inline))}",
+            f"style-src {_hash(css)} {_hash('')}" if plots else f"style-src {_hash(css)}",
             "base-uri 'none'",
             "form-action 'none'",
         ]
@@ -50,13 +55,19 @@ def render_page(template: str, package: str, scripts: Sequence[str], data: Mappi
         f'<script type="application/json" id="{name}">{to_script(value)}</script>\n' for name, value in data.items()
     )
     # As plain text plotly costs next to nothing; common.js makes it a script when the first plot is drawn.
-    blocks += f'<script type="text/plain" id="plotly">{plotly}</script>\n'
+    if plots:
+        blocks += f'<script type="text/plain" id="plotly">{plotly}</script>\n'
     run = "".join(f"<script>{script}</script>\n" for script in inline)
     return _template(package, template).render(
         head=Markup(f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<style>{css}</style>'),
         tail=Markup(held + blocks + run),
         **view,
     )
+
+
+def render_part(template: str, package: str, **view: Any) -> Markup:
+    """A part of a page that several templates show; `view` is escaped in it."""
+    return Markup(_template(package, template).render(**view))
 
 
 def _hash(text: str) -> str:
@@ -102,6 +113,8 @@ def _template(package: str, name: str) -> Any:
         "number": number,
         "probability": probability,
         "clean": clean,
+        "percent": percent,
+        "amount_difference": amount_difference,
     }
     return environment.from_string(_read(package, name))
 
@@ -146,6 +159,18 @@ def deviations(value: float | None) -> str:
         return "n/a"
     text = f"{value:+.2f}"
     return text.replace("-", "−") if float(text) else "0.00"
+
+
+def amount_difference(value: float | None) -> str:
+    """A difference of two amounts, with a true minus sign and no more digits than mean anything.
+
+    >>> amount_difference(153.4), amount_difference(-0.07), amount_difference(None)
+    ('+153', '−0.1', 'n/a')
+    """
+    if value is None or math.isnan(value):
+        return "n/a"
+    text = f"{value:+,.0f}" if abs(value) >= 100 else f"{value:+.1f}"
+    return text.replace("-", "−") if float(text.replace(",", "")) else "0.0"
 
 
 def number(value: int) -> str:

@@ -48,21 +48,21 @@ _LOOKS = (
         "header",
         "a line that begins with `#` to `######`",
         "use headings",
-        pattern=r"(?m)^ {0,3}#{1,6}[ \t]+\S",
+        pattern=r"(?m)^ {0,3}#{1,6}[ \t]+(?=\S)",
         needs=("# ", "#\t"),
     ),
     Habit(
         "bullet",
         "a line that begins with `-`, `*` or a bullet sign and a blank",
         "use bullets",
-        pattern=r"(?m)^[ \t]*[-*•‣◦●▪][ \t]+(?!\||(?:[-*_][ \t]+)*[-*_][ \t]*$)\S",
+        pattern=r"(?m)^[ \t]*[-*•‣◦●▪][ \t]+(?=\S)(?!\||(?:[-*_][ \t]+)*[-*_][ \t]*$)",
         needs=("- ", "* ", "•", "‣", "◦", "●", "▪", "-\t", "*\t"),
     ),
     Habit(
         "numbered",
         "a line that begins with a number of up to three digits, `.` or `)` and a blank",
         "use numbered lists",
-        pattern=r"(?m)^[ \t]*\d{1,3}[.)][ \t]+\S",
+        pattern=r"(?m)^[ \t]*\d{1,3}[.)][ \t]+(?=\S)",
         needs=(". ", ") ", ".\t", ")\t"),
     ),
     Habit(
@@ -115,7 +115,7 @@ _LOOKS = (
         "emoji",
         "a pictograph, dingbat or flag; arrows and signs such as © are none",
         "use emoji",
-        pattern="[\U0001f1e6-\U0001f1ff\U0001f300-\U0001faff\u2600-\u27bf\u2b50\u2b55]+",
+        pattern="[\U0001f1e6-\U0001f1ff\U0001f300-\U0001faff\u2600-\u2775\u2795-\u2797\u27b0\u27bf\u2b50\u2b55]+",
     ),
     Habit(
         "em_dash",
