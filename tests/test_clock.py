@@ -18,6 +18,7 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from reading_world import build_tokenizer
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+from vision_world import VISION, vision_model
 
 from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.folder import Audit, load_audit
@@ -26,7 +27,7 @@ from trl_anatomy.audit.run import dry_run, run_audit
 from trl_anatomy.checking.responses import audited_tokenizer, prompts_for
 from trl_anatomy.checking.rollouts import encode_prompt
 from trl_anatomy.errors import AnatomyError
-from trl_anatomy.reading.clock import date_of, dated, template_now
+from trl_anatomy.reading.clock import date_of, dated, running, template_now
 from trl_anatomy.reading.instruct import instructed_prompts
 from trl_anatomy.reading.spans import read_pairs
 from trl_anatomy.trainers.dpo import AnatomyDPOTrainer
@@ -110,6 +111,28 @@ def test_a_template_without_a_clock_is_left_as_it_is() -> None:
     assert dated(tokenizer, FIRST) is tokenizer
     assert dated(tokenizer_of("hours"), None) is not None
     assert date_of(dated(tokenizer_of("hours"), None)) is None
+
+
+def test_a_dated_tokenizer_runs_again(clock: type[Clock]) -> None:
+    stopped = dated(tokenizer_of("hours"), LATER)
+    again = running(stopped)
+    assert SHOWN["hours"][0] in rendered(again)
+    assert (date_of(again), date_of(stopped)) == (None, LATER)
+    assert running(again) is again
+
+
+@pytest.mark.parametrize("kind", VISION)
+def test_a_processor_is_dated_with_its_tokenizer(kind: str, tmp_path: Path) -> None:
+    """TRL asks the processor; what reads text alone asks its tokenizer."""
+    processor = vision_model(kind, tmp_path)
+    processor.chat_template = processor.tokenizer.chat_template = DATED["hours"]
+    made = dated(processor, LATER)
+    for whole, stopped in ((processor, made), (processor.tokenizer, made.tokenizer), (running(made), made)):
+        assert SHOWN["hours"][0] in rendered(whole)
+        assert SHOWN["hours"][1] in rendered(stopped)
+    pairs = read_pairs(Dataset.from_list([ROW]), made)
+    assert SHOWN["hours"][1] in made.tokenizer.decode(pairs.ids(0, "prompt"))
+    assert pairs.date == LATER
 
 
 def test_a_template_that_fails_leaves_the_clock_running() -> None:

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reading_world
 import torch
+from chat_world import trl_template
 from conftest import preference_rows
 from datasets import Dataset
 from parity import state
@@ -214,6 +216,63 @@ def test_two_steps_of_the_online_trainers(
             total.append(0.1 * len(ids) + value)
         assert entry["rewards/concept_reward/mean"] == pytest.approx(np.mean(concepts), abs=1e-4)
         assert entry["reward"] == pytest.approx(np.mean(total), abs=1e-4)
+
+
+def rain(town: str) -> str:
+    """
+    Rain of a town.
+
+    Args:
+        town: Its name.
+    """
+    return town
+
+
+@pytest.mark.parametrize(
+    ("template", "tools", "kwargs"),
+    [
+        ("qwen3", [rain], {}),  # TRL puts a template in the place of this one, where there are tools
+        ("qwen2_5", [rain], {}),
+        ("qwen3_5_nothink", [rain], {}),
+        ("qwen3", None, {"enable_thinking": False}),
+        ("deepseek_r1_distill", None, {}),  # online, the model begins inside the thought that the template opens
+    ],
+)
+def test_prompts_are_those_that_grpo_samples_on(
+    template: str, tools: Any, kwargs: dict[str, Any], tmp_path: Path
+) -> None:
+    tokenizer = reading_world.build_tokenizer()
+    tokenizer.chat_template = trl_template(template)
+    tokenizer.save_pretrained(tmp_path)
+    reading_world.tiny_model(layers=2, max_position_embeddings=2048).save_pretrained(tmp_path)
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    concept = DirectionScorer(vector, layer=1).save(tmp_path / "concept")
+    reward = ConceptReward(
+        policy(concept, rule("d", strength=1.0)), model=str(tmp_path), tools=tools, chat_template_kwargs=kwargs
+    )
+    prompt = [{"role": "user", "content": "Why?"}]
+    args = GRPOConfig(
+        output_dir=str(tmp_path / "out"),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        chat_template_kwargs=kwargs,
+        num_generations=2,
+        per_device_train_batch_size=2,
+    )
+    trainer = GRPOTrainer(
+        model=str(tmp_path),
+        args=args,
+        train_dataset=Dataset.from_list([{"prompt": prompt}]),
+        reward_funcs=[reward],
+        tools=tools,
+    )
+    [sampled_on] = trainer._tokenize_prompts([prompt])[0]
+    found = reward(prompts=[prompt], completions=[[{"role": "assistant", "content": "x"}]], completion_ids=[[9, 2]])
+    assert found == pytest.approx([-projection(tmp_path, concept, list(sampled_on), [9, 2])], abs=1e-5)
+    if tools:
+        bare = ConceptReward(policy(concept, rule("d", strength=1.0)), model=str(tmp_path))
+        assert bare(prompts=[prompt], completions=["x"], completion_ids=[[9, 2]]) != pytest.approx(found, abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ SEAMS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "PreTrainedModel.save_pretrained": ("save_directory",),
         "PreTrainedTokenizerBase.apply_chat_template": ("conversation", "add_generation_prompt"),
         "ProcessorMixin": None,
+        "utils.chat_template_utils.datetime.now": None,
         "Trainer.training_step": ("model", "inputs", "num_items_in_batch"),
         "Trainer._prepare_inputs": ("inputs",),
         "integrations.deepspeed._hf_deepspeed_config_weak_ref": None,

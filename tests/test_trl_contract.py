@@ -12,6 +12,8 @@ from conftest import preference_rows
 from parity import EXACT, fresh
 from transformers import Trainer
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+from trl.chat_template_utils import get_training_chat_template, is_chat_template_prefix_preserving
+from trl.data_utils import _tokenize, common_prefix_length
 
 from trl_anatomy.trainers.loss_support import LOSSES
 
@@ -34,6 +36,11 @@ def parameters(function: Any) -> list[str]:
         (DPOTrainer._set_signature_columns_if_needed, ["self"]),
         (DPOTrainer._precompute_ref_logps, ["self", "dataset", "name", "batch_size"]),
         (DPOTrainer._prepare_dataset, ["self", "dataset", "processing_class", "args", "dataset_name"]),
+        (RewardTrainer._prepare_dataset, ["self", "dataset", "processing_class", "args", "dataset_name"]),
+        (_tokenize, ["processing_class", "input", "apply_chat_template_kwargs"]),
+        (common_prefix_length, ["ids", "other_ids"]),
+        (get_training_chat_template, ["processing_class", "tokenizer"]),
+        (is_chat_template_prefix_preserving, ["processing_class"]),
         (RewardTrainer.compute_loss, ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]),
         (DPOTrainer.training_step, ["self", "args", "kwargs"]),
         (Trainer.training_step, ["self", "model", "inputs", "num_items_in_batch"]),

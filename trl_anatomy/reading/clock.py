@@ -44,6 +44,18 @@ def dated(processing_class: Any, when: str | None) -> Any:
     return made
 
 
+def running(processing_class: Any) -> Any:
+    """A tokenizer or processor whose chat template writes today's date; a shallow copy where it is `dated`."""
+    if date_of(processing_class) is None:
+        return processing_class
+    made = copy.copy(processing_class)
+    delattr(made, _RENDER)
+    inner = vars(made).get("tokenizer")
+    if inner is not None:
+        made.tokenizer = running(inner)
+    return made
+
+
 def is_date(value: Any) -> bool:
     """Whether a value is a date as `dated` takes it."""
     try:

@@ -13,6 +13,7 @@ from trl.chat_template_utils import get_training_chat_template, is_chat_template
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ..errors import AnatomyError
+from ..reading.clock import running
 from ..reading.forward import read_texts
 from ..reading.processing import load_processing_class, prompt_ids, text_tokenizer
 from ..reading.score import score_pairs
@@ -103,7 +104,7 @@ class ConceptReward:
             raise AnatomyError(f"The concept {hidden[0]!r} is scored on hidden states: give the start model.")
         self._tokenizer: Any = processing_class or (_tokenizer(model) if model is not None else None)
         if self._tokenizer is None and source is not None:
-            self._tokenizer = source.tokenizer
+            self._tokenizer = running(source.tokenizer)  # the online trainers ask with today's date
         self._asked = _asked(self._tokenizer, tools, chat_template_kwargs)
         self._model: Any = None
         if hidden:
