@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,33 @@ def test_a_warning_names_settings_that_would_not() -> None:
     assert "filter_pairs with fraction: 0.3 (leaves +0.0 pp)" in text
     [text] = planned([explain("filter_pairs", side="rejected")], sides((60, 10, 0, 30))).warnings
     assert "filter_pairs with fraction: 0.5 (leaves +0.0 pp)" in text  # 50 of the 60
+
+
+_SETTING = r"(\w+_\w+)(?: with (\w+): ([\w.]+))? \((?:fits [\d.e-]+, )?leaves ([-+][\d.]+) (pp|sd)\)"
+
+
+def test_every_setting_that_is_named_keeps_its_promise() -> None:
+    """Of random pairs and rules: planned itself, it leaves what was promised, and no warning."""
+    rng = np.random.default_rng(0)
+    ways: list[dict[str, Any]] = [{"with": "filter_pairs", "fraction": share} for share in (0.05, 0.2, 0.6)]
+    ways += [{"with": "filter_pairs", "side": side} for side in ("chosen", "rejected", "either")]
+    ways += [{"with": "shape_reward", "strength": strength} for strength in (0.1, 1, 4)]
+    tried = 0
+    for _ in range(30):
+        hits = tuple(int(n) for n in rng.integers(5, 60, 4))
+        drawn = rng.normal(rng.normal(), 1, 100), rng.normal(0, 1, 100)
+        scorer, scores = ("text", sides(hits)) if rng.random() < 0.5 else ("probe", drawn)
+        sign = ("explain_away", "amplify")[rng.integers(2)]
+        for text in planned([{sign: "a", **ways[rng.integers(len(ways))]}], scores, scorer=scorer).warnings:
+            for verb, key, value, left, unit in re.findall(_SETTING, text):
+                setting = {key: value if key == "side" or value == "auto" else float(value)} if key else {}
+                plan = planned([{sign: "a", "with": verb, **setting}], scores, scorer=scorer)
+                assert plan.warnings == []
+                assert plan.concepts[0]["unit"] == ("share" if unit == "pp" else "sd")
+                after = plan.concepts[0]["predicted_under_policy"] * (100 if unit == "pp" else 1)
+                assert after == pytest.approx(float(left), abs=0.051 if unit == "pp" else 0.00051)
+                tried += 1
+    assert tried > 20
 
 
 def test_what_cannot_work_is_not_named() -> None:

@@ -346,8 +346,11 @@ def _concept_row(row: dict[str, Any]) -> list[str]:
 
 
 def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [header, ["-" * width for width in widths], *rows]
+    """Lines of a table, without the columns in which no row has anything."""
+    told = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in told]
+    lines = [[row[i] for i in told] for row in [header, *rows]]
+    lines.insert(1, ["-" * width for width in widths])
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
