@@ -89,9 +89,9 @@ def habits(model: Path, world: World, n_per_prompt: int = 2) -> dict[str, float]
     from trl_anatomy.checking.rollouts import rollouts
     from trl_anatomy.testbed.demo import MAX_NEW_TOKENS
 
-    tokenizer = AutoTokenizer.from_pretrained(world.model_path)
+    tokenizer = AutoTokenizer.from_pretrained(world.model_path, trust_remote_code=False)
     sampled = rollouts(
-        AutoModelForCausalLM.from_pretrained(model, dtype="float32"),
+        AutoModelForCausalLM.from_pretrained(model, dtype="float32", trust_remote_code=False),
         tokenizer,
         world.prompts,
         n_per_prompt=n_per_prompt,
@@ -119,8 +119,10 @@ def choices(model: Path, world: World, n_pairs: int = 2000) -> dict[str, float]:
 
     from trl_anatomy import attach_edits
 
-    tokenizer = AutoTokenizer.from_pretrained(world.model_path)
-    scorer = AutoPeftModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(world.model_path, trust_remote_code=False)
+    scorer = AutoPeftModelForSequenceClassification.from_pretrained(
+        model, num_labels=1, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     scorer.config.pad_token_id = tokenizer.pad_token_id
     if (model / "anatomy_edits.json").is_file():
         attach_edits(scorer, model)

@@ -532,9 +532,26 @@ def _train(kind: str, argv: list[str]) -> int:
     # The plan that is printed holds the warnings that the trainer would log.
     logged = logging.getLogger(f"{trainers.__name__}.prepare")
     printed = _replaced(logged, "disabled", True)
-    with printed, _replaced(import_module("trl"), stock_class, build), _our_files(*arguments):
+    replaced = _replaced(import_module("trl"), stock_class, build)
+    with printed, replaced, _our_files(*arguments), _remote_code_named(arguments[2]):
         script.main(*arguments)
     return 0
+
+
+@contextmanager
+def _remote_code_named(model_args: Any) -> Iterator[None]:
+    """Make one sentence of what transformers says where TRL's script may not run a model's own code."""
+    from .reading.remote_code import needs_remote_code, why_not_loaded
+
+    try:
+        yield
+    except AnatomyError:
+        raise
+    except ValueError as error:
+        if not needs_remote_code(error):
+            raise
+        reason = why_not_loaded(error, settable=True)
+        raise AnatomyError(f"model {model_args.model_name_or_path}: cannot be loaded ({reason}).") from error
 
 
 @contextmanager
@@ -661,7 +678,8 @@ def _trainer_of(script: Any, arguments: Sequence[Any], concept_policy: Any, audi
     def build(*args: Any, **kwargs: Any) -> Any:
         raise _Made(AnatomyDPOTrainer(*args, concept_policy=concept_policy, audit=audit, **kwargs))
 
-    with _replaced(import_module("trl"), "DPOTrainer", build), _our_files(*arguments):
+    replaced = _replaced(import_module("trl"), "DPOTrainer", build)
+    with replaced, _our_files(*arguments), _remote_code_named(arguments[2]):
         try:
             script.main(*map(copy.deepcopy, arguments))
         except _Made as made:

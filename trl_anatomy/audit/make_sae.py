@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import AnatomyError
 from .config import AuditConfig
-from .run import load_config, load_dataset, load_model, load_tokenizer
+from .run import load_dataset, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from ..reading.sae import SAE
@@ -181,6 +181,7 @@ def check_saes(config: SAEConfig) -> "SAEFit":
 
 def _pairs(config: AuditConfig, tokenizer: Any) -> "Pairs":
     from ..reading.capacity import check_pairs_fit
+    from ..reading.remote_code import load_config
     from ..reading.spans import read_pairs
 
     pairs = read_pairs(load_dataset(config), tokenizer, max_length=config.max_length, truncation=config.truncation)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import AnatomyError
 from ..reading.clock import dated
+from ..reading.remote_code import load_config
 from .config import AuditConfig
 from .run import load_dataset, load_model, load_tokenizer
 
@@ -38,12 +39,10 @@ class Source:
     @cached_property
     def model_config(self) -> Any:
         """The start model's transformers config, without its weights."""
-        from transformers import AutoConfig
-
         try:
-            return AutoConfig.from_pretrained(self._named("model"), trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise AnatomyError(f"{self.audit.name}: the model at {self.config.model} is not there any more.") from error
+            return load_config(self._named("model"))
+        except AnatomyError as error:
+            raise AnatomyError(f"{self.audit.name}: the model of the audit is needed again. {error}") from error
 
     @cached_property
     def model(self) -> Any:

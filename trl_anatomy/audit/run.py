@@ -15,6 +15,7 @@ from ..errors import AnatomyError
 from ..reading.clock import dated, template_now
 from ..reading.habits import read_habits
 from ..reading.processing import lengthen_embeddings, load_processing_class, set_chat_template
+from ..reading.remote_code import load_config, why_not_loaded
 from ..reading.sae_list import published_sae
 from ..reading.storage import is_url, local
 from . import stats
@@ -75,16 +76,6 @@ def load_tokenizer(name: str, config: AuditConfig | None = None) -> Any:
     return loaded
 
 
-def load_config(name: str) -> Any:
-    """The transformers configuration of a model, without remote code."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:
-        raise AnatomyError(f"model {name}: cannot be loaded ({_first_line(error)}).") from error
-
-
 def empty_model(name: str) -> Any:
     """A causal language model without its weights, and without remote code: whether it can be loaded at all."""
     import torch
@@ -94,7 +85,7 @@ def empty_model(name: str) -> Any:
         with torch.device("meta"):
             return auto.from_config(config, trust_remote_code=False)
     except Exception as error:
-        raise AnatomyError(f"model {name}: cannot be loaded ({_first_line(error)}).") from error
+        raise AnatomyError(f"model {name}: cannot be loaded ({why_not_loaded(error)}).") from error
 
 
 def load_model(config: AuditConfig) -> Any:
@@ -104,7 +95,7 @@ def load_model(config: AuditConfig) -> Any:
     try:
         model = auto.from_pretrained(config.model, dtype=config.dtype, trust_remote_code=False)
     except Exception as error:
-        raise AnatomyError(f"model {config.model}: cannot be loaded ({_first_line(error)}).") from error
+        raise AnatomyError(f"model {config.model}: cannot be loaded ({why_not_loaded(error)}).") from error
     if config.chat_template_path is not None:
         lengthen_embeddings(model, load_tokenizer(config.model, config))
     return model.to(device).eval()
@@ -136,14 +127,10 @@ def _device(config: AuditConfig) -> str:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise AnatomyError(
-            f"audit setting device: found {device!r}, which cannot be used here ({_first_line(error)}); allowed: auto, "
-            "cpu, or a device that torch finds, such as cuda."
+            f"audit setting device: found {device!r}, which cannot be used here ({why_not_loaded(error)}); allowed: "
+            "auto, cpu, or a device that torch finds, such as cuda."
         ) from error
     return device
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _require(config: AuditConfig, model: Any, dataset: Any) -> None:

@@ -112,8 +112,8 @@ def load_model(model: Any) -> Any:
 
     from ..audit.run import auto_class
 
+    auto, _ = auto_class(str(model))
     try:
-        auto, _ = auto_class(str(model))
         loaded = auto.from_pretrained(str(model), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise AnatomyError(f"The model at {model} cannot be loaded: {error}") from error

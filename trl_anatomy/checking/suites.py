@@ -41,7 +41,8 @@ def run_suites(
 
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name, model in models.items():
-        told = lm_eval.simple_evaluate(model="hf", model_args={"pretrained": str(model)}, tasks=list(tasks), **settings)
+        loaded = {"pretrained": str(model), "trust_remote_code": False}
+        told = lm_eval.simple_evaluate(model="hf", model_args=loaded, tasks=list(tasks), **settings)
         for task, metrics in told["results"].items():
             for metric, value in metrics.items():
                 # Beside figures a result holds the task's alias, and "N/A" where there is no standard error

@@ -61,7 +61,7 @@ class VllmRollouts:
             raise AnatomyError("vLLM is given tokens: make each conversation a ChatPrompt with ids (encode_prompt).")
         vllm = import_module("vllm")
         sampling = vllm.SamplingParams(n=n_per_prompt, temperature=temperature, max_tokens=max_new_tokens, seed=seed)
-        engine = vllm.LLM(model=self.model, dtype=self.dtype, seed=seed)
+        engine = vllm.LLM(model=self.model, dtype=self.dtype, seed=seed, trust_remote_code=False)
         try:
             answered = engine.generate([{"prompt_token_ids": list(ids)} for ids in prompts], sampling)
             return [

@@ -4,6 +4,7 @@
 `RewardTrainer` takes the tokenizer, and puts the template of ``chat_template_path`` into it.
 """
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import AnatomyError
+from .remote_code import why_not_loaded
 
 _TEMPLATE_FILES = (".jinja", ".j2")
 
@@ -20,7 +22,7 @@ def load_processing_class(
     *,
     reward: bool = False,
     revision: str | None = None,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool | None = None,
 ) -> Any:
     """Load the processor or tokenizer that a trainer of TRL would load for a model.
 
@@ -28,18 +30,24 @@ def load_processing_class(
         name: folder or hub name of the model.
         reward: as the reward trainer, which takes a tokenizer also where there is a processor.
         revision: of the model on the hub.
-        trust_remote_code: run code of the repository; only where the trainer's own config says so.
+        trust_remote_code: run code of the repository, as the config of a trainer says; None, where no setting can allow
+            it, is no.
 
     Raises:
         AnatomyError: it cannot be loaded, or is a processor without a tokenizer.
     """
     from transformers import AutoProcessor, AutoTokenizer
 
-    auto: Any = AutoTokenizer if reward else AutoProcessor
+    def load(auto: Any) -> Any:
+        return auto.from_pretrained(name, revision=revision, trust_remote_code=bool(trust_remote_code))
+
     try:
-        loaded = auto.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        loaded = load(AutoTokenizer if reward else AutoProcessor)
     except Exception as error:  # of the hub, of a broken file, of a tokenizer's own backend: what they raise is theirs
-        raise AnatomyError(f"model {name}: its tokenizer cannot be loaded ({_first_line(error)}).") from error
+        # A processor passes over what its tokenizer says.
+        why = error if reward else _raised(lambda: load(AutoTokenizer)) or error
+        reason = why_not_loaded(why, settable=trust_remote_code is not None)
+        raise AnatomyError(f"model {name}: its tokenizer cannot be loaded ({reason}).") from error
     if not hasattr(text_tokenizer(loaded), "eos_token_id"):
         raise AnatomyError(
             f"model {name}: its processor is a {type(loaded).__name__} without a tokenizer; save the tokenizer "
@@ -80,7 +88,7 @@ def set_chat_template(processing_class: Any, path: str) -> None:
             with open(path, encoding="utf-8") as file:
                 processing_class.chat_template = file.read()
         except (OSError, UnicodeDecodeError) as error:
-            raise AnatomyError(f"chat_template_path {path}: cannot be read ({_first_line(error)}).") from error
+            raise AnatomyError(f"chat_template_path {path}: cannot be read ({why_not_loaded(error)}).") from error
         return
     from transformers import AutoTokenizer
     from trl import clone_chat_template
@@ -92,7 +100,7 @@ def set_chat_template(processing_class: Any, path: str) -> None:
         clone_chat_template(_Unweighted(), tokenizer, path)
     except Exception as error:
         raise AnatomyError(
-            f"chat_template_path {path}: no template can be loaded from there ({_first_line(error)}); give a .jinja "
+            f"chat_template_path {path}: no template can be loaded from there ({why_not_loaded(error)}); give a .jinja "
             "file, or the folder or hub name of a tokenizer that has one."
         ) from error
     processing_class.chat_template = tokenizer.chat_template
@@ -132,5 +140,9 @@ def lengthen_embeddings(model: nn.Module, processing_class: Any) -> None:
                 rows.weight[before:] = rows.weight[:before].float().mean(dim=0).to(rows.weight.dtype)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _raised(do: Callable[[], Any]) -> Exception | None:
+    try:
+        do()
+    except Exception as error:
+        return error
+    return None

@@ -238,4 +238,4 @@ def _own(model: str | Path | nn.Module | None) -> Any:
     """A model that nobody else trains."""
     if isinstance(model, nn.Module):
         return copy.deepcopy(model)
-    return create_model_from_path(str(model), device_map=None).to(PartialState().device)
+    return create_model_from_path(str(model), device_map=None, trust_remote_code=False).to(PartialState().device)

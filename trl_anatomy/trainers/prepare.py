@@ -23,7 +23,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import AutoConfig, ProcessorMixin
+from transformers import ProcessorMixin
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ..errors import AnatomyError
@@ -31,6 +31,7 @@ from ..reading.capacity import check_pairs_fit
 from ..reading.clock import dated, template_now
 from ..reading.forward import frozen
 from ..reading.processing import lengthen_embeddings, load_processing_class, set_chat_template, text_tokenizer
+from ..reading.remote_code import load_config
 from ..shaping.hidden import LowRankSteering
 from .callback import AuditCallback
 from .hidden import check_hidden
@@ -203,9 +204,8 @@ class Start:
         model, init = self._arguments["model"], self.config.model_init_kwargs or {}
         if not isinstance(model, str):
             return model.config
-        return AutoConfig.from_pretrained(
-            model, revision=init.get("revision"), trust_remote_code=self.config.trust_remote_code
-        )
+        trusted = init.get("trust_remote_code", self.config.trust_remote_code)
+        return load_config(model, revision=init.get("revision"), trust_remote_code=trusted)
 
     @cached_property
     def model(self) -> Any:
