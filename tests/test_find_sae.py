@@ -9,6 +9,7 @@ from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.find_sae import model_names
 from trl_anatomy.audit.folder import load_audit
 from trl_anatomy.audit.run import dry_run, run_audit
+from trl_anatomy.cli import main
 from trl_anatomy.errors import AnatomyError
 from trl_anatomy.reading.sae_check import CONTINUE, FITS
 from trl_anatomy.reading.sae_list import published_sae
@@ -89,3 +90,11 @@ def test_a_training_that_would_take_too_long_is_not_begun(inputs):
 def test_a_dry_run_says_which_sae_would_be_used(inputs):
     shown = dry_run(config(inputs))
     assert (shown["sae"], shown["d_sae"]) == ("one trained on these pairs", None)
+
+
+def test_a_model_without_an_sae_on_the_command_line_gets_one(inputs, capsys):
+    words = ["audit", "--model", str(inputs / "model"), "--dataset", str(inputs / "pairs.jsonl"), "--device", "cpu"]
+    assert main([*words, "--dry_run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sae"] == "one trained on these pairs"
+    assert main([*words, "--sae_minutes", "0", "--out", str(inputs / "third")]) == 2
+    assert "With --sae none habits alone are counted." in capsys.readouterr().err

@@ -178,16 +178,16 @@ def test_the_command(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     assert re.search(r"Chosen responses more often use bold \(\d+ % against \d+ %\)", printed)
     assert "Columns nothing reads: source." in printed
-    assert "--model M counts what is trained on" in printed
+    assert "--model M --sae none counts what is trained on" in printed
     assert f"Report: {out / 'report.html'}" in printed
-    assert main(["audit", "--dataset", str(file), "--model", model, "--out", str(out), "--json"]) == 0
+    assert main(["audit", "--dataset", str(file), "--model", model, "--sae", "none", "--out", str(out), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert {row["habit"]: row["verdict"] for row in told["habits"]}["bold"] == MORE
     assert told["model"]["name"] == model
     assert main(["report", "--audit", str(out)]) == 0
     for more, error in (
-        (["--dry_run", "true"], "--dry_run goes with --sae"),
-        (["--label_model", model], "--label_model goes with --sae"),
+        (["--dry_run", "true"], "--dry_run goes with --model and an SAE"),
+        (["--label_model", model], "--label_model goes with --model and an SAE"),
         (["--habits", "none.yaml"], "no such file of habits"),
     ):
         assert main(["audit", "--dataset", str(file), "--out", str(out), *more]) == 2

@@ -131,7 +131,8 @@ class _AuditFlags:
 def _audit(argv: list[str]) -> int:
     from trl import TrlParser
 
-    from .audit.config import AuditConfig
+    from .audit.config import NO_SAE, AuditConfig
+    from .audit.find_sae import AUTO
     from .audit.run import dry_run, run_audit
     from .reading.ranks import is_main_process
 
@@ -143,8 +144,10 @@ def _audit(argv: list[str]) -> int:
         "without a model, in seconds: trl-anatomy audit --dataset D",
     )
     config, flags = _strict_parse(parser, argv)
-    if not config.sae and config.data_kind == "pairs":
+    if config.sae == NO_SAE or not (config.sae or config.model):
+        config.sae = ""
         return _audit_text(config, flags)
+    config.sae = config.sae or AUTO
     with redirect_stdout(sys.stderr):  # some libraries print notes, which would spoil the JSON
         _check_labeller(flags)
         summary = dry_run(config) if flags.dry_run else None
@@ -165,14 +168,16 @@ def _audit(argv: list[str]) -> int:
 
 
 def _audit_text(config: AuditConfig, flags: Any) -> int:
-    """Count habits alone, for want of an SAE."""
+    """Count habits alone, without an SAE."""
     from .audit.text_audit import run_text_audit
     from .reading.files import without_nan
     from .reading.ranks import is_main_process
 
     if flags.label_model is not None or flags.dry_run:
         what = "--dry_run" if flags.label_model is None else "--label_model"
-        raise AnatomyError(f"{what} goes with --sae; without an SAE an audit counts habits, which takes seconds.")
+        raise AnatomyError(
+            f"{what} goes with --model and an SAE; without, an audit counts habits, which takes seconds."
+        )
     if not is_main_process():
         return 0
     with redirect_stdout(sys.stderr):  # as in _audit
@@ -200,7 +205,11 @@ def _print_habits(audit: TextAudit) -> None:
         interval = f"[{row['difference_low']:+.3g}, {row['difference_high']:+.3g}]"
         levels = f"{row['chosen']:8.3g} {row['rejected']:8.3g} {row['difference']:+11.3g}"
         print(f"  {row['habit']:<17} {levels}  {interval:<20} {row['q']:8.1g}")
-    read = "what is trained on" if audit.reads_tokens else "the dataset's text; --model M counts what is trained on"
+    read = (
+        "what is trained on"
+        if audit.reads_tokens
+        else "the dataset's text; --model M --sae none counts what is trained on"
+    )
     print(f"Counted: {read}. What no list names needs --model and --sae.")
     print(f"Report: {shown(audit.path / 'report.html')}")
 

@@ -37,6 +37,9 @@ def is_region(text: str) -> bool:
         return False
 
 
+NO_SAE = "none"
+
+
 @dataclass
 class AuditConfig:
     """What to audit and how. The help text of each field is its documentation.
@@ -56,8 +59,8 @@ class AuditConfig:
     sae: str = field(
         default="",
         metadata={
-            "help": "SAE: folder saved by sae-lens, 'RELEASE:ID', or auto: a published one of the model or its base "
-            "model, else one that is trained on these pairs."
+            "help": "SAE: folder saved by sae-lens, 'RELEASE:ID', auto (the default with a model: a published one of "
+            "it or of its base model, else one that is trained on these pairs), or none (count habits alone)."
         },
     )
     sae_minutes: float = field(

@@ -99,7 +99,7 @@ def find_sae(
             raise AnatomyError(
                 f"{unreached}There is no SAE of this model at hand, and training one on {settings.tokens} tokens takes "
                 f"about {minutes:.0f} minutes here, more than sae_minutes ({config.sae_minutes:g}): raise that, or run "
-                f"`{command}` and give --sae saes/run1."
+                f"`{command}` and give --sae saes/run1. With --sae none habits alone are counted."
             )
         if progress:
             note = f"{unreached}Training an SAE of layer {layer} on these pairs takes about {minutes:.0f} minutes."
