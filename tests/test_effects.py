@@ -390,6 +390,7 @@ def test_report_and_json() -> None:
     told = json.loads(json.dumps(plan_json(plan), allow_nan=False))
     assert (told["concepts"], told["warnings"]) == (plan.concepts, plan.warnings)
     assert told["predicted"] is None
+    assert [rule["warning"] for rule in told["rules"]] == [plan.warnings[0], ""]
     text = str(plan)
     assert text == plan_report(plan)
     # b's offsets count too: of the kept pairs 20 with a and b chosen (3/4), 30 without a (3/4), 30 without both (5/4)

@@ -82,7 +82,7 @@ def gaps_of(spec: ConceptSpec, scores: "Scores") -> Gaps:
 
 def own_concepts(
     policy: ConceptPolicy, bound: Sequence[BoundRule], scores: "Scores", acting: Acting, kept: np.ndarray
-) -> tuple[list[dict[str, Any]], list[str]]:
+) -> tuple[list[dict[str, Any]], dict[int, str]]:
     """Predict the shift of the policy's own concepts, and warn of rules that do the opposite.
 
     Args:
@@ -93,11 +93,11 @@ def own_concepts(
         kept: (n_pairs,) bool.
 
     Returns:
-        `PolicyPlan.concepts` and `PolicyPlan.warnings`.
+        `PolicyPlan.concepts`, and rule number -> warning of the rules that get one.
     """
     pull = _pull(acting, range(len(bound)), kept)
     rows: list[dict[str, Any]] = []
-    warnings = []
+    warnings: dict[int, str] = {}
     for name, spec in policy.used.items():
         own = [i for i, rule in enumerate(bound) if rule.concept is spec]
         gaps = gaps_of(spec, scores) if name in scores.names else None
@@ -106,9 +106,12 @@ def own_concepts(
             here = [bound[i] for i in own if bound[i].verb.where == where]
             if where is not None:
                 rows.append(_row(spec, str(where), here[0].gate, gaps, pull, [rule.verb for rule in here]))
-        if gaps is not None:
-            found = (_warning(i, bound, gaps, acting, pull) for i in own if bound[i].verb.stage in KNOWN_STAGES)
-            warnings += [text for text in found if text is not None]
+        if gaps is None:
+            continue
+        for i in own:
+            text = _warning(i, bound, gaps, acting, pull) if bound[i].verb.stage in KNOWN_STAGES else None
+            if text is not None:
+                warnings[i] = text
     return rows, warnings
 
 

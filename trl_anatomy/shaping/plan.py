@@ -57,7 +57,9 @@ class PolicyPlan:
             lose a third of their tokens loses a third; of `reweight_pairs` rules with one gate, the first stands for
             all); `gradient_share` is added − removed;
             `gradient_touched`: rules on hidden states: share of that sum that comes from the pairs they touch;
-            `note`: what a reader should know, or "".
+            `note`: what a reader should know, or "";
+            `warning`: where the rule moves its own concept away from the start model, or overshoots: how far, and what
+            would not; else "".
         concepts: a dict per concept that a rule names, in the order of the policy, each followed by one per gate of its
             rules:
             `concept`, `scorer`; `where`: the gate, None for all pairs; `pairs`: in it;
@@ -66,7 +68,6 @@ class PolicyPlan:
             `predicted`, `predicted_under_policy`: mean score gap, chosen minus rejected, of plain training and of the
             kept pairs by their pull; None where the pairs do not tell it;
             `effect`: what becomes of it, in a few words.
-        warnings: a text for each rule that moves its own concept away from the start model, or overshoots.
         predicted: a row per concept of the audit: `concept`, `label`, `predicted`, `predicted_under_policy`; None
             without an audit.
         counts: `rows` (raw), `pairs` (scored), `pairs_kept`; with rules on tokens `chosen_masked`: kept pairs whose
@@ -101,7 +102,11 @@ class PolicyPlan:
     turns: np.ndarray | None = None
     hidden: tuple[HiddenEdit, ...] = ()
     concepts: list[dict[str, Any]] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def warnings(self) -> list[str]:
+        """The warnings of its rules, in the order of the policy."""
+        return [rule["warning"] for rule in self.rules if rule.get("warning")]
 
     def __str__(self) -> str:
         """As `trl-anatomy plan` prints it."""
@@ -173,6 +178,8 @@ def plan_policy(
     acting = Acting(dropped, masked, asked, weighed, shaped, edited)
     records = rule_records(policy, pairs, gates, kept, acting, scores.raw_differs)
     concepts, warnings = own_concepts(policy, bound, scores, acting, kept)
+    for i, record in enumerate(records):
+        record["warning"] = warnings.get(i, "")
     offsets = np.zeros((2, len(pairs.raw)))
     for part in shaped.values():
         offsets[:, pairs.rows] += part.offsets
@@ -203,7 +210,6 @@ def plan_policy(
         prompt_lengths=prompt_lengths,
         steering=steering.reshape(len(steering), -1) if edited else None,
         concepts=concepts,
-        warnings=warnings,
     )
 
 
@@ -242,7 +248,7 @@ def plan_json(plan: PolicyPlan) -> dict[str, Any]:
         "counts": dict(plan.counts),
         "rules": [dict(rule) for rule in plan.rules],
         "concepts": [dict(row) for row in plan.concepts],
-        "warnings": list(plan.warnings),
+        "warnings": plan.warnings,
         "predicted": predicted,
     }
 
