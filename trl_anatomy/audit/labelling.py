@@ -25,7 +25,7 @@ from ..errors import AnatomyError
 from ..reading import storage
 from ..reading.chat import ChatEndpoint, LocalChat, TooLongError
 from ..reading.progress import Progress
-from .labels import TERM
+from .labels import terms_of
 from .predict import FALLS, RISES
 from .prompt_view import prompt_scores
 from .samples import sample_table
@@ -678,4 +678,4 @@ def _by_terms(task: Task, texts: Texts) -> Label:
 def _words(text: Text, texts: Texts) -> set[str]:
     read = texts(text.pair)
     whole = (read[0] or read[1]) if text.place == "prompt" else read[_PLACES.index(text.place)]
-    return set(re.findall(TERM, whole.lower()))
+    return set(terms_of(whole))

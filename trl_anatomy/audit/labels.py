@@ -1,14 +1,41 @@
 """Names for concepts, for finding one's way only: no test ever reads them."""
 
+import re
 from collections.abc import Sequence
 from urllib.parse import quote
 
 import numpy as np
 from scipy import sparse
 
+from ..reading.token_text import UNSPACED, words
+
 # Words, or runs of signs: habits such as bold, bullets or dashes are made of signs.
 TERM = r"(?u)[^\W_]+|[^\w\s]+"
 MAX_TERM = 30
+# Of scripts without blanks between words, neighbouring characters: up to so many.
+CHARACTERS = 3
+
+
+def terms_of(text: str) -> list[str]:
+    """The terms of a text, in lower case: words and runs of signs; characters of scripts without blanks, one to three.
+
+    >>> terms_of("Bold: **a**"), terms_of("天气好!")
+    (['bold', ':', '**', 'a', '**'], ['天', '天气', '天气好', '气', '气好', '好', '!'])
+    """
+    found = re.findall(TERM, text.lower())
+    if text.isascii() or UNSPACED.search(text) is None:
+        return found
+    terms: list[str] = []
+    for term in found:
+        pieces = [term[start:stop] for start, stop in words(term)]
+        for i, piece in enumerate(pieces):
+            terms.append(piece)
+            if UNSPACED.match(piece):
+                for n in range(2, CHARACTERS + 1):
+                    after = pieces[i + 1 : i + n]
+                    if len(after) == n - 1 and all(map(UNSPACED.match, after)):
+                        terms.append(piece + "".join(after))
+    return terms
 
 
 def neuronpedia_url(neuronpedia_id: str, latent: int) -> str:
@@ -87,7 +114,7 @@ def _weighted(texts: Sequence[str]) -> tuple[sparse.csr_array, list[str]]:
     """tf-idf of texts, rows of unit length, over printable terms that occur in two texts at least."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    vectorizer = TfidfVectorizer(token_pattern=TERM, sublinear_tf=True, min_df=2, max_features=20_000)
+    vectorizer = TfidfVectorizer(analyzer=terms_of, sublinear_tf=True, min_df=2, max_features=20_000)
     try:
         matrix = sparse.csr_array(vectorizer.fit_transform(texts))
     except ValueError:  # scikit-learn's answer where no term occurs twice

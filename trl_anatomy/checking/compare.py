@@ -308,10 +308,10 @@ def cheap_predictions(
     if rules:
         gaps = np.empty((len(pairs), len(rules)))
         for start in range(0, len(pairs), _TEXTS_AT_ONCE):
-            texts = [pairs.texts(i) for i in range(start, min(start + _TEXTS_AT_ONCE, len(pairs)))]
-            hits = [rule_hits([text[side] for text in texts], rules) for side in (1, 2)]
+            some = range(start, min(start + _TEXTS_AT_ONCE, len(pairs)))
+            hits = [rule_hits([pairs.response_text(i, side) for i in some], rules) for side in ("chosen", "rejected")]
             for k, rule in enumerate(rules):
-                gaps[start : start + len(texts), k] = hits[0][rule].astype(np.float64) - hits[1][rule]
+                gaps[start : some.stop, k] = hits[0][rule].astype(np.float64) - hits[1][rule]
         found["text rules"] = explained_shift(u, gaps)
     if start_model is None:
         return found

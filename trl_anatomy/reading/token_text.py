@@ -1,13 +1,18 @@
 """Which characters of a response each of its tokens stands for, and back: from characters to tokens."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import regex
 
 _UNFINISHED = "\ufffd"  # what a token decodes to that ends within a character
-_WORD = re.compile(r"\S+")
+_RUN = re.compile(r"\S+")
+# Scripts written without blanks between words; Line_Break=SA are those of Southeast Asia (Thai, Lao, Khmer, Burmese).
+UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Yi}\p{Tibetan}\p{Line_Break=SA}]")
+# Words between the boundaries of Unicode Standard Annex 29.
+_WORD = regex.compile(r"(?w)\b\S.*?\b", regex.DOTALL)
 
 
 def token_text(tokenizer: Any, ids: Sequence[int]) -> tuple[str, np.ndarray]:
@@ -73,8 +78,24 @@ def tokens_of(characters: np.ndarray, bounds: np.ndarray) -> np.ndarray:
 
 
 def whole_words(text: str, characters: np.ndarray) -> np.ndarray:
-    """(n_characters,) bool: the marked characters, and every word (run without a blank) that has one."""
+    """(n_characters,) bool: the marked characters, and every word that has one."""
     marked = characters.copy()
-    for word in _WORD.finditer(text):
-        marked[word.start() : word.end()] |= characters[word.start() : word.end()].any()
+    for start, stop in words(text):
+        marked[start:stop] |= characters[start:stop].any()
     return marked
+
+
+def words(text: str) -> Iterator[tuple[int, int]]:
+    """Begin and end of each word: a run without a blank; where a run has signs of a script without blanks, its parts.
+
+    The parts are words and signs by Unicode's word boundaries: Chinese sign by sign, Japanese kanji and hiragana too,
+    katakana by runs, Thai by clusters of signs.
+
+    >>> [text[a:b] for text in ["a (b), c", "天气好！"] for a, b in words(text)]
+    ['a', '(b),', 'c', '天', '气', '好', '！']
+    """
+    for run in _RUN.finditer(text):
+        if UNSPACED.search(text, *run.span()) is None:
+            yield run.span()
+        else:
+            yield from (word.span() for word in _WORD.finditer(text, *run.span()))
