@@ -250,7 +250,7 @@ def _name_concepts(audit: Audit, flags: Any) -> None:
         name = flags.label_model
         chat = LocalChat(load_model(AuditConfig(model=name)), text_tokenizer(load_tokenizer(name)), Path(name).name)
     label_audit(audit, pairs.texts, chat, firings=read_firings(source))
-    write_report(audit, pairs.raw)
+    write_report(audit, pairs)
 
 
 def _strict_parse(parser: Any, argv: list[str]) -> tuple[Any, ...]:
@@ -1059,7 +1059,7 @@ def _report(argv: list[str]) -> int:
             _name_concepts(audit, args)
             page = audit.path / REPORT
         else:
-            page = write_report(audit, None if isinstance(audit, TextAudit) else reopen(audit).pairs.raw)
+            page = write_report(audit, None if isinstance(audit, TextAudit) else reopen(audit).pairs)
     print(shown(page))
     if args.open:
         import webbrowser

@@ -400,7 +400,7 @@ def _conclude(
     }
     audit = write_audit(config.out, info, findings.hypotheses, findings.concepts, findings.pairs, samples, habits)
     label_audit(audit, pairs.texts)
-    write_report(audit, raw)
+    write_report(audit, pairs)
 
 
 @one_blas_thread

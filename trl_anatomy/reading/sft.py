@@ -6,11 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset
 
 from ..errors import AnatomyError
 from .processing import text_tokenizer as tokenizer_of
-from .spans import EMPTY, FILLED, SPANS, Pairs, check_kinds, check_rows, flatten_text, prepare_rows, read_pairs
+from .spans import EMPTY, FILLED, TOKEN_FEATURES, Pairs, check_kinds, check_rows, flatten_text, prepare_rows, read_pairs
 
 _UNANSWERED = "no assistant message at the end"
 _IGNORED = -100  # TRL's label of a token outside the loss
@@ -108,10 +108,8 @@ def read_sft(
             n_prompt = 1  # a BOS carries no text, and stays out of pooling as part of the prompt
         return {"prompt_ids": ids[:n_prompt], "chosen_ids": ids[n_prompt:], "rejected_ids": []}
 
-    ids = List(Value("int64"))
-    features = Features({"row": Value("int64")} | {f"{span}_ids": ids for span in SPANS})
     others = [column for column in kept.column_names if column != "row"]
-    kept = kept.map(split, remove_columns=others, features=features, num_proc=num_proc, desc="Splitting rows")
+    kept = kept.map(split, remove_columns=others, features=TOKEN_FEATURES, num_proc=num_proc, desc="Splitting rows")
     pad = text_tokenizer.pad_token_id
     return SftRows(
         dataset=kept,

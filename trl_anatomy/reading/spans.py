@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 
 from ..errors import AnatomyError
 from .clock import date_of
@@ -35,6 +35,7 @@ from .written import (
 )
 
 SPANS = ("prompt", "chosen", "rejected")
+TOKEN_FEATURES = Features({"row": Value("int64")} | {f"{span}_ids": List(Value("int64")) for span in SPANS})
 TRUNCATIONS = ("keep_start", "keep_end", "drop")
 # Columns of responses that a model sampled: their tokens, and those of the prompt that it was given.
 SAMPLED = tuple(f"sampled_{span}_ids" for span in SPANS)

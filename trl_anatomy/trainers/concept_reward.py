@@ -19,7 +19,7 @@ from ..reading.processing import load_processing_class, prompt_ids, text_tokeniz
 from ..reading.score import score_pairs
 from ..reading.scorers import HiddenScorer, Scorer
 from ..reading.scorers.text import TextScorer
-from ..reading.spans import Pairs, flatten_text, read_pairs
+from ..reading.spans import TOKEN_FEATURES, Pairs, flatten_text, read_pairs
 from ..shaping.interventions import ShapeReward
 from ..shaping.located import PolicyError
 from ..shaping.plan import plan_policy
@@ -141,11 +141,13 @@ class ConceptReward:
             AnatomyError: a gate's column is not among `columns`.
         """
         scores = self.score(prompts, completions, completion_ids)
+        gated = any(rule.where is not None and rule.where.prompt for rule in self.rules)
+        asked = [prompt for prompt, _ in self._texts(prompts, completions, completion_ids)] if gated else []
         total = np.zeros(len(completions))
         for rule, strength in zip(self.rules, self.strengths, strict=True):
             acts = np.ones(len(total), bool)
             if rule.where is not None:
-                acts = rule.where.opens([flatten_text(prompt) for prompt in prompts], columns)
+                acts = rule.where.opens(asked, columns)
             standard = (scores[rule.concept] - self.centres[rule.concept]) / self.scales[rule.concept]
             total -= np.where(acts, strength * standard, 0.0)
         return total.tolist()
@@ -157,7 +159,7 @@ class ConceptReward:
         completion_ids: Sequence[Sequence[int]] | None = None,
     ) -> dict[str, np.ndarray]:
         """Raw scores, (n,) per concept; arguments as `__call__`."""
-        texts = [flatten_text(completion) for completion in completions]
+        texts = [text for _, text in self._texts(prompts, completions, completion_ids)]
         scores = {name: np.zeros(len(texts)) for name in self.scorers}
         hidden: dict[str, HiddenScorer] = {}
         for name, scorer in self.scorers.items():
@@ -179,6 +181,38 @@ class ConceptReward:
                 response = states[scorer.layer][len(before[i]) :]
                 scores[name][i] = float(scorer.score_spans(response, [0, len(response)])[0])
         return scores
+
+    def _texts(
+        self, prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Sequence[Sequence[int]] | None
+    ) -> list[tuple[str, str]]:
+        """Prompt and completion as text rules read them: conversations by their tokens, as `Pairs.texts`."""
+        chats = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]
+        texts = [(flatten_text(prompt), flatten_text(text)) for prompt, text in zip(prompts, completions, strict=True)]
+        if self._tokenizer is None or not chats:
+            return texts
+        reader = text_tokenizer(self._tokenizer)
+        answer = [{"role": "assistant", "content": "-"}]
+        ids = [list(completion_ids[i]) if completion_ids is not None else [] for i in chats]
+        tokens = {
+            "prompt_ids": [prompt_ids(self._tokenizer, prompts[i], **self._asked) for i in chats],
+            "chosen_ids": ids,
+            "rejected_ids": ids,
+        }
+        pairs = Pairs(
+            Dataset.from_dict(tokens | {"row": list(range(len(chats)))}, features=TOKEN_FEATURES),
+            Dataset.from_list([{"prompt": prompts[i], "chosen": answer, "rejected": answer} for i in chats]),
+            None,
+            "keep_start",
+            reader.eos_token_id if reader.pad_token_id is None else reader.pad_token_id,
+            reader.bos_token_id,
+            {},
+            reader,
+            self._tokenizer,
+        )
+        for place, i in enumerate(chats):
+            text = pairs.response_text(place, "chosen") if completion_ids is not None else texts[i][1]
+            texts[i] = pairs.prompt_text(place), text
+        return texts
 
     def _pairs(self, reference: Dataset) -> Pairs:
         if self._tokenizer is None:

@@ -1,15 +1,13 @@
 """What the page's scripts show: concepts, contexts, hypotheses, and the pairs that it can carry."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 
 from ..folder import Audit
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from .texts import RowTexts
 
 N_PAIRS = 10_000  # pairs carried; the folder holds all
 N_HYPOTHESES = 5_000  # hypotheses carried
@@ -85,19 +83,19 @@ def _named(audit: Audit, name: str, terms: list[str]) -> list[str]:
     return ["", " ".join(terms)] if label is None else [label.told(terms[:4]), label.words(terms)]
 
 
-def pair_data(audit: Audit, raw: "Dataset | None", samples: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def pair_data(audit: Audit, held: RowTexts | None, samples: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """The pairs that the page carries, with their texts as far as these fit.
 
     All pairs of a small audit; of a larger one the samples and telling rows, and others evenly spread.
 
     Args:
-        raw: the audited dataset; without it pairs have no text but that of the samples.
+        held: texts of the audited pairs; without them pairs have no text but that of the samples.
         samples: row -> tokens and firings, of `sample_views`.
     """
     carried = _carried(audit, samples)
     table = audit.pairs.take(carried).select(PAIR)
     rows = [list(pair.values()) for pair in table.to_pylist()]
-    texts, cut = _texts(raw, [row[0] for row in rows], set(samples))
+    texts, cut = _texts(held, [row[0] for row in rows], set(samples))
     return {
         "columns": (*PAIR, *_SIDES),
         "rows": [[*row, *text] for row, text in zip(rows, texts, strict=True)],
@@ -118,22 +116,14 @@ def _carried(audit: Audit, samples: dict[int, dict[str, Any]]) -> np.ndarray:
     return np.union1d(first, spread)
 
 
-def _texts(raw: "Dataset | None", rows: list[int], sampled: set[int]) -> tuple[list[list[str | None]], int]:
+def _texts(texts: RowTexts | None, rows: list[int], sampled: set[int]) -> tuple[list[list[str | None]], int]:
     """Prompt, chosen and rejected of each row, cut where all together are too long; samples carry tokens instead."""
-    if raw is None:
+    if texts is None:
         return [[None, None, None] for _ in rows], CUTS[0]
-    from ...reading.spans import flatten_text, split_row
-
-    found = []
-    raw = raw.select_columns([side for side in _SIDES if side in raw.column_names])
-    for start in range(0, len(rows), 1000):
-        batch = raw[rows[start : start + 1000]]
-        for values in zip(*batch.values(), strict=True):
-            row = split_row(dict(zip(batch, values, strict=True)))
-            found.append([flatten_text(row[side])[: CUTS[0]] for side in _SIDES])
-    lengths = np.array([[len(text) for text in texts] for texts in found])
+    found = [[text[: CUTS[0]] for text in texts.of(row)] for row in rows]
+    lengths = np.array([[len(text) for text in held] for held in found])
     cut = next((cut for cut in CUTS if np.minimum(lengths, cut).sum() <= TEXT), CUTS[-1])
-    shown = [[None if row in sampled else text[:cut] for text in texts] for row, texts in zip(rows, found, strict=True)]
+    shown = [[None if row in sampled else text[:cut] for text in held] for row, held in zip(rows, found, strict=True)]
     return shown, cut
 
 

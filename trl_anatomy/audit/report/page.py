@@ -17,9 +17,12 @@ from ..text_folder import TextAudit
 from .explore import excerpt, explore_data, marked, pair_data, sample_views
 from .habits import habits_section, render_text_page
 from .shell import number, render_page
+from .texts import RowTexts
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from ...reading.spans import Pairs
 
 N_ROWS = 8  # concepts in the first table
 N_NAMED = 2  # concepts a side in the first sentence
@@ -40,12 +43,13 @@ CONCEPT, CONTEXT = "\ue000", "\ue001"
 HALF = 110.0
 
 
-def write_report(audit: Audit, raw_dataset: "Dataset | None" = None, out: str | Path | None = None) -> Path:
+def write_report(audit: Audit, raw_dataset: "Dataset | Pairs | None" = None, out: str | Path | None = None) -> Path:
     """Write the page of an audit.
 
     Args:
-        raw_dataset: the dataset that was audited, for the texts of pairs; without it the page names rows, and shows
-            only the pairs that the folder keeps token by token.
+        raw_dataset: the audited pairs (`reopen(audit).pairs`), for their texts as they are trained on; or the audited
+            dataset, for texts as it has them. Without it the page names rows, and shows only the pairs that the
+            folder keeps token by token.
         out: file to write; default `report.html` in the audit folder.
     Returns:
         Where it was written.
@@ -58,29 +62,30 @@ def write_report(audit: Audit, raw_dataset: "Dataset | None" = None, out: str | 
     return path
 
 
-def render(audit: Audit, raw_dataset: "Dataset | None" = None) -> str:
+def render(audit: Audit, raw_dataset: "Dataset | Pairs | None" = None) -> str:
     """The page as HTML; what its Content-Security-Policy allows: `shell.render_page`.
 
     Raises:
         AnatomyError: as `write_report`.
     """
     n_rows = audit.info["data"]["n_rows"]
-    if raw_dataset is not None and len(raw_dataset) != n_rows:
-        raise AnatomyError(f"{audit.name}: the audited dataset has {n_rows} rows, found one of {len(raw_dataset)}.")
+    texts = None if raw_dataset is None else RowTexts(raw_dataset)
+    if texts is not None and len(texts.raw) != n_rows:
+        raise AnatomyError(f"{audit.name}: the audited dataset has {n_rows} rows, found one of {len(texts.raw)}.")
     if audit.info["settings"].get("data_kind") == "sft":  # regions are listed, and there are no pairs to explore
-        return render_page("page.html", __package__, [], {}, **_view(audit, raw_dataset, {}))
+        return render_page("page.html", __package__, [], {}, **_view(audit, texts, {}))
     samples = sample_views(audit)
     snippets = {
         "all": snippet(audit, CONCEPT),
         "feature": snippet(audit, CONCEPT, gate=f"{{data: {CONTEXT}}}"),
         "prompt": snippet(audit, CONCEPT, gate=f"{{prompts: {CONTEXT}}}"),
     }
-    data = {"data": explore_data(audit, snippets), "pairs": pair_data(audit, raw_dataset, samples)}
-    view = _view(audit, raw_dataset, samples)
+    data = {"data": explore_data(audit, snippets), "pairs": pair_data(audit, texts, samples)}
+    view = _view(audit, texts, samples)
     return render_page("page.html", __package__, ["explore.js"], data, **view)
 
 
-def _view(audit: Audit, raw: "Dataset | None", samples: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def _view(audit: Audit, texts: RowTexts | None, samples: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """What the template shows."""
     info = audit.info
     concepts = audit.labelled(audit.concepts).to_pylist()
@@ -116,7 +121,7 @@ def _view(audit: Audit, raw: "Dataset | None", samples: dict[int, dict[str, Any]
         concept["against"] = [h for h in mine if h["lean"] != side][:N_CONTEXTS]
         latents = concept["features"][:N_LATENTS] if neuronpedia_id else []
         concept["latents"] = [(latent, neuronpedia_url(neuronpedia_id, latent)) for latent in latents]
-        concept["pair"] = _pair(concept, raw, samples)
+        concept["pair"] = _pair(concept, texts, samples)
         concept["snippet"] = snippet(audit, concept["concept"], [h["context"] for h in concept["contexts"]])
         concept["card"] = concept in found[:N_CARDS]
     first = _first(found)
@@ -128,7 +133,7 @@ def _view(audit: Audit, raw: "Dataset | None", samples: dict[int, dict[str, Any]
     return {
         "sft": sft,
         "habits": habits,
-        "regions": _regions(audit, apart, by_name, raw) if sft else [],
+        "regions": _regions(audit, apart, by_name, texts) if sft else [],
         "n_apart": len(apart),
         "info": info,
         "data_name": Path(info["data"]["name"]).name,
@@ -166,7 +171,7 @@ def _view(audit: Audit, raw: "Dataset | None", samples: dict[int, dict[str, Any]
 
 
 def _regions(
-    audit: Audit, found: list[dict[str, Any]], concepts: dict[str, dict[str, Any]], raw: "Dataset | None"
+    audit: Audit, found: list[dict[str, Any]], concepts: dict[str, dict[str, Any]], texts: RowTexts | None
 ) -> list[dict[str, Any]]:
     """Regions of SFT data in which responses differ from the rest, the one with the best finding first."""
     described = audit.info.get("contexts", {})
@@ -178,18 +183,16 @@ def _regions(
         )
         listed = entry[hypothesis["lean"]]
         if len(listed) < N_CONTEXTS:
-            listed.append({**hypothesis, "example": _example(concepts[hypothesis["concept"]], raw)})
+            listed.append({**hypothesis, "example": _example(concepts[hypothesis["concept"]], texts)})
     return list(regions.values())[:N_REGIONS]
 
 
-def _example(concept: dict[str, Any], raw: "Dataset | None") -> dict[str, Any] | None:
+def _example(concept: dict[str, Any], texts: RowTexts | None) -> dict[str, Any] | None:
     """The row of SFT data that shows a concept best, as text."""
-    if raw is None or not concept["telling_rows"]:
+    if texts is None or not concept["telling_rows"]:
         return None
-    from ...reading.sft import sft_texts
-
     row = concept["telling_rows"][0]
-    prompt, response = sft_texts(raw[int(row)])
+    prompt, response, _ = texts.of(int(row))
     return {"row": row, "prompt": prompt, "response": response}
 
 
@@ -232,7 +235,7 @@ def _first(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [c for c in found if c["concept"] in {*kept, *others}]
 
 
-def _pair(concept: dict[str, Any], raw: "Dataset | None", samples: dict[int, dict[str, Any]]) -> dict[str, Any] | None:
+def _pair(concept: dict[str, Any], texts: RowTexts | None, samples: dict[int, dict[str, Any]]) -> dict[str, Any] | None:
     """The pair that shows the shift best: texts in pieces with the level at which the concept fires there.
 
     `all` is None where no text is known; `short` leaves out sides that need no folding; `seen` is the stretch of the
@@ -250,12 +253,10 @@ def _pair(concept: dict[str, Any], raw: "Dataset | None", samples: dict[int, dic
         long = [key for key in _SIDES if sum(map(len, sample[key])) > SHORT]
         pair["short"] = {key: excerpt(sample, name, key, SHORT) for key in long}
         pair["seen"] = excerpt(sample, name, side, SEEN)
-    elif raw is not None:
-        from ...reading.spans import flatten_text, split_row
-
-        texts = {key: flatten_text(value) for key, value in split_row(raw[row]).items() if key in _SIDES}
-        pair["all"] = {key: [(text, 0)] for key, text in texts.items()}
-        pair["short"] = {key: [(f"{text[:SHORT]} …", 0)] for key, text in texts.items() if len(text) > SHORT}
+    elif texts is not None:
+        sides = dict(zip(_SIDES, texts.of(row), strict=True))
+        pair["all"] = {key: [(text, 0)] for key, text in sides.items()}
+        pair["short"] = {key: [(f"{text[:SHORT]} …", 0)] for key, text in sides.items() if len(text) > SHORT}
     return pair
 
 

@@ -2,9 +2,8 @@
 
 import re
 
-# Scripts that are written without blanks between words: each character counts as a word.
-UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_UNSPACED = re.compile(f"[{UNSPACED}]")
+from ..token_text import UNSPACED
+
 # What a word ends with where a sentence ends, before quotation marks and brackets; what looks like it and is none.
 _ENDS, _CLOSE = ".!?…。！？", "\"'”’)]*_"
 _ENDED, _LAST = frozenset(_ENDS), frozenset(_ENDS + _CLOSE)
@@ -49,10 +48,10 @@ def words(text: str) -> float:
     """
     if text.isascii():
         return float(len(text.split()))
-    found = _UNSPACED.findall(text)
+    found = UNSPACED.findall(text)
     if not found:
         return float(len(text.split()))
-    rest = [word for word in _UNSPACED.sub(" ", text).split() if any(map(str.isalnum, word))]
+    rest = [word for word in UNSPACED.sub(" ", text).split() if any(map(str.isalnum, word))]
     return float(len(found) + len(rest))
 
 
