@@ -25,7 +25,14 @@ from trl_anatomy.checking import responses as checking
 from trl_anatomy.checking.compare import compare
 from trl_anatomy.checking.dose import dose_response, perplexity
 from trl_anatomy.checking.persona import persona_rows
-from trl_anatomy.checking.responses import as_pairs, audited_tokenizer, prompts_for, sampled, sampled_responses
+from trl_anatomy.checking.responses import (
+    as_pairs,
+    audited_tokenizer,
+    prompts_for,
+    sampled,
+    sampled_responses,
+    written_texts,
+)
 from trl_anatomy.checking.rollouts import Response, encode_prompt, rollouts
 from trl_anatomy.errors import AnatomyError
 from trl_anatomy.reading.fit import read_examples
@@ -384,6 +391,23 @@ def test_perplexity_is_of_the_sampled_tokens() -> None:
     found = perplexity(model, tokenizer, ["Why?"], [Response("It", letters, before, False)])
     assert found == pytest.approx(expected, rel=1e-5)
     assert found != pytest.approx(perplexity(model, tokenizer, ["Why?"], ["It"]), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("template", "opened"),
+    [("gptoss", "<|channel|>final<|message|>"), ("qwen3", "<think>\n\n</think>\n\n"), ("llama3_2", "")],
+)
+def test_rules_read_sampled_text_without_what_the_template_opens(template: str, opened: str) -> None:
+    """`^` is the first character that the model was asked to write, in responses as in pairs."""
+    tokenizer = tokenizer_of(trl_template(template))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|channel|>", "<|message|>", "<|start|>"]})
+    prompts = [ChatPrompt(ASKED["one turn"]["prompt"], tools=TOOLS)] * 2
+    before = encode_prompt(tokenizer, prompts[0])
+    said_ids = [tokenizer(opened + text, add_special_tokens=False).input_ids for text in ("It is.", "")]
+    responses = [Response(tokenizer.decode(ids, skip_special_tokens=True), ids, before) for ids in said_ids]
+    assert written_texts(prompts, responses, tokenizer)[0] == "It is."
+    assert written_texts(prompts, ["It is.", ""], tokenizer) == ["It is.", ""]
+    assert written_texts(prompts, ["", ""], tokenizer) == ["", ""]
 
 
 def test_a_dose_is_given_to_prompts_with_their_tools() -> None:

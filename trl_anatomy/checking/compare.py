@@ -30,6 +30,7 @@ from .responses import (
     name_of,
     sampled,
     slug,
+    written_texts,
 )
 
 if TYPE_CHECKING:
@@ -221,6 +222,7 @@ def compare(
             "left_out": pairs.left_out,
         }
 
+    texts = {name: written_texts(prompts, said, tokenizer) for name, said in responses.items()}
     result: dict[str, Any] = {
         "audit": audit.name,
         "before": name_of(before),
@@ -239,10 +241,8 @@ def compare(
             for k, row in enumerate(concepts)
         ],
         "agreement": agreements,
-        "rates": _rates(responses, list(after), rules, prompt_of),
-        "words": {
-            name: means_with_intervals(word_counts(texts)[:, None], prompt_of)[0] for name, texts in responses.items()
-        },
+        "rates": _rates(texts, list(after), rules, prompt_of),
+        "words": {name: means_with_intervals(word_counts(said)[:, None], prompt_of)[0] for name, said in texts.items()},
     }
     result = without_nan(result)
     write_atomically(out / "compare.json", json.dumps(result, indent=2).encode())

@@ -15,7 +15,7 @@ from ..reading.fingerprint import hash_json
 from ..reading.prompts import Prompt
 from ..reading.storage import fetch, local
 from .rates import TEXT_RULES, Rules, rate_interval, rule_hits
-from .responses import activities, as_pairs, audited_tokenizer, load_audited, name_of, sampled
+from .responses import activities, as_pairs, audited_tokenizer, load_audited, name_of, sampled, written_texts
 
 if TYPE_CHECKING:
     from ..audit.folder import Audit
@@ -122,7 +122,8 @@ def predict(
     concepts = audit.labelled(audit.concepts).to_pylist()
     features = [np.asarray(row["features"], dtype=np.int64) for row in concepts]
     activity = np.concatenate(activities(read, features, settings["tau"]))
-    hits = {rule: _of_pairs(found, pairs) for rule, found in rule_hits(said, rules).items()}
+    texts = written_texts(asked, said, tokenizer)
+    hits = {rule: _of_pairs(found, pairs) for rule, found in rule_hits(texts, rules).items()}
     groups = np.concatenate([pairs.prompt_groups, pairs.prompt_groups])
     scores = score_pairs(pairs, scorers, model, progress=progress)
     named = {name: np.concatenate([scores.chosen[name], scores.rejected[name]]) for name in scores.names}

@@ -219,12 +219,29 @@ def as_pairs(prompts: Sequence[Prompt], after: Sequence[str], before: Sequence[s
             raise AnatomyError("Two responses to a prompt were sampled after other tokens: sample them the same way.")
         tokens = [one.prompt_ids for one in chosen], [one.ids for one in chosen], [one.ids for one in rejected]
         columns |= {name: pa.array(ids, pa.list_(pa.int64())) for name, ids in zip(SAMPLED, tokens, strict=True)}
-        return datasets.Dataset.from_dict(columns)
     for name, attribute in (("tools", "tools"), ("chat_template_kwargs", "template_kwargs")):
         values = [getattr(prompt, attribute, None) or None for prompt in prompts]
         if any(value is not None for value in values):
             columns[name] = [json.dumps(value) for value in values] if name == "tools" else [v or {} for v in values]
     return datasets.Dataset.from_dict(columns)
+
+
+def written_texts(prompts: Sequence[Prompt], responses: Sequence[str], processing_class: Any) -> list[str]:
+    """Texts of responses as rules read those of pairs: without what the template opens an answer with.
+
+    Blank responses keep their own text.
+
+    Raises:
+        AnatomyError: as `as_pairs` and `read_pairs`.
+    """
+    from ..reading.spans import read_pairs
+
+    texts = list(map(str, responses))
+    if any(text.strip() for text in texts):
+        pairs = read_pairs(as_pairs(prompts, responses, responses), processing_class, max_length=None)
+        for i, row in enumerate(pairs.rows.tolist()):
+            texts[row] = pairs.response_text(i, "chosen")
+    return texts
 
 
 def activities(read: Harvest, features: Sequence[np.ndarray], tau: float) -> list[np.ndarray]:
