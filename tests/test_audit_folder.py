@@ -201,7 +201,8 @@ def test_pairs_of_one_prompt_are_taken_together(world):
         rows = sorted(table.to_pylist(), key=lambda h: (h["context"], h["concept"]))
         deltas[name] = [h["delta"] for h in rows]
         errors[name] = {view: [h["p"] for h in rows if h["view"] == view] for view in ("feature", "prompt")}
-    assert deltas["found"] == deltas["apart"]
+    # The halves hold whole prompts now, so that sums of them are added up in another order.
+    np.testing.assert_allclose(deltas["found"], deltas["apart"], rtol=1e-9, atol=1e-12)
     assert all(errors["found"][view] != errors["apart"][view] for view in ("feature", "prompt"))
     assert run.analyse(world, config, texts, np.arange(world.n_pairs)).concepts.equals(apart.concepts)
 
@@ -263,10 +264,11 @@ def write_sae(path):
 
 
 def word_pairs(n=400):
-    rng = random.Random(0)
+    """Pairs to many prompts: of a handful of prompts nothing is claimed."""
+    rng, asked = random.Random(0), random.Random(1)
     rows = []
     for i in range(n):
-        about = rng.choice(["the sea", "a soup"])
+        about = " ".join([rng.choice(["the sea", "a soup"]), *asked.choices(WORDS, k=2)])
         sides = {}
         for side, rate in (("chosen", 0.8), ("rejected", 0.2)):
             words = rng.choices([w for w in WORDS if w != "**bold**"], k=rng.randint(3, 7))
@@ -322,8 +324,11 @@ def test_a_run_from_files_to_page(setup):
     assert run.dry_run(setup)["shards_done"] == 3
     shard.write_bytes(whole)
 
-    assert audit.info["counts"]["n_prompts"] == len(set(audit.pairs["prompt_group"].to_pylist())) == 2
-    assert any("399 pairs share 2 prompts, too few" in note for note in audit.info["notes"])
+    assert audit.info["counts"]["n_prompts"] == len(set(audit.pairs["prompt_group"].to_pylist())) >= 100
+    n_prompts = audit.info["counts"]["n_prompts"]
+    assert any(f"399 pairs share {n_prompts} prompts: intervals" in note for note in audit.info["notes"])
+    assert not audit.info["too_few_prompts"]
+    assert audit.info["data"]["cut"] == {"chosen": 0, "rejected": 0}
 
     # The planted habit, found and named: features that a bold word lights lean to chosen.
     best = max(audit.concepts.to_pylist(), key=lambda c: c["predicted"])
@@ -355,7 +360,7 @@ def test_a_harvest_of_something_else_is_told_by_a_dry_run_too(setup, tmp_path, c
     if change == "dataset":
         word_pairs(41).to_json(config.dataset)
     elif change == "max_length":
-        other = replace(config, max_length=7)
+        other = replace(config, max_length=9)
     elif change == "sae":
         from sae_lens import SAE
 

@@ -45,14 +45,19 @@ def rule(name: str, sign: str = "explain_away", **keys: Any) -> dict[str, Any]:
 
 
 def projection(model_dir: Path, direction: Path, prompt_ids: list[int], ids: list[int]) -> float:
-    """Mean projection of layer 1's output over the response, from a plain forward of the stored model."""
+    """Mean projection of layer 1's output over the response's text, from a plain forward of the stored model.
+
+    Special tokens are context: in the pairs no concept is pooled over them, and so not here.
+    """
+    special = AutoTokenizer.from_pretrained(model_dir).all_special_ids
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     outputs: list[torch.Tensor] = []
     model.model.layers[1].register_forward_hook(lambda _, __, out: outputs.append(out))
     with torch.no_grad():
         model(torch.tensor([[*prompt_ids, *ids]]))
     vector = DirectionScorer.load(direction).vector
-    return float((outputs[0][0, len(prompt_ids) :] @ vector).mean())
+    text = torch.tensor([token not in special for token in ids])
+    return float((outputs[0][0, len(prompt_ids) :][text] @ vector).mean()) if text.any() else 0.0
 
 
 def test_raw_scores_signs_and_gates() -> None:

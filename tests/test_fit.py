@@ -99,13 +99,20 @@ def test_pairs_with_a_column_of_labels_are_pairs() -> None:
     assert (found.groups == plain.groups).all()
 
 
+def text_in(ids: list[int]) -> torch.Tensor:
+    """Which tokens are neither padding nor BOS nor EOS: those are context, and no concept is fitted on them."""
+    return torch.tensor([token not in (0, 1, 2) for token in ids])
+
+
 def test_one_pass_reads_several_layers(model: Any) -> None:
     examples = read(as_responses(7))
     hidden, bounds = read_hidden(model, examples, [0, 2], batch_tokens=60, progress=False)
     assert sorted(hidden) == [0, 2]
     for layer in hidden:
         for i, (start, stop) in enumerate(examples.spans):
-            wanted = states_of(examples.sequences[i], layer)[start:stop].float()
+            wanted = states_of(examples.sequences[i], layer)[start:stop][
+                text_in(examples.sequences[i][start:stop])
+            ].float()
             torch.testing.assert_close(hidden[layer][bounds[i] : bounds[i + 1]], wanted, rtol=1e-4, atol=1e-4)
     low, _ = read_hidden(tiny_model().bfloat16(), examples, [0], progress=False)
     assert low[0].dtype == torch.bfloat16  # half the memory
@@ -216,7 +223,8 @@ def test_every_kind_is_fitted_judged_stored_and_used(kind: str, model: Any, sae_
     scores = []
     for i in held:
         start, stop = examples.spans[i]
-        hidden = states_of(examples.sequences[i], loaded.layer)[start:stop].float()
+        text = text_in(examples.sequences[i][start:stop])
+        hidden = states_of(examples.sequences[i], loaded.layer)[start:stop][text].float()
         scores.append(float(loaded.score_spans(hidden, [0, len(hidden)])[0]))
     again = detector_metrics(np.array(scores), examples.labels[held], card["threshold"], resamples=1)
     for name in ("roc_auc", "pr_auc", "f1", "n"):

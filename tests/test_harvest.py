@@ -32,6 +32,9 @@ def model() -> Any:
     return tiny_model()
 
 
+SPECIAL = (0, 1, 2)  # ids of the tokenizer's padding, BOS and EOS
+
+
 def sae(architecture: str = "topk", seed: int = 0) -> SAE:
     return SAE(tiny_sae(architecture, seed=seed))
 
@@ -57,9 +60,10 @@ def dense_reference(model: Any, inner: Any, pairs: Pairs) -> tuple[dict[str, np.
             with torch.no_grad():
                 states = model(torch.tensor([before + response]), output_hidden_states=True).hidden_states[LAYER + 1][0]
                 codes = inner.encode(states).abs().numpy()
-            parts = {name: codes[len(before) :]}
+            text = ~np.isin(before + response, SPECIAL)  # BOS and EOS are context, and not pooled
+            parts = {name: codes[len(before) :][text[len(before) :]]}
             if name == "chosen":
-                parts["prompt"] = codes[1 : len(before)]  # without BOS
+                parts["prompt"] = codes[: len(before)][text[: len(before)]]
             for span, part in parts.items():
                 maximum[span][i] = part.max(axis=0)
                 frequency[span][i] = (part > 0).mean(axis=0)
@@ -77,7 +81,7 @@ def test_harvest_is_the_dense_reference(architecture: str, model: Any, pairs: Pa
         np.testing.assert_allclose(found.frequency(span).toarray(), frequency[span], rtol=1e-6, atol=1e-7)
     tokens = [pairs.tokens(i) for i in range(len(pairs))]
     assert found.lengths["prompt"].tolist() == [len(p) - 1 for p, _, _, _ in tokens]
-    assert found.lengths["rejected"].tolist() == [len(r) for _, _, _, r in tokens]
+    assert found.lengths["rejected"].tolist() == [(~np.isin(r, SPECIAL)).sum() for _, _, _, r in tokens]
 
 
 def test_shards_batches_and_groups_change_nothing(

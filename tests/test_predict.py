@@ -89,7 +89,8 @@ def test_what_every_pair_says_alike_is_no_lack_of_evidence(world):
     """A mark that a pipeline leaves in every chosen response and in no other: the clearest habit that there can be."""
     scores = replace(views.activity(world, COMMUNITIES), u=np.ones((world.n_pairs, 1)), support=np.array([5]))
     for side, verdict in ((1.0, "rises"), (-0.25, "falls"), (0.0, "too few pairs to tell")):
-        told = replace(scores, u=side * scores.u)
+        shown = side * scores.u
+        told = replace(scores, u=shown, by_count=shown, v=shown)
         (row,) = predict.concept_table(told, COMMUNITIES[:1], AuditConfig(bootstrap=100)).to_pylist()
         assert (row["verdict"], row["predicted"]) == (verdict, side)
 

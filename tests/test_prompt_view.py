@@ -84,6 +84,18 @@ def explicit(harvest, config, prompts, responses):
     return c, np.column_stack([standard[:, features].mean(1) for features in responses])
 
 
+def by_count(harvest, config, responses):
+    """Scores with firing tokens as a share of the shorter response of a pair, dense, in float64."""
+    dense = {span: x.astype(np.float64) for span, x in harvest.dense.items()}
+    shorter = np.minimum(harvest.lengths["chosen"], harvest.lengths["rejected"])
+    sides = {side: dense[side] * (harvest.lengths[side] / shorter)[:, None] for side in ("chosen", "rejected")}
+    if config.pooling == "max":
+        sides = {side: 3 * dense[side] for side in sides}
+    scale = np.maximum((3 if config.pooling == "max" else 1) * (dense["chosen"] - dense["rejected"]).std(0), 1e-6)
+    delta = (sides["chosen"] - sides["rejected"]) / scale
+    return np.column_stack([delta[:, features].mean(1) for features in responses])
+
+
 def test_the_highest_scoring_pairs_make_a_context(case):
     harvest, config, view = case
     c, _ = explicit(harvest, config, view.geometry.prompts, view.geometry.responses)
@@ -103,6 +115,7 @@ def test_hypotheses_equal_an_explicit_reference(case):
     _, u = explicit(harvest, config, view.geometry.prompts, view.geometry.responses)
     np.testing.assert_allclose(view.scores.u - view.scores.u.mean(0), u, **TOLERANCE)
     np.testing.assert_array_equal(view.scores.rows, harvest.rows)
+    counted = by_count(harvest, config, view.geometry.responses)
     table = view.hypotheses.to_pylist()
     assert len(table) == len(view.geometry.prompts) * len(view.geometry.responses)
     ratio = np.log(harvest.lengths["chosen"] / harvest.lengths["rejected"])
@@ -123,7 +136,10 @@ def test_hypotheses_equal_an_explicit_reference(case):
             mine = harvest.rows % 2 == half
             halves.append(u[inside & mine, m].mean() - u[~inside & mine, m].mean())
         np.testing.assert_allclose([row["delta_a"], row["delta_b"]], halves, **TOLERANCE)
-        assert row["kept"] == (halves[0] * halves[1] > 0 and min(map(abs, halves)) > 1e-6 and len(a) >= 5)
+        # Counted on the length of the shorter response, half of the difference or more has to be left.
+        left = counted[inside, m].mean() - counted[~inside, m].mean()
+        agrees = halves[0] * halves[1] > 0 and min(map(abs, halves)) > 1e-6
+        assert row["kept"] == (agrees and left * np.sign(delta) >= 0.5 * abs(delta) and len(a) >= 5)
         design = np.column_stack([np.ones(len(u)), inside, ratio])
         adjusted = np.linalg.lstsq(design, u[:, m], rcond=None)[0][1]
         np.testing.assert_allclose(row["delta_length_adjusted"], adjusted, **TOLERANCE)

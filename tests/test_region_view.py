@@ -127,8 +127,13 @@ def test_rows_of_one_prompt_are_called_rows(world: World, read: Harvest) -> None
     rows = sft_rows(world)
     one = rows.dataset.map(lambda row: {"prompt_ids": [1]})
     found = analyse_regions(read, AuditConfig(data_kind="sft", region="topic=1"), replace(rows, dataset=one))
-    assert f"{N_ROWS} rows share one prompt, too few to tell how much depends on the prompt" in found.info["notes"][0]
-    assert "take every row by itself and hold for this prompt only" in found.info["notes"][0]
+    # One prompt tells nothing of others: taking every row by itself would claim too much.
+    assert (
+        f"{N_ROWS} rows share one prompt: intervals and tests take the rows of a prompt together"
+        in found.info["notes"][0]
+    )
+    assert found.info["too_few_prompts"]
+    assert not any(found.hypotheses["kept"].to_pylist())
 
 
 @pytest.mark.parametrize("region", [None, "topic=1", "prompt~soup of onions"])

@@ -261,9 +261,23 @@ def test_too_few_pairs_is_said_plainly(tmp_path):
 
 
 def test_no_concepts_at_all(tmp_path):
-    page = render(make_audit(tmp_path, make_world(n=5)))
+    silent = make_world(n=40)
+    for span in silent.matrices:
+        silent.matrices[span], silent.counts[span] = 0 * silent.matrices[span], 0 * silent.counts[span]
+    page = render(make_audit(tmp_path, silent))
     assert "no concept was found" in page
     assert "can not tell anything" in page
+    assert 'id="explore"' not in page  # maps of nothing
+
+
+@pytest.mark.parametrize(("n", "told"), [(1, "1 different prompt,"), (5, "5 different prompts,"), (19, "19 different")])
+def test_too_few_prompts_are_told_first(tmp_path, n, told):
+    """Nothing is claimed of them: that is the first thing to read, and there are no empty maps below."""
+    page = render(make_audit(tmp_path, make_world(n=n)))
+    first = page.split("What it will teach</h1>")[1].lstrip()
+    assert first.startswith(f'<p class="lead"><b>Too few prompts to tell: {told}')
+    assert "will show" not in page
+    assert "No evidence</b>" not in page
 
 
 @pytest.mark.parametrize(("add", "said"), [(20, "Chosen"), (-12, "Rejected"), (0, None)])

@@ -46,7 +46,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def token_states(pairs: Pairs, layer: int) -> list[list[np.ndarray]]:
-    """[chosen of every pair, rejected of every pair], (n_tokens, d_model) float64 each."""
+    """[chosen of every pair, rejected of every pair], (n_tokens, d_model) float64 each, without EOS: it is no text."""
     model = tiny_model().double()
     sides: list[list[np.ndarray]] = [[], []]
     for i in range(len(pairs)):
@@ -54,7 +54,7 @@ def token_states(pairs: Pairs, layer: int) -> list[list[np.ndarray]]:
         for side, (before, response) in enumerate(((prompt, chosen), (other, rejected))):
             with torch.no_grad():
                 states = model(torch.tensor([before + response]), output_hidden_states=True).hidden_states[layer + 1][0]
-            sides[side].append(states[len(before) :].numpy())
+            sides[side].append(states[len(before) :].numpy()[np.array(response) != 2])
     return sides
 
 

@@ -363,15 +363,18 @@ def _print_regions(audit: Audit) -> None:
 
 
 def _print_size(audit: Audit) -> None:
+    from .audit.findings import data_notes
     from .reading.columns import column_notes
 
-    data = audit.info["data"]
+    data, notes = audit.info["data"], data_notes(audit.info)
+    if audit.info.get("too_few_prompts"):  # before anything that could be read as a finding
+        print(f"\n{notes.pop(0)}")
     left_out = ", ".join(f"{count} {reason}" for reason, count in data["left_out"].items())
     kind = "usable rows" if audit.info["settings"]["data_kind"] == "sft" else "pairs"
     print(
         f"\n{data['n_pairs']} {kind} of {data['n_rows']} rows" + (f" (left out: {left_out})" if left_out else "") + "."
     )
-    for note in column_notes(data.get("unread_columns", []), data.get("looks_like_prompt")):
+    for note in [*notes, *column_notes(data.get("unread_columns", []), data.get("looks_like_prompt"))]:
         print(note)
 
 
@@ -384,7 +387,10 @@ def _print_audit(audit: Audit) -> None:
         print("\n".join(habit_sentences(audit.habits.to_pylist(), audit.info["counts"]["n_prompts"])))
     rows = sorted(audit.labelled(audit.concepts).to_pylist(), key=lambda row: -abs(row["predicted"]))
     taught = [row for row in rows if row["verdict"] in ("rises", "falls")]
-    if not taught:
+    by_length = sum(row["verdict"] == "explained by length" for row in rows)
+    if not taught and audit.info.get("too_few_prompts"):
+        print(f"No claim about any of {len(rows)} concepts.")
+    elif not taught:
         print(f"No evidence that these pairs teach any of {len(rows)} concepts.")
     else:
         print(f"What the data will teach ({len(taught)} of {len(rows)} concepts; largest shifts first):")
@@ -395,6 +401,8 @@ def _print_audit(audit: Audit) -> None:
             f"  {row['concept']:<8} {row['predicted']:+7.3f}  {interval:<18} {row['length_adjusted']:+12.3f}"
             f" {row['q']:9.2g}  {row['label']}"
         )
+    if by_length:
+        print(f"Of {by_length} more the lengths of the responses, or where max_length cut them, explain the shift.")
     print(f"Report: {shown(audit.path / 'report.html')}")
 
 

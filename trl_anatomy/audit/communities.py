@@ -50,13 +50,15 @@ class Communities:
     notes: tuple[str, ...]
 
 
-def find_communities(harvest: "Harvest", config: AuditConfig) -> Communities:
+def find_communities(harvest: "Harvest", config: AuditConfig, distinct: np.ndarray | None = None) -> Communities:
     """Communities of the responses: of both sides of the pairs, or of the one response that a row of SFT data has.
 
+    Args:
+        distinct: (n_pairs,) bool, one pair of each set of copies: the others are left out; default no pair is a copy.
     Source: method.md section 3a.
     """
     spans = ("chosen",) if config.data_kind == "sft" else ("chosen", "rejected")
-    every = fired_responses(harvest, config.tau, config.community_pairs, config.seed, spans=spans)
+    every = fired_responses(harvest, config.tau, config.community_pairs, config.seed, spans=spans, distinct=distinct)
     fired = affordable(every, config.seed)
     notes: tuple[str, ...] = ()
     if fired.shape[0] < every.shape[0]:
@@ -102,7 +104,12 @@ def sizes_for(n_live: int, config: AuditConfig) -> Sizes:
 
 
 def fired_responses(
-    harvest: "Harvest", tau: float, max_pairs: int, seed: int = 0, spans: Sequence[str] = ("chosen", "rejected")
+    harvest: "Harvest",
+    tau: float,
+    max_pairs: int,
+    seed: int = 0,
+    spans: Sequence[str] = ("chosen", "rejected"),
+    distinct: np.ndarray | None = None,
 ) -> sparse.csr_array:
     """Which feature fired in which response, as communities see it.
 
@@ -110,13 +117,15 @@ def fired_responses(
 
     Args:
         spans: the responses of a pair; SFT data have the first alone.
+        distinct: (n_pairs,) bool, pairs to draw from; default all.
     Returns:
         (responses of the pairs used, d_sae), at most `max_pairs` pairs drawn by `seed`.
     """
-    drawn = np.ones(harvest.n_pairs, dtype=bool)
-    if harvest.n_pairs > max_pairs:
+    drawn = np.ones(harvest.n_pairs, dtype=bool) if distinct is None else distinct.copy()
+    known = np.flatnonzero(drawn)
+    if len(known) > max_pairs:
         drawn[:] = False
-        drawn[np.random.default_rng(seed).choice(harvest.n_pairs, max_pairs, replace=False)] = True
+        drawn[np.random.default_rng(seed).choice(known, max_pairs, replace=False)] = True
     parts, start = [], 0
     for shard in harvest.shards():
         here = shard.select(np.flatnonzero(drawn[start : start + len(shard.rows)]))

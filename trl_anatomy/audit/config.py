@@ -19,8 +19,14 @@ _KINDS: dict[Any, tuple[Any, str]] = {
     str: ((str, os.PathLike), "text"),
     int: (Integral, "a whole number"),
     float: (Real, "a number"),
+    bool: (bool, "true or false"),
     type(None): (type(None), "none"),
 }
+
+
+def recorded(settings: dict[str, Any]) -> "AuditConfig":
+    """The settings of an audit folder. Audits of earlier versions pooled over all tokens, and do not say so."""
+    return AuditConfig(**{"pool_special_tokens": True, **settings})
 
 
 def is_region(text: str) -> bool:
@@ -108,6 +114,13 @@ class AuditConfig:
             "help": "YAML file of habits of your own to count: `habits: {name: regex}`. The library is counted too."
         },
     )
+    pool_special_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "Pool concepts over special tokens and what the chat template writes around answers as well, "
+            "unless the SAE was trained without them."
+        },
+    )
     dtype: str = field(default="auto", metadata={"help": "auto (as stored), float32, bfloat16 or float16."})
     device: str = field(default="auto", metadata={"help": "auto (cuda where there is one), cpu, cuda, cuda:1, ..."})
     batch_tokens: int = field(default=8192, metadata={"help": "Tokens in one batch of the frozen pass."})
@@ -186,7 +199,8 @@ class AuditConfig:
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
             value, kinds = getattr(self, name), get_args(hint) or (hint,)
-            if not isinstance(value, tuple(_KINDS[kind][0] for kind in kinds)) or isinstance(value, bool):
+            fits = bool in kinds if isinstance(value, bool) else isinstance(value, tuple(_KINDS[k][0] for k in kinds))
+            if not fits:
                 words = " or ".join(_KINDS[kind][1] for kind in kinds)
                 raise AnatomyError(f"audit setting {name}: found {repr(value)[:60]}, allowed: {words}.")
         sft = self.data_kind == "sft"

@@ -1,7 +1,7 @@
 """What an audit says, and what both kinds of data (pairs, SFT rows) need to say it."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ _STEPS = {
     "predict": "Estimating shifts",
 }
 
-# With fewer prompts, errors between prompts can not be estimated.
+# With fewer prompts, errors between prompts can not be estimated, and nothing is claimed.
 MIN_PROMPTS = 20
 
 
@@ -57,12 +57,51 @@ def shared_prompts(prompt_groups: np.ndarray | None, what: str = "pair") -> tupl
     if prompt_groups is None or n_prompts == len(prompt_groups):
         return None, []
     shared = f"{len(prompt_groups)} {what}s share {'one prompt' if n_prompts == 1 else f'{n_prompts} prompts'}"
-    if n_prompts < MIN_PROMPTS:
-        return None, [
-            f"{shared}, too few to tell how much depends on the prompt: intervals and tests take every {what} by "
-            f"itself and hold for {'this prompt' if n_prompts == 1 else 'these prompts'} only."
-        ]
     return prompt_groups, [f"{shared}: intervals and tests take the {what}s of a prompt together."]
+
+
+def too_few(n_prompts: int) -> str:
+    """What to tell first where `few_prompts` holds."""
+    return (
+        f"Too few prompts to tell: {n_prompts} different {'prompt' if n_prompts == 1 else 'prompts'}, at least "
+        f"{MIN_PROMPTS} are needed before anything is claimed."
+    )
+
+
+def few_prompts(groups: np.ndarray | None, n_rows: int) -> bool:
+    """Whether there are too few prompts to tell anything, as `shared_prompts` groups them."""
+    return (n_rows if groups is None else len(np.unique(groups))) < MIN_PROMPTS
+
+
+def data_notes(info: Mapping[str, Any]) -> list[str]:
+    """What a reader should know of the data before any concept, in sentences.
+
+    Args:
+        info: `audit.json`; of an audit of an earlier version, which says less.
+    """
+    data, notes = info["data"], []
+    if info.get("too_few_prompts"):
+        notes.append(too_few(info["counts"]["n_prompts"]))
+    cut, copies = data.get("cut") or {}, info.get("copies") or {}
+    if any(cut.values()):
+        sides = " and ".join(f"{count} {side}" for side, count in cut.items())
+        notes.append(
+            f"max_length cut {sides} responses of {data['n_pairs']} pairs: what stands at their end is missing."
+        )
+    if copies.get("identical"):
+        notes.append(
+            f"{copies['identical']} pairs repeat an earlier one: training sees them as often, tests count them once."
+        )
+    if copies.get("reversed"):
+        notes.append(
+            f"{copies['reversed']} pairs stand in the data both ways round, chosen and rejected swapped: they cancel."
+        )
+    if info["settings"].get("pool_special_tokens", True):
+        notes.append(
+            "Concepts are pooled over special tokens and what the chat template writes around answers as well: what "
+            "fires there fires more often in short responses."
+        )
+    return notes
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """What training will shift, what it did shift, and how well the two agree (method.md sections 4 and 7)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -9,7 +9,8 @@ from scipy import stats as distributions
 
 from . import stats
 from .config import AuditConfig
-from .views import Disparity
+from .findings import few_prompts
+from .views import Activity, Disparity
 
 # Kinds of concepts, and the letters of their names.
 CO_FIRING, RESPONSE_GEOMETRY = "co-firing", "response-geometry"
@@ -17,8 +18,12 @@ LETTERS = {CO_FIRING: "T", RESPONSE_GEOMETRY: "R"}
 
 # Verdicts on a concept, in the words of the page.
 RISES, FALLS, NO_EVIDENCE, TOO_FEW = "rises", "falls", "no evidence", "too few pairs to tell"
+BY_LENGTH = "explained by length"
 # Of concepts of SFT data.
 NO_PAIRS = "no pairs"
+
+# A sum of disparities of this size is rounding left over from copies that cancel.
+CANCELLED = 1e-9
 
 CONCEPTS = pa.schema(
     [
@@ -74,6 +79,8 @@ def concept_table(
     n_telling: int = 3,
     kind: str = CO_FIRING,
     groups: np.ndarray | None = None,
+    copies: np.ndarray | None = None,
+    cut: Mapping[str, np.ndarray] | None = None,
 ) -> pa.Table:
     """A row per concept: predicted shift with interval, test, length-adjusted shift, support, verdict.
 
@@ -83,8 +90,9 @@ def concept_table(
     - length_adjusted: mean of u left when chosen and rejected are equally long, with interval.
     - detectable: smallest shift that these pairs would show at 5 % with 80 % power: 2.8 standard errors.
     - support: pairs in which the concept fires at all; differ: pairs in which u is not zero.
-    - verdict: "too few pairs to tell" below `min_context` differing pairs; else rises / falls where q <= alpha and the
-      bootstrap interval leaves out zero; else "no evidence".
+    - verdict: "too few pairs to tell" below 20 prompts or `min_context` differing pairs (copies count once, reversed
+      ones not at all); else rises / falls where q <= alpha, the bootstrap interval leaves out zero, and neither length
+      nor truncation explains it (`_explained`), "explained by length" where one does; else "no evidence".
     - telling_rows: rows of the raw dataset that show the shift best: largest u on the side of the shift, then least
       difference in the other concepts, then shortest.
 
@@ -92,6 +100,8 @@ def concept_table(
         terms: distinctive terms of each concept, for its label.
         groups: (n,) prompt of each pair: pairs of one prompt are resampled together, and errors of means are robust
             to what they share; default every pair its own.
+        copies: (n,) the same number for copies of a pair, reversed ones too; default none are.
+        cut: "chosen" and "rejected" -> (n,) bool, responses that truncation cut short; default none.
         kind: CO_FIRING, or RESPONSE_GEOMETRY, whose u is in standard deviations of a feature's difference.
     Returns:
         Table of schema CONCEPTS, in the order T1, T2, ... or R1, R2, ...
@@ -101,20 +111,25 @@ def concept_table(
     _, error, p = stats.mean_test(u, groups)
     q = stats.benjamini_hochberg(p)
     low, high = stats.bootstrap_mean(u, config.bootstrap, config.seed, groups=groups)
-    adjusted, adjusted_low, adjusted_high = stats.length_adjusted_mean(u, scores.log_ratio, groups=groups)
+    adjusted, adjusted_low, adjusted_high = stats.length_adjusted_mean(
+        u, scores.log_ratio, groups=groups, copies=copies
+    )
     swapped = np.full(len(communities), np.nan)
     if config.permutations:
-        swapped = stats.swapped_mean_p(u, config.permutations, config.seed)
+        swapped = stats.swapped_mean_p(u, config.permutations, config.seed, groups=groups)
+    n_differ = distinct_differing(u, copies)
+    few = (n_differ < config.min_context) | few_prompts(groups, len(u))
+    by_length = _explained(scores, predicted, adjusted_low, adjusted_high, config, groups, cut)
     differ = np.array([np.count_nonzero(column) for column in u.T], dtype=np.int64)
     size = np.zeros(len(u))
     for column in u.T:  # one after the other: a second array of this size may not fit
         size += np.abs(column)
     verdicts = []
     for m in range(len(communities)):
-        if differ[m] < config.min_context:
+        if few[m]:
             verdicts.append(TOO_FEW)
         elif q[m] <= config.alpha and low[m] * high[m] > 0:
-            verdicts.append(RISES if predicted[m] > 0 else FALLS)
+            verdicts.append(BY_LENGTH if by_length[m] else RISES if predicted[m] > 0 else FALLS)
         else:
             verdicts.append(NO_EVIDENCE)
     labels = [" · ".join(list(t)[:4]) for t in terms] if terms is not None else [""] * len(communities)
@@ -143,6 +158,60 @@ def concept_table(
         },
         schema=CONCEPTS,
     )
+
+
+def distinct_differing(u: np.ndarray, copies: np.ndarray | None) -> np.ndarray:
+    """(K,) int64: pairs in which a concept differs, copies counted once and those that cancel not at all.
+
+    Args:
+        u: (n, K) signed disparity.
+        copies: (n,) the same number for copies of a pair; None where none are.
+    """
+    if copies is None:
+        return np.array([np.count_nonzero(column) for column in u.T], dtype=np.int64)
+    _, of = np.unique(copies, return_inverse=True)
+    sums = (np.bincount(of, column) for column in u.T)
+    return np.array([np.count_nonzero(np.abs(total) > CANCELLED) for total in sums], dtype=np.int64)
+
+
+def _explained(
+    scores: Disparity,
+    predicted: np.ndarray,
+    adjusted_low: np.ndarray,
+    adjusted_high: np.ndarray,
+    config: AuditConfig,
+    groups: np.ndarray | None,
+    cut: Mapping[str, np.ndarray] | None,
+) -> np.ndarray:
+    """(K,) bool: shifts that the lengths of the responses explain, or that truncation does.
+
+    A shift stands only if it has the same sign, and a nominal p of at most alpha,
+    - counting firing tokens on one length for both responses: what fires equally often on both sides is no finding;
+    - in the mean share of firing tokens, or in the mean of u left at equal length: what fires at an equal rate on both
+      sides is no finding, though the threshold tau is met more or less often in a longer response;
+    - over the pairs in which truncation did not cut the side that shows less, and that one alone: where the end is
+      missing, so is what stands there.
+    """
+    side = np.sign(predicted)
+
+    def falls_away(values: np.ndarray, of: np.ndarray | None) -> np.ndarray:
+        mean, _, p = stats.mean_test(values, of)
+        return ~((mean * side > 0) & (p <= config.alpha))
+
+    at_equal_length = np.where(side > 0, adjusted_low, -adjusted_high) > 0
+    share = scores.v if isinstance(scores, Activity) else scores.u if config.pooling == "freq" else None
+    explained = np.zeros(len(predicted), dtype=bool)
+    if scores.by_count is not None:
+        explained |= falls_away(scores.by_count, groups)
+    if share is not None:
+        explained |= ~at_equal_length & falls_away(share, groups)
+    else:
+        explained |= ~at_equal_length & ~np.isnan(adjusted_low)
+    for less, more, rises in (("rejected", "chosen", 1), ("chosen", "rejected", -1)):
+        whole = np.ones(len(scores.u), dtype=bool) if cut is None else ~(cut[less] & ~cut[more])
+        if not whole.all():
+            explained |= (side == rises) & falls_away(scores.u[whole], None if groups is None else groups[whole])
+    return explained
 
 
 def telling_rows(scores: Disparity, concept: int, predicted: float, size: np.ndarray, n: int = 3) -> list[int]:

@@ -63,23 +63,26 @@ class PromptView:
     notes: tuple[str, ...]
 
 
-def prompt_view(harvest: "Harvest", config: AuditConfig, groups: np.ndarray | None = None) -> PromptView:
+def prompt_view(
+    harvest: "Harvest", config: AuditConfig, groups: np.ndarray | None = None, copies: np.ndarray | None = None
+) -> PromptView:
     """Cluster features by geometry, then test every "A ⇝ R": in pairs whose prompt is about A, is R taught?
 
-    Halves are split by parity of the row in the raw dataset. All pairs are in the pool: one that shows nothing of A is
-    outside S(A). Permutation p-values take the response clusters and the scale of their features as given: swapping
-    chosen and rejected would change these by the square of a mean shift only.
+    Halves are split by parity of the row in the raw dataset, pairs of one prompt together. All pairs are in the pool:
+    one that shows nothing of A is outside S(A). Permutation p-values take the response clusters and the scale of their
+    features as given: swapping chosen and rejected would change these by the square of a mean shift only.
 
     Args:
         groups: (n,) prompt of each pair, for errors robust to what pairs of one prompt share; default none repeats.
+        copies: (n,) the same number for copies of a pair, which count once; default none are.
     Source: method.md section 5.
     """
-    geometry = find_geometry(harvest, config)
+    geometry = find_geometry(harvest, config, None if copies is None else first_of(copies))
     scores = response_scores(harvest, geometry.responses, config.pooling, geometry.scale)
     n_top = min(config.n_top, int(TOP_SHARE * harvest.n_pairs))
     members = top_pairs(prompt_scores(harvest, geometry.prompts, config), n_top, config.seed)
     pool = np.ones(harvest.n_pairs, dtype=bool)
-    table = hypothesis_table(scores, members, pool, config, names=("prompt", "A", "R"), groups=groups)
+    table = hypothesis_table(scores, members, pool, config, names=("prompt", "A", "R"), groups=groups, copies=copies)
     notes = geometry.notes
     if n_top < config.n_top and geometry.prompts:
         notes = (*notes, f"A prompt context holds {n_top} pairs at most, a quarter of them (setting {config.n_top}).")
@@ -94,13 +97,16 @@ def prompt_view(harvest: "Harvest", config: AuditConfig, groups: np.ndarray | No
     return PromptView(geometry, scores, members, table, used, notes)
 
 
-def find_geometry(harvest: "Harvest", config: AuditConfig) -> Geometry:
+def find_geometry(harvest: "Harvest", config: AuditConfig, distinct: np.ndarray | None = None) -> Geometry:
     """Geometry clusters of prompts and of response deltas, made apart (method.md section 3b).
 
     Two passes, shard by shard: moments of all pairs, then the sampled rows, which stay in memory. In a harvest so dense
     that they would be more than `SAMPLE_ENTRIES`, fewer rows are sampled.
+
+    Args:
+        distinct: (n_pairs,) bool, one pair of each set of copies, of which clusters are made; default all.
     """
-    n = harvest.n_pairs
+    n = harvest.n_pairs if distinct is None else int(distinct.sum())
     min_seen = config.min_seen
     if n < LARGE_DATA:
         min_seen = min(config.min_seen, max(config.min_context, round(config.min_seen * n / LARGE_DATA)))
@@ -109,9 +115,15 @@ def find_geometry(harvest: "Harvest", config: AuditConfig) -> Geometry:
         "responses": lambda shard: _delta(shard, config.pooling),
     }
     moments = {name: ColumnMoments.none(harvest.d_sae) for name in read}
+    scale, start = ColumnMoments.none(harvest.d_sae), 0
     for shard in harvest.shards():
+        here = slice(start, start + len(shard.rows))
+        start = here.stop
+        once = shard if distinct is None else shard.select(np.flatnonzero(distinct[here]))
         for name, values in read.items():
-            moments[name] = moments[name].plus(values(shard))
+            moments[name] = moments[name].plus(values(once))
+        if distinct is not None:
+            scale = scale.plus(_delta(shard, config.pooling))
     retained = {
         "prompts": moments["prompts"].retained(min_seen),
         "responses": moments["responses"].retained(min_seen, config.min_delta_std, config.min_delta_size),
@@ -125,7 +137,7 @@ def find_geometry(harvest: "Harvest", config: AuditConfig) -> Geometry:
             notes.append(
                 f"{word.capitalize()} clusters were made from {n_rows} pairs (setting {config.geometry_rows})."
             )
-        sample = _sample(harvest, read[name], n_rows, config.seed)
+        sample = _sample(harvest, read[name], n_rows, config.seed, distinct)
         n_clusters = min(config.n_geometry, max(1, size // MEAN_CLUSTER))
         components = min(config.geometry_components, sample.shape[0], max(1, size // 2))
         clusters[name] = geometry_clusters(
@@ -143,18 +155,30 @@ def find_geometry(harvest: "Harvest", config: AuditConfig) -> Geometry:
                 f"{len(clusters[name])} {word} clusters (setting {config.n_geometry}) from {components} components "
                 f"(setting {config.geometry_components})."
             )
-    scale = np.maximum(moments["responses"].std, STD_FLOOR)
-    return Geometry(clusters["prompts"], clusters["responses"], scale, used, tuple(notes))
+    std = moments["responses"].std if distinct is None else scale.std
+    return Geometry(clusters["prompts"], clusters["responses"], np.maximum(std, STD_FLOOR), used, tuple(notes))
+
+
+def first_of(copies: np.ndarray) -> np.ndarray:
+    """(n,) bool: the first pair of each set of copies."""
+    first = np.zeros(len(copies), dtype=bool)
+    first[np.unique(copies, return_index=True)[1]] = True
+    return first
 
 
 def _sample(
-    harvest: "Harvest", values: "Callable[[Shard], sparse.csr_array]", n_rows: int, seed: int
+    harvest: "Harvest",
+    values: "Callable[[Shard], sparse.csr_array]",
+    n_rows: int,
+    seed: int,
+    distinct: np.ndarray | None = None,
 ) -> sparse.csr_array:
     """(n_rows, d_sae) float32 values of pairs drawn by `seed`, all if there are no more; nothing else is read."""
-    drawn = np.ones(harvest.n_pairs, dtype=bool)
-    if n_rows < harvest.n_pairs:
+    drawn = np.ones(harvest.n_pairs, dtype=bool) if distinct is None else distinct.copy()
+    known = np.flatnonzero(drawn)
+    if n_rows < len(known):
         drawn[:] = False
-        drawn[np.random.default_rng(seed).choice(harvest.n_pairs, n_rows, replace=False)] = True
+        drawn[np.random.default_rng(seed).choice(known, n_rows, replace=False)] = True
     parts, start = [], 0
     for shard in harvest.shards():
         here = np.flatnonzero(drawn[start : start + len(shard.rows)])
@@ -222,7 +246,9 @@ def response_scores(
     """
     if scale is None:
         scale = delta_scale(harvest, pooling)
-    u = scratch_array((harvest.n_pairs, len(responses)), np.float64, getattr(harvest, "path", None), order="F")
+    shape, folder = (harvest.n_pairs, len(responses)), getattr(harvest, "path", None)
+    u = scratch_array(shape, np.float64, folder, order="F")
+    by_count = scratch_array(shape, np.float32, folder, order="F")
     size, start = np.array([len(c) for c in responses], dtype=np.float64), 0
     rows: list[np.ndarray] = []
     lengths: dict[str, list[np.ndarray]] = {"prompt": [], "chosen": [], "rejected": []}
@@ -231,16 +257,20 @@ def response_scores(
         here = slice(start, start + len(shard.rows))
         start = here.stop
         sides = []
-        for side in ("chosen", "rejected"):
+        for side, other in (("chosen", "rejected"), ("rejected", "chosen")):
             values = _pooled(shard, side, pooling)
-            sides.append(cluster_sums(values, responses, values.data / scale[values.indices], np.ones(values.nnz)))
+            scaled = values.data / scale[values.indices]
+            longer = np.maximum(1.0, shard.lengths[side] / np.maximum(1, shard.lengths[other]))
+            counted = scaled * np.repeat(longer if pooling == "freq" else np.ones(len(longer)), np.diff(values.indptr))
+            sides.append(cluster_sums(values, responses, scaled, np.ones(values.nnz), counted))
         u[here] = (sides[0][0] - sides[1][0]) / size
+        by_count[here] = (sides[0][2] - sides[1][2]) / size
         support += (sides[0][1] + sides[1][1] > 0).sum(axis=0)
         rows.append(np.asarray(shard.rows, dtype=np.int64))
         for span in lengths:
             lengths[span].append(np.asarray(shard.lengths[span], dtype=np.int64))
     tokens = {span: np.concatenate(parts) for span, parts in lengths.items()}
-    return Disparity(np.concatenate(rows), u, log_length_ratio(tokens), tokens, support)
+    return Disparity(np.concatenate(rows), u, log_length_ratio(tokens), tokens, support, by_count=by_count)
 
 
 def delta_scale(harvest: "Harvest", pooling: str) -> np.ndarray:

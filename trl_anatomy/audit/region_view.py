@@ -6,6 +6,7 @@ predicted from that: nothing says which responses training prefers over which.
 """
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,10 +16,10 @@ from scipy import sparse
 from ..errors import AnatomyError
 from .communities import find_communities
 from .config import AuditConfig
-from .findings import Findings, one_blas_thread, shared_prompts, timed
+from .findings import Findings, few_prompts, one_blas_thread, shared_prompts, timed
 from .labels import member_terms
 from .predict import CO_FIRING, CONCEPTS, LETTERS, NO_PAIRS, telling_rows
-from .prompt_view import TOP_SHARE, find_geometry, prompt_scores, top_pairs
+from .prompt_view import TOP_SHARE, find_geometry, first_of, prompt_scores, top_pairs
 from .views import Activity, activity, hypothesis_table
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def region_table(
     *,
     fit: np.ndarray | None = None,
     groups: np.ndarray | None = None,
+    copies: np.ndarray | None = None,
 ) -> pa.Table:
     """Every (region, concept) against all other rows: schema HYPOTHESES, view "region".
 
@@ -78,9 +80,12 @@ def region_table(
         members: (n_regions, n) of ones and zeros; regions may overlap.
         fit: (n_concepts,) bool, concepts that may be kept; default all.
         groups: (n,) prompt of each row, for errors robust to what rows of one prompt share; default none repeats.
+        copies: (n,) the same number for copies of a row, which count once; default none are.
     """
     pool = np.ones(len(scores.rows), dtype=bool)
-    table = hypothesis_table(scores, members, pool, config, names=("region", "A", "T"), fit=fit, groups=groups)
+    scores = replace(scores, by_count=None)  # there is no second response to count on the length of
+    names = ("region", "A", "T")
+    table = hypothesis_table(scores, members, pool, config, names=names, fit=fit, groups=groups, copies=copies)
     lean = np.where(table["delta"].to_numpy() > 0, "more", "less").tolist()
     return table.set_column(table.column_names.index("lean"), "lean", pa.array(lean, pa.string()))
 
@@ -98,16 +103,18 @@ def analyse_regions(read: "Harvest", config: AuditConfig, rows: "Pairs") -> "Fin
     """
     timings: dict[str, float] = {}
     has_prompts = bool(read.lengths["prompt"].any())
-    groups, notes = shared_prompts(rows.prompt_groups, "row") if has_prompts else (None, [])
+    groups, notes = shared_prompts(rows.prompt_groups, "row")
+    copies = rows.copies.group if rows.copies.n_distinct < len(rows) else None
+    distinct = None if copies is None else first_of(copies)
     with timed(timings, "regions"):
-        members, regions, said = _regions(read, config, rows, has_prompts)
+        members, regions, said = _regions(read, config, rows, has_prompts, distinct)
     with timed(timings, "communities"):
-        found = find_communities(read, config)
+        found = find_communities(read, config, distinct)
         communities, sizes = found.features, found.sizes
     with timed(timings, "view"):
         scores = activity(read, communities, config.tau)
         fit = np.array([len(c) >= sizes.min_concept for c in communities], dtype=bool)
-        hypotheses = region_table(scores, members, config, fit=fit, groups=groups)
+        hypotheses = region_table(scores, members, config, fit=fit, groups=groups, copies=copies)
     with timed(timings, "labels"):
         texts = [rows.texts(i) for i in range(len(rows))]
         # Where a concept fires more than it does on average: many fire a little everywhere.
@@ -131,6 +138,7 @@ def analyse_regions(read: "Harvest", config: AuditConfig, rows: "Pairs") -> "Fin
             },
             "notes": [*notes, *found.notes, *said],
             "contexts": regions,
+            "too_few_prompts": few_prompts(groups, len(rows)),
             "counts": {
                 "n_prompts": len(np.unique(rows.prompt_groups)) if has_prompts else 0,
                 "n_live": found.n_live,
@@ -142,7 +150,7 @@ def analyse_regions(read: "Harvest", config: AuditConfig, rows: "Pairs") -> "Fin
 
 
 def _regions(
-    read: "Harvest", config: AuditConfig, rows: "Pairs", has_prompts: bool
+    read: "Harvest", config: AuditConfig, rows: "Pairs", has_prompts: bool, distinct: np.ndarray | None
 ) -> tuple[sparse.csr_array, dict[str, dict[str, Any]], list[str]]:
     """Members of each region, what `audit.json` says of it, and notes for the reader."""
     if config.region is not None:
@@ -152,7 +160,7 @@ def _regions(
         raise AnatomyError(
             "audit setting region: none given, and these rows have no prompts to find regions by; give COLUMN=VALUE."
         )
-    geometry = find_geometry(read, config)
+    geometry = find_geometry(read, config, distinct)
     n_top = min(config.n_top, int(TOP_SHARE * read.n_pairs))
     members = top_pairs(prompt_scores(read, geometry.prompts, config), n_top, config.seed)
     regions: dict[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import AnatomyError
 from ..reading.clock import dated
 from ..reading.remote_code import load_config
-from .config import AuditConfig
+from .config import AuditConfig, recorded
 from .run import load_dataset, load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class Source:
             data_kind=self.config.data_kind,
             max_length=self.config.max_length,
             truncation=self.config.truncation,
+            pool_special_tokens=self.config.pool_special_tokens,
         )
         self.audit.check_pairs(pairs)
         return pairs
@@ -97,4 +98,4 @@ def reopen(audit: Audit) -> Source:
     Raises:
         AnatomyError: when something asked for is not there any more, or has changed since the audit.
     """
-    return Source(audit, AuditConfig(**audit.info["settings"]))
+    return Source(audit, recorded(audit.info["settings"]))

@@ -2,7 +2,7 @@
 
 import copy
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -22,19 +22,20 @@ from . import stats
 from .communities import find_communities
 from .config import AuditConfig
 from .find_sae import AUTO, find_sae, model_names
-from .findings import Findings, one_blas_thread, shared_prompts, timed
+from .findings import Findings, few_prompts, one_blas_thread, shared_prompts, timed
 from .folder import Audit, load_audit, pairs_table, write_audit
 from .habit_table import habit_table, habits_to_count, pair_groups, texts_of, tokens_of
 from .labels import distinctive_terms, group_terms, member_terms
 from .maps import map_places
 from .predict import RESPONSE_GEOMETRY, concept_table
-from .prompt_view import PromptView, prompt_view
+from .prompt_view import PromptView, first_of, prompt_view
 from .samples import sample_rows, sample_table
 from .views import FeatureView, feature_view
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from ..reading.copies import Copies
     from ..reading.harvest import Harvest
     from ..reading.sae import SAE
     from ..reading.sae_check import SAEFit
@@ -190,6 +191,7 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
         data_kind=config.data_kind,
         max_length=config.max_length,
         truncation=config.truncation,
+        pool_special_tokens=config.pool_special_tokens,
     )
     if config.region is not None:
         region_rows(pairs, config.region)
@@ -269,7 +271,12 @@ def run_audit(
         date = ranks.in_main(lambda: _date(config))
         tokenizer = dated(tokenizer_of(config, model, tokenizer), date)
         pairs = read_rows(
-            raw, tokenizer, data_kind=config.data_kind, max_length=config.max_length, truncation=config.truncation
+            raw,
+            tokenizer,
+            data_kind=config.data_kind,
+            max_length=config.max_length,
+            truncation=config.truncation,
+            pool_special_tokens=config.pool_special_tokens,
         )
         if config.region is not None:  # a bad one is told before the pass
             region_rows(pairs, config.region)
@@ -341,7 +348,7 @@ def _conclude(
                 rows=pairs.rows,
                 alpha=config.alpha,
             )
-        findings = analyse(read, config, pairs.texts, pairs.prompt_groups)
+        findings = analyse(read, config, pairs.texts, pairs.prompt_groups, pairs.copies, pairs.cut)
         with timed(timings, "samples"):
             table = findings.concepts
             of = dict(zip(table["concept"].to_pylist(), map(np.asarray, table["features"].to_pylist()), strict=True))
@@ -356,9 +363,11 @@ def _conclude(
                 batch_tokens=config.batch_tokens,
                 progress=progress,
             )
-    tokens = {span: int(length.sum()) for span, length in read.lengths.items()}
+    sides = np.diff(pairs.response_bounds).reshape(-1, 2).sum(axis=0)
+    prompts = pairs.packed_lengths.sum() - sides.sum()
+    tokens = {"prompt": int(prompts), "chosen": int(sides[0]), "rejected": int(sides[1])}
     first = next(read.shards())  # enough to tell how many latents fire per token
-    l0 = float(first.count("chosen").sum(dtype=np.int64) / first.lengths["chosen"].sum(dtype=np.int64))
+    l0 = float(first.count("chosen").sum(dtype=np.int64) / max(1, first.lengths["chosen"].sum(dtype=np.int64)))
     if note := sae.l0_note(l0):
         findings.info["notes"].append(note)
     unread, prompt = unread_columns(raw, config.data_kind), prompt_column(raw)
@@ -393,6 +402,7 @@ def _conclude(
             "looks_like_prompt": prompt,
             "date": pairs.date,
             "chat_template": tokenizer.chat_template,
+            "cut": {side: int(cut.sum()) for side, cut in pairs.cut.items()},
         },
         "settings": config.settings(),
         **findings.info,
@@ -409,31 +419,35 @@ def analyse(
     config: AuditConfig,
     texts: Callable[[int], tuple[str, str, str]],
     prompt_groups: np.ndarray | None = None,
+    copies: "Copies | None" = None,
+    cut: Mapping[str, np.ndarray] | None = None,
 ) -> Findings:
     """Communities, contexts, tests and predicted shifts of a harvest. Needs no model.
 
     Args:
         texts: index of a pair -> its prompt, chosen and rejected text, for labels.
         prompt_groups: (n_pairs,) int64, the same number for pairs of one prompt; default every pair its own.
+        copies: which pairs are copies of others; they share a prompt group. Default: none.
+        cut: "chosen" and "rejected" -> (n_pairs,) bool, responses that truncation cut short; default none.
     """
     timings: dict[str, float] = {}
     groups, note = shared_prompts(prompt_groups)
+    repeat = copies.group if copies is not None and copies.n_distinct < read.n_pairs else None
     with timed(timings, "communities"):
-        found = find_communities(read, config)
+        found = find_communities(read, config, None if repeat is None else first_of(repeat))
         communities, sizes = found.features, found.sizes
     with timed(timings, "view"):
-        view = feature_view(read, communities, config, min_concept=sizes.min_concept, groups=groups)
+        view = feature_view(read, communities, config, min_concept=sizes.min_concept, groups=groups, copies=repeat)
     with timed(timings, "prompt_view"):
-        prompts = prompt_view(read, config, groups)
+        prompts = prompt_view(read, config, groups, repeat)
     with timed(timings, "labels"):
         terms, response_terms, contexts = _describe(texts, view, prompts, config.seed)
     with timed(timings, "predict"):
         responses = prompts.geometry.responses
+        evidence: dict[str, Any] = {"groups": groups, "copies": repeat, "cut": cut}
         concepts = [
-            concept_table(view.activity, communities, config, terms=terms, groups=groups),
-            concept_table(
-                prompts.scores, responses, config, terms=response_terms, kind=RESPONSE_GEOMETRY, groups=groups
-            ),
+            concept_table(view.activity, communities, config, terms=terms, **evidence),
+            concept_table(prompts.scores, responses, config, terms=response_terms, kind=RESPONSE_GEOMETRY, **evidence),
         ]
     return Findings(
         hypotheses=pa.concat_tables([view.hypotheses, prompts.hypotheses]),
@@ -447,6 +461,8 @@ def analyse(
                 **prompts.settings_used,
             },
             "notes": [*found.notes, *view.notes, *prompts.notes, *note],
+            "too_few_prompts": few_prompts(groups, read.n_pairs),
+            "copies": None if copies is None else copies.counts(),
             "contexts": contexts,
             "maps": map_places(view, prompts),
             "length": length_of_sides(read.lengths["chosen"], read.lengths["rejected"], groups),
@@ -470,7 +486,8 @@ def length_of_sides(chosen: np.ndarray, rejected: np.ndarray, groups: np.ndarray
         `chosen`, `rejected`: mean tokens; `chosen_longer`, `rejected_longer`: shares of the pairs; `p` of the t-test
         that the logarithm of the ratio is 0 on average (robust to shared prompts; None where nothing varies).
     """
-    _, _, (p,) = stats.mean_test(np.log(chosen / rejected)[:, None], groups)
+    ratio = np.log(np.maximum(chosen, 1) / np.maximum(rejected, 1))
+    _, _, (p,) = stats.mean_test(ratio[:, None], groups)
     return {
         "chosen": float(chosen.mean()),
         "rejected": float(rejected.mean()),

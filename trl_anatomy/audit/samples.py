@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .predict import NO_EVIDENCE, TOO_FEW
+from .predict import BY_LENGTH, NO_EVIDENCE, TOO_FEW
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,8 +48,9 @@ def sample_rows(
         At most `n_pairs` rows, each with the names of its concepts.
     """
     table = concepts.select(["concept", "verdict", "predicted", "telling_rows"]).to_pylist()
-    table.sort(key=lambda c: (c["verdict"] in (NO_EVIDENCE, TOO_FEW), -abs(c["predicted"] or 0)))
-    evident = [c for c in table if c["verdict"] not in (NO_EVIDENCE, TOO_FEW)]
+    unsure = (BY_LENGTH, NO_EVIDENCE, TOO_FEW)
+    table.sort(key=lambda c: (c["verdict"] in unsure, -abs(c["predicted"] or 0)))
+    evident = [c for c in table if c["verdict"] not in unsure]
     asked = [(row, c["concept"]) for c in evident for row in c["telling_rows"][:1]]
     asked += [(row, c["concept"]) for c in evident for row in c["telling_rows"][1:]]
     asked += _behind(hypotheses, pairs, n_pairs)

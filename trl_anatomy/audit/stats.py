@@ -461,7 +461,13 @@ def random_signs(n: int, n_permutations: int, seed: int, step: int) -> Iterator[
         yield np.where(rng.random((min(step, n_permutations - start), n)) < 0.5, 1.0, -1.0)
 
 
-def swapped_mean_p(values: np.ndarray, n_permutations: int, seed: int = 0, chunk_bytes: int = 64 << 20) -> np.ndarray:
+def swapped_mean_p(
+    values: np.ndarray,
+    n_permutations: int,
+    seed: int = 0,
+    chunk_bytes: int = 64 << 20,
+    groups: np.ndarray | None = None,
+) -> np.ndarray:
     """Permutation p-value of each column's mean: chosen and rejected swapped at random in every pair.
 
     A swap turns the sign of the pair's row. If the labels are arbitrary, the data as they are and the data after any
@@ -470,10 +476,14 @@ def swapped_mean_p(values: np.ndarray, n_permutations: int, seed: int = 0, chunk
     Args:
         values: (n, n_columns), chosen minus rejected.
         chunk_bytes: bound on the signs held at a time.
+        groups: (n,) group of each row, any integers: rows of one group are swapped together; default every row its own.
     Returns:
         (n_columns,) two-sided: (1 + swaps with a mean at least as large) / (1 + n_permutations); NaN without rows or
         where no pair differs.
     """
+    if groups is not None:
+        within = _within(groups, len(values))
+        (values,) = _in_blocks(values, lambda block: (within @ block,))
     values = np.asarray(values, dtype=np.float64)
     observed = np.abs(values.sum(axis=0))
     count = np.zeros(values.shape[1])
@@ -490,6 +500,7 @@ def swapped_best_z(
     n_permutations: int,
     seed: int = 0,
     chunk_bytes: int = 64 << 20,
+    groups: np.ndarray | None = None,
 ) -> np.ndarray:
     """The largest |Welch z| over all groups and columns, for each random swap of chosen and rejected.
 
@@ -499,10 +510,12 @@ def swapped_best_z(
     Args:
         values: (n, n_columns), chosen minus rejected; members, pool: as in `compare_members`; all groups count.
         chunk_bytes: bound on the signs and on each array of z held at a time.
+        groups: (n,) group of each row, any integers: rows of one group are swapped together; default every row its own.
     Returns:
         (n_permutations,); 0 where no cell can be tested.
     """
     rows = np.flatnonzero(pool)
+    of = None if groups is None else np.unique(groups[rows], return_inverse=True)[1]
     values = np.asarray(values, dtype=np.float64)
     values = values if pool.all() else values[rows]
     inside = _lists(members[:, rows])
@@ -516,7 +529,9 @@ def swapped_best_z(
     )
     best = []
     step = max(1, chunk_bytes // (8 * max(len(rows), shape[0] * shape[1])))
-    for signs in random_signs(len(rows), n_permutations, seed, step):
+    n_signs = len(rows) if of is None else int(of.max(initial=-1)) + 1
+    for drawn in random_signs(n_signs, n_permutations, seed, step):
+        signs = drawn if of is None else drawn[:, of]
         totals = np.stack([signs[:, part] @ values[part] for part in inside], axis=1)
         for total, overall in zip(totals, signs @ values, strict=True):
             part = Moments(n, total, square)
@@ -540,18 +555,23 @@ def _slack(size: np.ndarray) -> np.ndarray:
 
 
 def length_adjusted_mean(
-    values: np.ndarray, log_ratio: np.ndarray, level: float = 0.95, groups: np.ndarray | None = None
+    values: np.ndarray,
+    log_ratio: np.ndarray,
+    level: float = 0.95,
+    groups: np.ndarray | None = None,
+    copies: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean of each column that is left when chosen and rejected are equally long.
 
     The intercept of a least-squares line of the column on log(length chosen / length rejected), with a t interval
-    from cluster-robust errors (sandwich over groups, with the G/(G-1) · (n-1)/(n-2) correction, "CR1"). Where every row
-    is a group of its own, these are White's heteroscedasticity-consistent errors ("HC1").
+    from cluster-robust errors (sandwich over groups, with the G/(G-1) · (n-1)/(n-2) correction, "CR1"; copies count as
+    one in n). Where every row is a group of its own, these are White's heteroscedasticity-consistent errors ("HC1").
 
     Args:
         values: (n, n_columns).
         log_ratio: (n,).
         groups: (n,) group of each row, any integers; default every row its own.
+        copies: (n,) the same number for rows that are copies, which are in one group; default none are.
     Returns:
         intercept, low, high: each (n_columns,). If every ratio is 1 this is the plain mean; if every ratio is the
         same other number, or there are fewer than three groups, NaN.
@@ -578,7 +598,8 @@ def length_adjusted_mean(
 
     intercept, square = _in_blocks(values, of)
     n_fitted = design.shape[1]
-    correction = n_groups / (n_groups - 1) * (n - 1) / (n - n_fitted)
+    n_told = n if copies is None else len(np.unique(copies))
+    correction = n_groups / (n_groups - 1) * (n_told - 1) / (n_told - n_fitted)
     half = distributions.t.ppf(0.5 + level / 2, n_groups - n_fitted) * np.sqrt(square * correction)
     return intercept, intercept - half, intercept + half
 
@@ -616,6 +637,21 @@ def adjusted_difference(
         slope = np.where(varies, within_xy / np.where(varies, within_xx, 1.0), 0.0)
         result = delta - slope * gap_x
     return np.where(varies | (np.abs(gap_x) <= ROUNDING) | np.isnan(delta), result, np.nan)
+
+
+def row_halves(rows: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
+    """(n,) 0 or 1: the half of each row, by parity of its number; groups go whole, in turn by first appearance.
+
+    Args:
+        rows: (n,) numbers in the raw dataset.
+        groups: (n,) group of each row (prompt of a pair), any integers; default every row its own.
+    """
+    if groups is None:
+        return rows % 2
+    _, first, of = np.unique(groups, return_index=True, return_inverse=True)
+    turn = np.empty(len(first), dtype=np.int64)
+    turn[np.argsort(first)] = np.arange(len(first))
+    return turn[of] % 2
 
 
 def half_masks(groups: np.ndarray, n_splits: int, seed: int = 0) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Where in the data is a concept rewarded or punished? The feature-conditioned view (method.md section 4)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,12 +12,15 @@ from ..reading.files import scratch_array
 from . import stats
 from .clusters import spherical_kmeans
 from .config import AuditConfig
+from .findings import few_prompts
 
 if TYPE_CHECKING:
     from ..reading.harvest import Harvest
 
 # Stored entries, and rows of scores, that are worked on at a time: they should stay in the cache.
 ENTRIES, ROWS = 1 << 18, 4096
+# Share of a difference that must be left when firing tokens are counted on equal lengths.
+LEAST_LEFT = 0.5
 
 HYPOTHESES = pa.schema(
     [
@@ -94,6 +97,12 @@ def _lookups(clusters: Sequence[np.ndarray], n_columns: int) -> list[np.ndarray]
     return lookups
 
 
+def _distinct_members(members: sparse.csr_array, copies: np.ndarray) -> np.ndarray:
+    """(n_groups,) members of each group, copies counted once."""
+    inside = np.split(members.indices, members.indptr[1:-1])[: members.shape[0]]
+    return np.array([len(np.unique(copies[part])) for part in inside], dtype=np.int64)
+
+
 def _sizes(clusters: Sequence[np.ndarray]) -> np.ndarray:
     return np.maximum(1.0, np.array([len(c) for c in clusters], dtype=np.float64))
 
@@ -129,6 +138,9 @@ class Disparity:
         log_ratio: (n,) float64, log of chosen over rejected length in tokens.
         lengths: span -> (n,) int64 tokens.
         support: (K,) int64 pairs in which a feature of the concept fires in either response.
+        by_count: (n, K) float32, `u` if the tokens on which a feature fires were counted on the length of the shorter
+            response on both sides: what fires equally often on both sides is 0, however long they are. None where it
+            was not asked for.
     """
 
     rows: np.ndarray
@@ -136,6 +148,7 @@ class Disparity:
     log_ratio: np.ndarray
     lengths: dict[str, np.ndarray]
     support: np.ndarray
+    by_count: np.ndarray | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -156,6 +169,18 @@ def log_length_ratio(lengths: dict[str, np.ndarray]) -> np.ndarray:
     return np.log(np.maximum(lengths["chosen"], 1)) - np.log(np.maximum(lengths["rejected"], 1))
 
 
+def by_shorter(frequency: sparse.csr_array, length: np.ndarray, other: np.ndarray) -> sparse.csr_array:
+    """Firing tokens as a share of the shorter response of a pair, where `frequency` (n, d_sae) is one of its own.
+
+    Args:
+        length, other: (n,) pooled tokens of this response and of the other one.
+    """
+    count = np.rint(frequency.data.astype(np.float64) * np.repeat(length, np.diff(frequency.indptr)))
+    shorter = np.maximum(1, np.minimum(length, other))
+    share = count.astype(np.float32) / np.repeat(shorter.astype(np.float32), np.diff(frequency.indptr))
+    return sparse.csr_array((share, frequency.indices, frequency.indptr), shape=frequency.shape)
+
+
 def activity(harvest: "Harvest", communities: Sequence[np.ndarray], tau: float = 0.01) -> Activity:
     """Disparity, symmetric activity and intensity of every concept in every pair, shard by shard.
 
@@ -165,6 +190,7 @@ def activity(harvest: "Harvest", communities: Sequence[np.ndarray], tau: float =
     folder = getattr(harvest, "path", None)
     # Columns of u are what statistics take, rows of s and v what groups and lists pairs.
     u = scratch_array(shape, np.float64, folder, order="F")
+    by_count = scratch_array(shape, np.float32, folder, order="F")
     s, v = (scratch_array(shape, np.float32, folder) for _ in range(2))
     rows, support, start = [], np.zeros(len(communities), dtype=np.int64), 0
     lengths: dict[str, list[np.ndarray]] = {"prompt": [], "chosen": [], "rejected": []}
@@ -172,13 +198,15 @@ def activity(harvest: "Harvest", communities: Sequence[np.ndarray], tau: float =
         here = slice(start, start + len(shard.rows))
         start = here.stop
         sides = []
-        for side in ("chosen", "rejected"):
+        for side, other in (("chosen", "rejected"), ("rejected", "chosen")):
             frequency = sparse.csr_array(shard.frequency(side))
             data = frequency.data.astype(np.float64)
-            sides.append(cluster_sums(frequency, communities, above(frequency.data, tau), data))
-        (in_chosen, of_chosen), (in_rejected, of_rejected) = sides
+            counted = above(by_shorter(frequency, shard.lengths[side], shard.lengths[other]).data, tau)
+            sides.append(cluster_sums(frequency, communities, above(frequency.data, tau), data, counted))
+        (in_chosen, of_chosen, counted_chosen), (in_rejected, of_rejected, counted_rejected) = sides
         support += ((in_chosen > 0) | (in_rejected > 0)).sum(axis=0)
         u[here] = (in_chosen - in_rejected) / _sizes(communities)
+        by_count[here] = (counted_chosen - counted_rejected) / _sizes(communities)
         s[here] = of_chosen + of_rejected
         v[here] = of_chosen - of_rejected
         rows.append(np.asarray(shard.rows, dtype=np.int64))
@@ -193,6 +221,7 @@ def activity(harvest: "Harvest", communities: Sequence[np.ndarray], tau: float =
         log_ratio=log_length_ratio(tokens),
         lengths=tokens,
         support=support,
+        by_count=by_count,
     )
 
 
@@ -223,11 +252,14 @@ def row_norms(s: np.ndarray) -> np.ndarray:
     return norm
 
 
-def find_contexts(s: np.ndarray, config: AuditConfig) -> tuple[np.ndarray, tuple[str, ...]]:
+def find_contexts(
+    s: np.ndarray, config: AuditConfig, copies: np.ndarray | None = None
+) -> tuple[np.ndarray, tuple[str, ...]]:
     """Silent bucket and data clusters (method.md section 4, steps 1 and 2).
 
     Args:
         s: (n, K) symmetric activity.
+        copies: (n,) the same number for copies of a pair, which count once; default none are.
     Returns:
         contexts (n,): 0 silent (norm below the percentile, or no activity at all), 1.. data clusters, largest first;
         notes on what was scaled down.
@@ -237,7 +269,7 @@ def find_contexts(s: np.ndarray, config: AuditConfig) -> tuple[np.ndarray, tuple
     active = norm > 0
     if len(norm):
         active &= norm >= np.percentile(norm, config.silent_percentile)
-    n_active = int(active.sum())
+    n_active = int(active.sum()) if copies is None else len(np.unique(copies[active]))
     if n_active == 0:
         return contexts, ("No pair shows any concept, so there are no contexts.",)
     k = max(1, min(config.n_contexts, n_active // (2 * config.min_context)))
@@ -261,22 +293,24 @@ def feature_view(
     *,
     min_concept: int | None = None,
     groups: np.ndarray | None = None,
+    copies: np.ndarray | None = None,
 ) -> FeatureView:
     """Group pairs by what is active in them, then test where each concept leans to chosen or to rejected.
 
-    Halves are split by parity of the row in the raw dataset.
+    Halves are split by parity of the row in the raw dataset; pairs of one prompt stay together (`stats.row_halves`).
 
     Args:
         communities: feature ids of T1, T2, ...
         min_concept: features a concept needs for a kept hypothesis; default the setting.
         groups: (n,) prompt of each pair, for errors robust to what pairs of one prompt share; default none repeats.
+        copies: (n,) the same number for copies of a pair, which count once; default none are.
     Source: method.md section 4.
     """
     least = config.min_concept if min_concept is None else min_concept
     scores = activity(harvest, communities, config.tau)
-    contexts, notes = find_contexts(scores.s, config)
+    contexts, notes = find_contexts(scores.s, config, copies)
     sizes = np.array([len(c) for c in communities], dtype=np.int64)
-    table = compare_contexts(scores, contexts, sizes, least, config, groups)
+    table = compare_contexts(scores, contexts, sizes, least, config, groups, copies)
     used = {
         "n_contexts": int(contexts.max(initial=0)),
         "min_concept": least,
@@ -294,18 +328,21 @@ def compare_contexts(
     min_concept: int,
     config: AuditConfig,
     groups: np.ndarray | None = None,
+    copies: np.ndarray | None = None,
 ) -> pa.Table:
     """Every (context, concept) of the feature-conditioned view against the other active pairs: `hypothesis_table`.
 
     Args:
         contexts: (n,) 0 silent, 1.. data clusters; sizes: features of each concept.
         min_concept: features a concept needs for a kept hypothesis.
-        groups: (n,) prompt of each pair.
+        groups: (n,) prompt of each pair; copies: (n,) the same number for copies of a pair.
     Source: method.md section 4, steps 3 to 5.
     """
     members = stats.one_hot(contexts - 1, int(contexts.max(initial=0)))
     fit = sizes >= min_concept
-    return hypothesis_table(scores, members, contexts > 0, config, names=("feature", "B", "T"), fit=fit, groups=groups)
+    return hypothesis_table(
+        scores, members, contexts > 0, config, names=("feature", "B", "T"), fit=fit, groups=groups, copies=copies
+    )
 
 
 def hypothesis_table(
@@ -317,13 +354,16 @@ def hypothesis_table(
     names: tuple[str, str, str],
     fit: np.ndarray | None = None,
     groups: np.ndarray | None = None,
+    copies: np.ndarray | None = None,
 ) -> pa.Table:
     """Every (context, concept) of a view against the rest of the pool.
 
     q is over all testable cells of the view, before the keep rules. `lean` is the side that the concept favours inside
     the context compared with outside: a concept that is rewarded everywhere but absent from a context leans to rejected
-    there, with `mean_in` near zero. `rank` counts kept hypotheses of that side from 1. `p_permutation` is family-wise,
-    over all cells of the view in contexts of `min_context` pairs or more; null for the others or if none was asked for.
+    there, with `mean_in` near zero. Kept is what both halves agree on and of which half or more is left by `by_count`:
+    else the lengths of the responses may be all there is. With fewer than 20 prompts nothing is kept. `rank` counts
+    kept hypotheses of that side from 1. `p_permutation` is family-wise, over all cells of the view in contexts of
+    `min_context` pairs or more; null for the others or if none was asked for.
 
     Args:
         members: (n_contexts, n) of ones and zeros, within the pool; contexts may overlap.
@@ -332,13 +372,15 @@ def hypothesis_table(
         fit: (n_concepts,) bool, concepts that may be kept; default all.
         groups: (n,) prompt of each pair: z, p, q and intervals are robust to what pairs of one prompt share; default
             every pair its own, and z is Welch's.
+        copies: (n,) the same number for copies of a pair, which count once towards `min_context`; default none are.
     Returns:
         Table of schema HYPOTHESES; cells without a test (a context of one pair, no variance anywhere) are left out.
     """
     view, context, concept = names
     if members.shape[0] == 0 or scores.u.shape[1] == 0:
         return HYPOTHESES.empty_table()
-    welch, split = stats.compare_members(scores.u, members, pool, scores.rows % 2)
+    halves = stats.row_halves(scores.rows, groups)
+    welch, split = stats.compare_members(scores.u, members, pool, halves)
     plain_z = welch.z
     if groups is not None:
         welch = stats.welch_of_groups(welch, scores.u, members, pool, groups)
@@ -358,11 +400,18 @@ def hypothesis_table(
     swapped = np.full(len(k), np.nan)
     if config.permutations:
         large = np.flatnonzero(welch.n_in >= config.min_context)
-        best = stats.swapped_best_z(scores.u, members[large], pool, config.permutations, config.seed)
+        best = stats.swapped_best_z(scores.u, members[large], pool, config.permutations, config.seed, groups=groups)
         asked = np.isin(k, large)
         swapped[asked] = stats.family_wise_p(plain_z[k, m][asked], best)
     cell["n_in"], cell["n_out"] = welch.n_in[k].astype(np.int64), welch.n_out[k].astype(np.int64)
-    kept = split.consistent[k, m] & (cell["n_in"] >= config.min_context)
+    n_distinct = welch.n_in[k] if copies is None else _distinct_members(members, copies)[k]
+    kept = split.consistent[k, m] & (n_distinct >= config.min_context)
+    if few_prompts(groups, len(pool)):
+        kept[:] = False
+    if scores.by_count is not None and kept.any():
+        counted = stats.compare_members(scores.by_count, members, pool, halves)[0].delta[k, m]
+        with np.errstate(invalid="ignore"):
+            kept &= counted * np.sign(cell["delta"]) >= LEAST_LEFT * np.abs(cell["delta"])
     if fit is not None:
         kept &= fit[m]
     key = np.abs(cell[config.rank_by])

@@ -121,6 +121,7 @@ def compare(
         AnatomyError: no prompt, no trained model, names that cannot be told from each other or from what else is
             written, a model that cannot be loaded or is not the one audited.
     """
+    from ..audit.config import recorded
     from ..audit.predict import agreement
     from ..audit.reopen import reopen
     from ..reading.harvest import harvest
@@ -181,6 +182,7 @@ def compare(
             tokenizer,
             max_length=settings["max_length"],
             truncation="keep_start",
+            pool_special_tokens=recorded(settings).pool_special_tokens,
         )
         read = harvest(
             start_model,

@@ -83,6 +83,7 @@ def predict(
 
     Source: method.md section 12.
     """
+    from ..audit.config import recorded
     from ..audit.predict import step_shift
     from ..reading.harvest import harvest
     from ..reading.score import score_pairs
@@ -115,6 +116,7 @@ def predict(
         tokenizer,
         max_length=settings["max_length"],
         truncation="keep_start",
+        pool_special_tokens=recorded(settings).pool_special_tokens,
     )
     read = harvest(
         model, sae, pairs, out / "harvest", layer=audit.info["sae"]["layer"], progress=progress, replace=True

@@ -41,9 +41,11 @@ def token_firings(
         progress: show a progress bar.
 
     Returns:
-        Index of a pair -> span -> (n_tokens, n_groups) float32 in [0, 1], for the tokens of `span_tokens`.
+        Index of a pair -> span -> (n_tokens, n_groups) float32 in [0, 1], for the tokens of `span_tokens`; 0 on tokens
+        that are not pooled.
     """
     found: dict[int, dict[str, np.ndarray]] = {}
+    pairs = pairs.pooled_as(sae.excluded_tokens)
 
     def fire(batch: list[int]) -> None:
         read = read_spans(model, pairs, batch, [layer])
@@ -57,6 +59,7 @@ def token_firings(
                 fires = (codes != 0).float().cpu().numpy()
             at = [np.searchsorted(features, group) for group in groups]
             share = np.stack([fires[:, columns].mean(axis=1) for columns in at], axis=1) if at else fires[:, :0]
+            share[~read.content[bounds[0] : bounds[-1]]] = 0.0
             cuts = [bound - bounds[0] for bound in bounds[1:-1]]
             found[pair] = dict(zip(SPANS, np.split(share, cuts), strict=True))
         bar.update(len(batch), work=pairs.packed_lengths[batch].sum())

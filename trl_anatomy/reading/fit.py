@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from ..errors import AnatomyError
+from .content import special_ids
+from .copies import joined
 from .fingerprint import hash_json, layer_fingerprint
 from .forward import read_texts
 from .locate import decoder_layers, layer_module
@@ -53,6 +55,7 @@ class Examples:
         paired: whether the examples are pairs, one after the other.
         pad_token_id: for padding a batch.
         fingerprint: hash of all of it.
+        content: (n_tokens,) bool of each span: tokens that carry text of the data, which scorers pool over.
     """
 
     sequences: list[list[int]]
@@ -63,6 +66,7 @@ class Examples:
     paired: bool
     pad_token_id: int
     fingerprint: str
+    content: list[np.ndarray]
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -115,16 +119,20 @@ def read_examples(
         if paired:
             raise AnatomyError("negatives go with labelled text; labelled pairs bring their own.")
         others = _read_rows(negatives, tokenizer, tokens, max_length)
-        read += [(ids, span, False, prompt) for ids, span, label, prompt in others if label]
-    sequences = [ids for ids, _, _, _ in read]
-    spans = [span for _, span, _, _ in read]
-    labels = np.array([label for _, _, label, _ in read], bool)
-    prompts = [prompt for _, _, _, prompt in read]
+        read += [row._replace(label=False) for row in others if row.label]
+    sequences = [row.ids for row in read]
+    spans = [row.span for row in read]
+    content = [row.content for row in read]
+    labels = np.array([row.label for row in read], bool)
+    prompts = [row.prompt for row in read]
     by_prompt = len(set(prompts)) >= _FEW_PROMPTS  # of plain texts they are all empty; pairs may hold theirs inside
     named = prompts if by_prompt else [json.dumps(ids) for ids in sequences]
     if paired and not by_prompt:
         named = [named[i - i % 2] for i in range(len(named))]
     _, groups = np.unique(named, return_inverse=True)
+    if paired:  # a pair with its sides swapped is nothing that the fit has not seen
+        both = [json.dumps(sorted(sequences[i - i % 2 : i - i % 2 + 2])) for i in range(len(sequences))]
+        groups = joined(groups, np.unique(both, return_inverse=True)[1])
     reader = text_tokenizer(tokenizer)
     pad = reader.eos_token_id if reader.pad_token_id is None else reader.pad_token_id
     return Examples(
@@ -135,15 +143,23 @@ def read_examples(
         grouped_by="prompt" if by_prompt else "text",
         paired=paired,
         pad_token_id=pad or 0,
-        fingerprint=hash_json([sequences, spans, labels.tolist()]),
+        fingerprint=hash_json([sequences, spans, labels.tolist(), [mask.tolist() for mask in content]]),
+        content=content,
     )
 
 
-_Row = tuple[list[int], tuple[int, int], bool, str]
+class _Row(NamedTuple):
+    """One sequence with the span that is fitted on; `prompt` is its prompt as text."""
+
+    ids: list[int]
+    span: tuple[int, int]
+    label: bool
+    prompt: str
+    content: np.ndarray
 
 
 def _read_rows(dataset: Dataset, tokenizer: Any, tokens: str, max_length: int) -> list[_Row]:
-    """(token ids, span, label, prompt as text) of every usable row; two for each pair."""
+    """Every usable row; two for each pair."""
     columns = set(dataset.column_names)
     if {"chosen", "rejected"} <= columns:
         pairs = read_pairs(dataset, tokenizer, max_length=max_length)
@@ -151,7 +167,11 @@ def _read_rows(dataset: Dataset, tokenizer: Any, tokens: str, max_length: int) -
         for i in range(len(pairs)):
             prompt, chosen, other, rejected = pairs.tokens(i)
             text = pairs.prompt_text(i)
-            found += [_placed(prompt, chosen, True, tokens, text), _placed(other, rejected, False, tokens, text)]
+            for before, response, label, side in (
+                (prompt, chosen, True, "chosen"),
+                (other, rejected, False, "rejected"),
+            ):
+                found.append(_placed(before, response, label, tokens, text, pairs.content(i, side)))
         return found
     ways = ({"text", "label"}, {"prompt", "response", "label"}, {"prompt", "label"})
     if not any(way <= columns for way in ways):
@@ -166,8 +186,12 @@ def _read_rows(dataset: Dataset, tokenizer: Any, tokens: str, max_length: int) -
         reader = text_tokenizer(tokenizer)
         read = reader([str(text) for text in dataset["text"]], truncation=True, max_length=max_length)["input_ids"]
         starts = [int(len(ids) > 1 and ids[0] == reader.bos_token_id) for ids in read]
-        rows = zip(read, starts, labels, strict=True)
-        return [(ids, (start, len(ids)), label, "") for ids, start, label in rows if len(ids) > start]
+        special = special_ids(reader)
+        return [
+            _Row(ids, (start, len(ids)), label, "", np.array([token not in special for token in ids[start:]], bool))
+            for ids, start, label in zip(read, starts, labels, strict=True)
+            if len(ids) > start
+        ]
     if "response" not in columns and tokens == "response":
         raise AnatomyError("The dataset has prompts without responses: set tokens to prompt_end, or add responses.")
     sides = [_row_sides(row) for row in dataset]
@@ -175,7 +199,8 @@ def _read_rows(dataset: Dataset, tokenizer: Any, tokens: str, max_length: int) -
     found = []
     for i, row in enumerate(pairs.rows):
         prompt, response, _, _ = pairs.tokens(i)
-        found.append(_placed(prompt, response, labels[int(row)], tokens, pairs.prompt_text(i)))
+        text = pairs.prompt_text(i)
+        found.append(_placed(prompt, response, labels[int(row)], tokens, text, pairs.content(i, "chosen")))
     return found
 
 
@@ -191,10 +216,11 @@ def _row_sides(row: Mapping[str, Any]) -> dict[str, Any]:
     return sides
 
 
-def _placed(prompt: list[int], response: list[int], label: bool, tokens: str, text: str) -> _Row:
-    if tokens == "prompt_end":
-        return prompt, (max(0, len(prompt) - 1), len(prompt)), label, text
-    return prompt + response, (len(prompt), len(prompt) + len(response)), label, text
+def _placed(prompt: list[int], response: list[int], label: bool, tokens: str, text: str, content: np.ndarray) -> _Row:
+    if tokens == "prompt_end":  # the token that decides, whatever it is
+        span = (max(0, len(prompt) - 1), len(prompt))
+        return _Row(prompt, span, label, text, np.ones(span[1] - span[0], bool))
+    return _Row(prompt + response, (len(prompt), len(prompt) + len(response)), label, text, content)
 
 
 def _label(value: Any, row: int) -> bool:
@@ -270,11 +296,12 @@ def read_hidden(
     All of it is kept in the CPU's memory: tokens x width x layers, in the model's precision.
 
     Returns:
-        layer -> (n_tokens, d_model) on the CPU in the model's dtype, spans end to end; (n_examples + 1,) bounds.
+        layer -> (n_tokens, d_model) on the CPU in the model's dtype, the content of the spans end to end;
+        (n_examples + 1,) bounds.
     """
     for layer in layers:
         layer_module(model, layer)
-    lengths = [stop - start for start, stop in examples.spans]
+    lengths = [int(mask.sum()) for mask in examples.content]
     bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     kept: dict[int, Tensor] = {}
     parts = read_texts(model, examples.sequences, layers, pad_token_id=examples.pad_token_id, batch_tokens=batch_tokens)
@@ -285,7 +312,7 @@ def read_hidden(
             for layer, hidden in states.items():
                 if layer not in kept:
                     kept[layer] = torch.empty(int(bounds[-1]), hidden.shape[1], dtype=hidden.dtype)
-                kept[layer][bounds[i] : bounds[i + 1]] = hidden[start:stop].cpu()
+                kept[layer][bounds[i] : bounds[i + 1]] = hidden[start:stop].cpu()[torch.from_numpy(examples.content[i])]
             bar.update(work=len(examples.sequences[i]))
     return kept, bounds
 

@@ -26,10 +26,31 @@ class SpanHidden:
     Attributes:
         hidden: layer -> (n_tokens, d_model) float32, on the model's device.
         bounds: 3 * n_pairs + 1 offsets; span j is ``hidden[layer][bounds[j]:bounds[j + 1]]`` and may be empty.
+        content: (n_tokens,) bool: tokens that concepts are pooled over.
     """
 
     hidden: dict[int, Tensor]
     bounds: list[int]
+    content: np.ndarray
+
+    def pooled(self, layer: int) -> tuple[Tensor, list[int]]:
+        """Hidden states of the tokens that are pooled, and the bounds of the spans among them."""
+        return only(self.hidden[layer], self.bounds, self.content)
+
+
+def only(values: Tensor, bounds: Sequence[int], keep: np.ndarray) -> tuple[Tensor, list[int]]:
+    """Some tokens of spans that lie end to end, and the bounds of the spans among them.
+
+    Args:
+        values: (n_tokens, ...).
+        bounds: n_spans + 1 offsets.
+        keep: (n_tokens,) bool.
+    """
+    if keep.all():
+        return values, list(bounds)
+    before = np.concatenate([[0], np.cumsum(keep)])
+    where = torch.from_numpy(np.flatnonzero(keep)).to(values.device)
+    return values.index_select(0, where), before[np.asarray(bounds)].tolist()
 
 
 class Stop(Exception):
@@ -112,7 +133,8 @@ def read_spans(model: nn.Module, pairs: Pairs, indices: Sequence[int], layers: S
     lengths: list[int] = []
     rows: list[np.ndarray] = []
     blocks: list[tuple[int, int]] = []  # of each row: (end of the prompt, end of the first response)
-    for prompt, chosen, other, rejected in batch:
+    content: list[np.ndarray] = []
+    for i, (prompt, chosen, other, rejected) in zip(indices, batch, strict=True):
         bos = int(len(prompt) > 0 and prompt[0] == pairs.bos_token_id)
         row, n_prompt, n_chosen = len(rows), len(prompt), len(chosen)
         if packed:
@@ -123,6 +145,7 @@ def read_spans(model: nn.Module, pairs: Pairs, indices: Sequence[int], layers: S
             rows += [np.concatenate([prompt, chosen]), np.concatenate([other, rejected])]
             starts += [(row, bos), (row, n_prompt), (row + 1, len(other))]
         lengths += [n_prompt - bos, n_chosen, len(rejected)]
+        content += [pairs.content(i, "prompt")[bos:], pairs.content(i, "chosen"), pairs.content(i, "rejected")]
 
     width = max(map(len, rows))
     ids = np.full((len(rows), width), pairs.pad_token_id, dtype=np.int64)
@@ -147,6 +170,7 @@ def read_spans(model: nn.Module, pairs: Pairs, indices: Sequence[int], layers: S
     return SpanHidden(
         hidden={layer: h.flatten(0, 1).index_select(0, where.to(h.device)).float() for layer, h in hidden.items()},
         bounds=bounds,
+        content=np.concatenate(content),
     )
 
 

@@ -54,7 +54,7 @@ class Shard:
 
     Attributes:
         rows: (n,) int64 index of each pair into the raw dataset.
-        lengths: span -> (n,) int32 pooled tokens.
+        lengths: span -> (n,) int32 pooled tokens: those that `Pairs.content` keeps.
     """
 
     rows: np.ndarray
@@ -220,6 +220,7 @@ def harvest(
     """
     ranks = ranks or Ranks()
     out = storage.local(out)
+    pairs = pairs.pooled_as(sae.excluded_tokens)
     key = _key(pairs, sae, layer, model)
     if sae.prepend_bos and not pairs.begins_with_bos:
         warnings.warn(
@@ -312,7 +313,7 @@ def shards_done(
         notes = list(_manifests_there(out).values())
     else:
         notes = [_read_manifest(file) for file in (out / _MANIFEST, *sorted(out.glob(_RANK_MANIFEST.format("*"))))]
-    key, sizes, done = _key(pairs, sae, layer, model), storage.listed(out), set()
+    key, sizes, done = _key(pairs.pooled_as(sae.excluded_tokens), sae, layer, model), storage.listed(out), set()
     for before in notes:
         if before is not None:
             _refuse_another(out, before["key"], key)
@@ -327,6 +328,8 @@ def _key(pairs: Pairs, sae: SAE, layer: int, model: nn.Module | None) -> dict[st
         "format": _FORMAT,
         "version": __version__,
         "pairs": pairs.fingerprint,
+        # Without it, all tokens were pooled: harvests of earlier versions say nothing of it.
+        **({} if pairs.content_key is None else {"content": pairs.content_key}),
         **({} if model is None else model_key(model)),
         "sae": sae.fingerprint,
         "layer": layer,
@@ -335,7 +338,14 @@ def _key(pairs: Pairs, sae: SAE, layer: int, model: nn.Module | None) -> dict[st
 
 def _refuse_another(out: Path, found: Mapping[str, Any], key: Mapping[str, Any]) -> None:
     """Raise AnatomyError where the key of what lies in a folder is another one."""
-    changed = [name for name, value in key.items() if found.get(name) != value]
+    changed = [name for name in dict.fromkeys([*key, "content"]) if found.get(name) != key.get(name)]
+    if "pairs" in changed and "content" in changed:  # of other tokens others are pooled
+        changed.remove("content")
+    if changed == ["content"]:
+        raise AnatomyError(
+            f"{storage.shown(out)!r} holds a harvest pooled over other tokens: choose another folder, delete that one, "
+            "or change pool_special_tokens."
+        )
     if changed:
         raise AnatomyError(
             f"{storage.shown(out)!r} holds a harvest of something else (different: {', '.join(changed)}): choose "
@@ -486,8 +496,8 @@ def _read_shard(
 
     def fold(batch: list[int]) -> None:
         read = read_spans(model, pairs, batch, [layer])
-        hidden, bounds = read.hidden[layer], read.bounds
-        _check_finite(hidden, bounds, pairs, batch, layer)
+        _check_finite(read.hidden[layer], read.bounds, pairs, batch, layer)
+        hidden, bounds = read.pooled(layer)
         for first in range(0, len(bounds) - 1, group):
             last = min(first + group, len(bounds) - 1)
             offsets = [bound - bounds[first] for bound in bounds[first : last + 1]]

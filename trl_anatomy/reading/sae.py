@@ -123,6 +123,12 @@ class SAE:
         return None if self.hook_name is None else layer_of_hook(self.hook_name)
 
     @property
+    def excluded_tokens(self) -> bool | list[int]:
+        """Token ids that it was not trained on, or True for all special ones; False where its metadata name none."""
+        said = self._inner.cfg.metadata.exclude_special_tokens
+        return [int(token) for token in said] if isinstance(said, list | tuple) else bool(said)
+
+    @property
     def neuronpedia_id(self) -> str | None:
         """Its name on Neuronpedia, such as ``"gemma-2-2b/12-gemmascope-res-16k"``; None where it carries none."""
         name = self._inner.cfg.metadata.neuronpedia_id

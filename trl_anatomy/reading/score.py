@@ -14,7 +14,7 @@ from .. import __version__
 from ..errors import AnatomyError
 from .files import keep, unsealed
 from .fingerprint import hash_json, model_key
-from .forward import in_halves, length_sorted_batches, read_spans
+from .forward import in_halves, length_sorted_batches, only, read_spans
 from .progress import Progress
 from .scorers import HiddenScorer, Scorer, TextScorer
 from .spans import SPANS, Pairs
@@ -58,7 +58,7 @@ def score_pairs(
     batch_tokens: int = 8192,
     progress: bool = True,
 ) -> Scores:
-    """Score both responses of every pair for every concept.
+    """Score both responses of every pair for every concept, over the tokens that `Pairs.content` keeps.
 
     Args:
         pairs: tokenised pairs.
@@ -144,6 +144,8 @@ class Scoring:
         for name, scorer in read.items() if cache_dir is not None else ():
             for key in keys:
                 made_from = {"version": __version__, "pairs": pairs.fingerprint, **key, "scorer": scorer.key()}
+                if pairs.content_key is not None:
+                    made_from["content"] = pairs.content_key
                 self._files[name] = Path(cache_dir or "") / f"scores-{hash_json(made_from)}.safetensors"
                 if self._load(name):
                     break
@@ -187,9 +189,14 @@ class Scoring:
             bounds: n_spans + 1 offsets of the spans.
             sides: index of the spans that are the chosen and that are the rejected responses of `batch`, in its order.
         """
+        content = np.ones(bounds[-1], dtype=bool)
+        for side in range(2):
+            spans = np.arange(len(bounds) - 1)[sides[side]]
+            for pair, span in zip(batch, spans, strict=True):
+                content[bounds[span] : bounds[span + 1]] = self.pairs.content(pair, _SIDES[side])
         for name, scorer in self.missing.items():
             states = hidden[scorer.layer]
-            scored = scorer.score_spans(states, bounds).cpu().numpy()
+            scored = scorer.score_spans(*only(states, bounds, content)).cpu().numpy()
             if name in self._by_token:
                 each = scorer.score_tokens(states, bounds).float().cpu().numpy()
                 for side in range(2):

@@ -50,6 +50,7 @@ def read_sft(
     max_length: int | None = 1024,
     truncation: str = "keep_start",
     num_proc: int | None = None,
+    pool_special_tokens: bool = False,
 ) -> SftRows:
     """Tokenise SFT data exactly as TRL's SFTTrainer does, without packing.
 
@@ -62,6 +63,7 @@ def read_sft(
         max_length: the trainer's ``max_length``.
         truncation: ``"keep_start"`` or ``"keep_end"``, as in ``SFTConfig``.
         num_proc: processes that tokenise.
+        pool_special_tokens: pool concepts over special tokens and what the template writes around answers as well.
 
     Returns:
         The rows; those left out are counted in ``left_out``.
@@ -121,6 +123,7 @@ def read_sft(
         left_out=left_out,
         tokenizer=text_tokenizer,
         processing_class=tokenizer,
+        pool_special_tokens=pool_special_tokens,
     )
 
 
@@ -168,7 +171,7 @@ def _sft_columns(dataset: Dataset) -> tuple[Dataset, dict[str, int]]:
     return kept, left_out
 
 
-def read_rows(dataset: Dataset, tokenizer: Any, *, data_kind: str, max_length: int | None, truncation: str) -> Pairs:
-    """`read_sft` or `read_pairs`, as `data_kind` ("sft" or "pairs") says."""
+def read_rows(dataset: Dataset, tokenizer: Any, *, data_kind: str, **settings: Any) -> Pairs:
+    """`read_sft` or `read_pairs`, as `data_kind` ("sft" or "pairs") says; `settings` are theirs."""
     read = read_sft if data_kind == "sft" else read_pairs
-    return read(dataset, tokenizer, max_length=max_length, truncation=truncation)
+    return read(dataset, tokenizer, **settings)

@@ -7,8 +7,8 @@ what happens to rows longer than ``max_length`` differs, and ``truncation`` name
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from types import SimpleNamespace
@@ -19,6 +19,8 @@ from datasets import Dataset, Features, List, Value
 
 from ..errors import AnatomyError
 from .clock import date_of
+from .content import NO_MARKS, Marks, find_marks
+from .copies import Copies, joined
 from .processing import text_tokenizer as tokenizer_of
 from .token_text import decode_all, pieces
 from .written import (
@@ -65,6 +67,8 @@ class Pairs:
         left_out: reason -> number of raw rows left out.
         tokenizer: reads the tokens as text; None where they were not made of text, and texts are those of `raw`.
         processing_class: what made the tokens: the tokenizer, or the processor that holds it.
+        pool_special_tokens: whether special tokens and what the template writes around answers are pooled as well.
+        excluded: ids that are not pooled in any case, such as those that an SAE was not trained on.
     """
 
     dataset: Dataset
@@ -76,6 +80,8 @@ class Pairs:
     left_out: dict[str, int]
     tokenizer: Any = None
     processing_class: Any = None
+    pool_special_tokens: bool = False
+    excluded: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -94,7 +100,7 @@ class Pairs:
     @property
     def date(self) -> str | None:
         """The date that the chat template wrote into the tokens; None where it writes none, or today's."""
-        return date_of(self.processing_class or self.tokenizer)
+        return date_of(self.tokenizer)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -107,12 +113,28 @@ class Pairs:
 
     @cached_property
     def prompt_groups(self) -> np.ndarray:
-        """(n_pairs,) int64: a hash of each pair's prompt tokens before truncation; pairs of one prompt share it."""
+        """(n_pairs,) int64: a number for each prompt, by its tokens before truncation; pairs of one prompt share it.
+
+        Copies share it too, where truncation made them equal. A pair without a prompt has one of its own.
+        """
         values, offsets = self._flat["prompt"]
-        hashes = (
-            hashlib.blake2b(values[start:stop].tobytes(), digest_size=8).digest() for start, stop in pairwise(offsets)
-        )
-        return np.frombuffer(b"".join(hashes), dtype="<i8").astype(np.int64)
+        text = np.append(self.marks.content(values, offsets, response=False), False)
+        empty = (np.add.reduceat(text, offsets[:-1], dtype=np.int64) == 0) | (np.diff(offsets) == 0)
+        parts = (values[start:stop].tobytes() for start, stop in pairwise(offsets))
+        hashes = np.array([_hash(part) for part in parts], dtype=np.int64)
+        hashes[empty] = np.array([_hash(str(row).encode()) for row in self.rows[empty]], dtype=np.int64)
+        return joined(hashes, self.copies.group)
+
+    @cached_property
+    def copies(self) -> Copies:
+        """Which pairs have the same tokens after truncation, as they are or with chosen and rejected swapped."""
+        sides = np.zeros((len(self), 2), dtype=np.int64)
+        for i in range(len(self)):
+            prompt, chosen, other, rejected = self.arrays(i)
+            for k, part in enumerate(((prompt, chosen), (other, rejected))):
+                sides[i, k] = _hash(b"|".join(ids.tobytes() for ids in part))
+        _, group = np.unique(np.sort(sides, axis=1), axis=0, return_inverse=True)
+        return Copies(group.reshape(-1).astype(np.int64), np.where(sides[:, 0] <= sides[:, 1], 1, -1))
 
     @cached_property
     def _flat(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -179,6 +201,59 @@ class Pairs:
         """
         prompt, chosen, other, rejected = self.arrays(i)
         return prompt.tolist(), chosen.tolist(), other.tolist(), rejected.tolist()
+
+    @cached_property
+    def marks(self) -> Marks:
+        """Tokens that are not text of the data, and so not pooled."""
+        read = self.processing_class or self.tokenizer
+        found = NO_MARKS if read is None or self.pool_special_tokens else find_marks(read)
+        return replace(found, special=found.special | self.excluded)
+
+    @cached_property
+    def _content(self) -> dict[str, np.ndarray]:
+        """span -> (n_tokens,) bool over the ids of all pairs end to end, before truncation: which are pooled."""
+        return {
+            span: self.marks.content(values, offsets, response=span != "prompt")
+            for span, (values, offsets) in self._flat.items()
+        }
+
+    @cached_property
+    def content_key(self) -> str | None:
+        """Hash of which tokens are pooled, for caches; None where all are."""
+        if all(mask.all() for mask in self._content.values()):
+            return None
+        bits = (np.packbits(self._content[span]).tobytes() for span in SPANS)
+        return hashlib.sha256(b"".join(bits)).hexdigest()[:32]
+
+    def content(self, i: int, span: str) -> np.ndarray:
+        """(n_tokens,) bool: which tokens of one span of pair `i` concepts are pooled over, after truncation.
+
+        Of a prompt that `keep_end` cuts on each side differently, the chosen side's.
+        """
+        offsets = self._flat[span][1]
+        mask = self._content[span][offsets[i] : offsets[i + 1]]
+        if span != "prompt":
+            return mask[self.kept_part(i, span)]
+        n_kept = len(self._cut(self.ids(i, "prompt"), self.ids(i, "chosen"))[0])
+        return mask[len(mask) - n_kept :] if self.truncation == "keep_end" else mask[:n_kept]
+
+    def pooled_as(self, excluded: bool | Collection[int]) -> "Pairs":
+        """These pairs as an SAE wants them pooled.
+
+        Args:
+            excluded: ids that it was not trained on; True for all special tokens, False for none.
+        """
+        if excluded is True:
+            return replace(self, pool_special_tokens=False) if self.pool_special_tokens else self
+        if not excluded or set(excluded) <= self.marks.special:
+            return self
+        return replace(self, excluded=self.excluded | set(excluded))
+
+    @cached_property
+    def cut(self) -> dict[str, np.ndarray]:
+        """Side -> (n_pairs,) bool: which responses truncation cut short."""
+        kept = np.diff(self.response_bounds).reshape(-1, 2)
+        return {side: np.diff(self._flat[side][1]) > kept[:, k] for k, side in enumerate(SPANS[1:])}
 
     @cached_property
     def packed_lengths(self) -> np.ndarray:
@@ -297,6 +372,10 @@ class Pairs:
     def _text_columns(self) -> Dataset:
         named = [column for column in self.raw.column_names if column in (*SPANS, "completion", "messages", "text")]
         return self.raw.with_format(None).select_columns(named)
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
 def split_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -490,6 +569,7 @@ def read_pairs(
     max_length: int | None = 1024,
     truncation: str = "keep_start",
     num_proc: int | None = None,
+    pool_special_tokens: bool = False,
 ) -> Pairs:
     """Tokenise preference pairs exactly as TRL's trainers do.
 
@@ -502,6 +582,7 @@ def read_pairs(
         max_length: the trainer's ``max_length``.
         truncation: ``"keep_start"`` / ``"keep_end"`` as in ``DPOConfig``; ``"drop"`` for the reward trainer.
         num_proc: processes that tokenise.
+        pool_special_tokens: pool concepts over special tokens and what the template writes around answers as well.
 
     Returns:
         The pairs; rows left out are counted in ``left_out``.
@@ -553,6 +634,7 @@ def read_pairs(
         left_out=left_out,
         tokenizer=text_tokenizer,
         processing_class=tokenizer,
+        pool_special_tokens=pool_special_tokens,
     )
 
 

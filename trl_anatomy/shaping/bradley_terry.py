@@ -23,7 +23,11 @@ class Fit:
 
 
 def fit_strengths(
-    gaps: np.ndarray, names: Sequence[str], offset: np.ndarray | None = None, weight: np.ndarray | None = None
+    gaps: np.ndarray,
+    names: Sequence[str],
+    offset: np.ndarray | None = None,
+    weight: np.ndarray | None = None,
+    copies: np.ndarray | None = None,
 ) -> Fit:
     """Maximum likelihood of P(chosen preferred) = σ(gaps · λ + offset), pair i counting w_i times.
 
@@ -36,6 +40,8 @@ def fit_strengths(
         offset: (n_pairs,) a margin that is there already; None for 0.
         weight: (n_pairs,) of at least 0; None for 1. Pairs of weight 0 are left out. The interval takes the weights as
             given, not as counts: variance H⁻¹ · Σ w²p(1 − p)xx' · H⁻¹ with H = Σ w·p(1 − p)xx'.
+        copies: (n_pairs,) the same number for identical pairs, which are one of their summed weight in the interval;
+            None where none are.
 
     Raises:
         AnatomyError: no finite maximum (the gaps never point the other way: separation), or one that hardly any pair
@@ -51,7 +57,9 @@ def fit_strengths(
     gaps = np.asarray(gaps, dtype=np.float64)
     offset = np.zeros(len(gaps)) if offset is None else np.asarray(offset, dtype=np.float64)
     weight = np.ones(len(gaps)) if weight is None else np.asarray(weight, dtype=np.float64)
-    gaps, offset, weight = gaps[weight > 0], offset[weight > 0], weight[weight > 0]
+    used = weight > 0
+    copies = np.arange(int(used.sum())) if copies is None else np.unique(copies[used], return_inverse=True)[1]
+    gaps, offset, weight = gaps[used], offset[used], weight[used]
     weight = weight / weight.mean()  # the answer knows no unit of the weights; the stopping rule below does
     n_pairs, k = gaps.shape
     scale = np.abs(gaps).max(axis=0, initial=0.0)
@@ -100,7 +108,8 @@ def fit_strengths(
         beta = beta + length * step
         if decrement < 1e-20 * n_pairs or (decrement < 1e-12 and np.abs(step).max() <= 1e-13 * np.abs(beta).max()):
             bread = np.linalg.inv(_force(x, beta, offset, weight)[1])
-            error = np.sqrt(np.diag(bread @ _force(x, beta, offset, weight**2)[1] @ bread))
+            together = np.bincount(copies, weight)[copies]
+            error = np.sqrt(np.diag(bread @ _force(x, beta, offset, weight * together)[1] @ bread))
             if ((np.abs(beta) > 20) & (error > np.abs(beta))).any():  # a huge margin that rests on next to no pair
                 break
             return Fit(beta / scale, (beta - _Z * error) / scale, (beta + _Z * error) / scale)

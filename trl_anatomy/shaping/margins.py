@@ -37,8 +37,9 @@ def settle_margins(
     gates: Sequence[np.ndarray],
     kept: np.ndarray,
     weight: np.ndarray,
+    copies: np.ndarray | None = None,
 ) -> dict[int, Shaped]:
-    """Strength and offsets of every margin rule; `weight` (n_pairs,) counts in the fit."""
+    """Strength and offsets of every margin rule; `weight` (n_pairs,) counts in the fit, `copies` as `fit_strengths`."""
     rules = {i: rule for i, rule in enumerate(policy.rules) if isinstance(rule, ShapeReward | Residualize)}
     standard: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     scales: dict[int, float] = {}
@@ -76,9 +77,10 @@ def settle_margins(
         gaps = np.stack([np.where(gates[i], standard[i][0] - standard[i][1], 0.0)[kept] for i in fitted], axis=1)
         # What rules with a given strength already say is part of the margin that the fit starts from.
         given = sum((offsets(i, value) for i, value in strengths.items()), np.zeros((2, len(kept))))
+        copies = None if copies is None else copies[kept]
         try:
             names = [f"{rules[i].concept!r}" for i in fitted]
-            fit = fit_strengths(gaps, names, (given[0] - given[1])[kept], weight[kept])
+            fit = fit_strengths(gaps, names, (given[0] - given[1])[kept], weight[kept], copies)
         except AnatomyError as error:
             raise PolicyError([f"{policy.place(f'rules[{fitted[0]}]')}: {error}"]) from None
         for column, i in enumerate(fitted):

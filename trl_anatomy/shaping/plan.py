@@ -168,7 +168,13 @@ def plan_policy(
     }
     weighed, weight = settle_weights(policy, pairs, scores, gates, kept)
     shaped = settle_margins(
-        policy, scores, read, gates, kept, np.ones(len(pairs)) if weight is None else weight[pairs.rows]
+        policy,
+        scores,
+        read,
+        gates,
+        kept,
+        np.ones(len(pairs)) if weight is None else weight[pairs.rows],
+        pairs.copies.identical,
     )
     edited = hidden_strengths(policy, scores, pairs.rows, gates, kept)
     steering = np.zeros((len(pairs.raw), 2, len(edited)))

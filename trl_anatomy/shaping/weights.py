@@ -24,7 +24,8 @@ class Weighed:
 
     Attributes:
         factor: (n_pairs,) what it multiplies the weights by; all 1 for a rule that was solved together with `leader`.
-        effective: effective sample size (Σw)² / Σw² of the final weights over the kept pairs of its gate.
+        effective: effective sample size (Σw)² / Σw² of the final weights over the kept pairs of its gate; identical
+            pairs are one of their summed weight.
         held: the concepts that it holds.
         leader: number of the rule that stands for this one too; None where it stands for itself.
     """
@@ -86,18 +87,35 @@ def settle_weights(
     if not base[kept].any():
         raise AnatomyError(f"{policy.source}: every pair that is kept weighs 0; nothing is left to train on.")
 
-    groups = _groups(policy, scores, gates, kept & (base > 0), base)
-    for group, factor in zip(groups, _balance(policy, groups, base, kept), strict=True):
+    groups, copies = _groups(policy, scores, gates, kept & (base > 0), base), pairs.copies.identical
+    for group, factor in zip(groups, _balance(policy, groups, base, kept, copies), strict=True):
         factors[group.rules[0]] = factor
     raw_weight[pairs.rows] = weight = np.prod(list(factors.values()), axis=0)
     weighed = {}
     for i, rule in rules.items():
-        inside = weight[gates[i] & kept]
-        effective = float(inside.sum() ** 2 / max(np.square(inside).sum(), 1e-300))
+        inside = gates[i] & kept
+        effective = effective_size(weight[inside], copies[inside])[0]
         own = next((group for group in groups if i in group.rules), None)
         leader = own.rules[0] if own is not None and own.rules[0] != i else None
         weighed[i] = Weighed(factors[i], effective, policy.held(rule), leader)
     return weighed, raw_weight
+
+
+def effective_size(weight: np.ndarray, copies: np.ndarray) -> tuple[float, int]:
+    """Effective sample size (Σw)² / Σw² of pairs of which identical ones are one of their summed weight.
+
+    Args:
+        weight: (n,) of at least 0.
+        copies: (n,) the same number for identical pairs.
+
+    Returns:
+        It, and the number of distinct pairs.
+
+    >>> effective_size(np.ones(6), np.array([0, 0, 1, 1, 2, 2]))
+    (3.0, 3)
+    """
+    together = np.bincount(np.unique(copies, return_inverse=True)[1], weight)
+    return float(together.sum() ** 2 / max(np.square(together).sum(), 1e-300)), len(together)
 
 
 def balanced_weights(x: np.ndarray, totals: np.ndarray, base: np.ndarray) -> np.ndarray | None:
@@ -219,7 +237,9 @@ def _out_of_reach(rule: ReweightPairs, gap: np.ndarray, mean: float, target: flo
     return f"{text}the gaps of single pairs reach from {gap.min():.3g} to {gap.max():.3g}. Give a smaller strength."
 
 
-def _balance(policy: "ConceptPolicy", groups: Sequence[_Group], base: np.ndarray, kept: np.ndarray) -> list[np.ndarray]:
+def _balance(
+    policy: "ConceptPolicy", groups: Sequence[_Group], base: np.ndarray, kept: np.ndarray, copies: np.ndarray
+) -> list[np.ndarray]:
     """(n_pairs,) factor of each group; all groups are solved together, so that overlapping gates agree."""
     if not groups:
         return []
@@ -255,7 +275,7 @@ def _balance(policy: "ConceptPolicy", groups: Sequence[_Group], base: np.ndarray
         mine = [column for column, whose in enumerate(owner) if whose == k]
         factors.append(np.where(group.pairs, np.exp(x[:, mine] @ eta[mine]), 1.0))
         inside = weight[group.pairs]
-        effective, n = inside.sum() ** 2 / np.square(inside).sum(), len(inside)
+        effective, n = effective_size(inside, copies[group.pairs])
         if effective < MIN_SHARE * n:
             problems.append(
                 f"{policy.place(f'rules[{group.rules[0]}]')}: the weights rest on {effective:.1f} of {n} pairs "

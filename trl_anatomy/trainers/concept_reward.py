@@ -14,7 +14,8 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ..errors import AnatomyError
 from ..reading.clock import running
-from ..reading.forward import read_texts
+from ..reading.content import Marks, find_marks
+from ..reading.forward import only, read_texts
 from ..reading.processing import load_processing_class, prompt_ids, text_tokenizer
 from ..reading.score import score_pairs
 from ..reading.scorers import HiddenScorer, Scorer
@@ -111,6 +112,7 @@ class ConceptReward:
             with loaded_whole():
                 self._model = source.model if model is None and source is not None else _own(model)
             self._model.eval().requires_grad_(False)
+        self._marks = find_marks(self._tokenizer) if hidden else Marks()
         self.scorers: dict[str, Scorer] = resolved.scorers if self._model is None else resolved.to(self._model)
 
         self.strengths = [rule.fixed or 0.0 for rule in self.rules]  # those that are to be fitted come below
@@ -176,10 +178,14 @@ class ConceptReward:
         reader = text_tokenizer(self._tokenizer)
         pad = reader.eos_token_id if reader.pad_token_id is None else reader.pad_token_id
         layers = sorted({scorer.layer for scorer in hidden.values()})
+        offsets = np.cumsum([0, *map(len, completion_ids)])
+        ids = np.array([token for tokens in completion_ids for token in tokens], dtype=np.int64)
+        content = self._marks.content(ids, offsets, response=True)
         for i, states in read_texts(self._model, rows, layers, pad_token_id=pad):
             for name, scorer in hidden.items():
                 response = states[scorer.layer][len(before[i]) :]
-                scores[name][i] = float(scorer.score_spans(response, [0, len(response)])[0])
+                kept, bounds = only(response, [0, len(response)], content[offsets[i] : offsets[i + 1]])
+                scores[name][i] = float(scorer.score_spans(kept, bounds)[0])
         return scores
 
     def _texts(

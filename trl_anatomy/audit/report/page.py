@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from ...errors import AnatomyError
 from ...reading.files import write_atomically
 from ...reading.storage import local, url_of
+from ..findings import data_notes
 from ..folder import REPORT, Audit
 from ..labels import neuronpedia_url
-from ..predict import FALLS, NO_EVIDENCE, RISES, TOO_FEW
+from ..predict import BY_LENGTH, FALLS, NO_EVIDENCE, RISES, TOO_FEW
 from ..text_folder import TextAudit
 from .explore import excerpt, explore_data, marked, pair_data, sample_views
 from .habits import habits_section, render_text_page
@@ -80,6 +81,8 @@ def render(audit: Audit, raw_dataset: "Dataset | Pairs | None" = None) -> str:
         "feature": snippet(audit, CONCEPT, gate=f"{{data: {CONTEXT}}}"),
         "prompt": snippet(audit, CONCEPT, gate=f"{{prompts: {CONTEXT}}}"),
     }
+    if not audit.concepts.num_rows and not audit.responses.num_rows:  # maps would be empty
+        return render_page("page.html", __package__, [], {}, **_view(audit, texts, samples))
     data = {"data": explore_data(audit, snippets), "pairs": pair_data(audit, texts, samples)}
     view = _view(audit, texts, samples)
     return render_page("page.html", __package__, ["explore.js"], data, **view)
@@ -93,6 +96,7 @@ def _view(audit: Audit, texts: RowTexts | None, samples: dict[int, dict[str, Any
     by_shift = sorted(concepts, key=lambda c: -abs(c["predicted"]))
     found = [c for c in by_shift if c["verdict"] in (RISES, FALLS)]
     unsure = [c for c in by_shift if c["verdict"] == NO_EVIDENCE]
+    by_length = [c for c in by_shift if c["verdict"] == BY_LENGTH]
     few = [c for c in by_shift if c["verdict"] == TOO_FEW]
     scale = _scale([c[key] for c in concepts for key in ("ci_low", "ci_high")])
     for concept in concepts:
@@ -141,6 +145,7 @@ def _view(audit: Audit, texts: RowTexts | None, samples: dict[int, dict[str, Any
         "sae_name": ":".join(Path(part).name for part in info["sae"]["source"].values()),
         "left_out": [f"{number(count)} {reason}" for reason, count in info["data"]["left_out"].items()],
         "n_concepts": len(concepts),
+        "to_explore": bool(concepts) or audit.responses.num_rows > 0,
         "n_rises": sum(c["verdict"] == RISES for c in found),
         "n_falls": sum(c["verdict"] == FALLS for c in found),
         "n_only_length": sum(c["only_length"] for c in found),
@@ -151,6 +156,7 @@ def _view(audit: Audit, texts: RowTexts | None, samples: dict[int, dict[str, Any
         "named": {verdict: _named(found, verdict) for verdict in (RISES, FALLS)},
         "cards": found[:N_CARDS],
         "unsure": unsure,
+        "by_length": by_length,
         "few": few,
         "scale": scale,
         "half": HALF,
@@ -166,6 +172,8 @@ def _view(audit: Audit, texts: RowTexts | None, samples: dict[int, dict[str, Any
             **{f"{key} (used)": value for key, value in info.get("settings_used", {}).items()},
         },
         "notes": info.get("notes", []),
+        "first_notes": data_notes(info),
+        "too_few": bool(info.get("too_few_prompts")),
         "has_names": any(label.name is not None for label in audit.labels.values()),
     }
 
