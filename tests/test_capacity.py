@@ -54,6 +54,23 @@ def test_an_id_beyond_the_embeddings(family: str, span: str) -> None:
     assert check_pairs_fit(pairs, resized.config) == []
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+def test_a_padding_token_that_was_added_without_an_embedding(family: str) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    vocab = len(build_tokenizer())
+    assert tokenizer.pad_token_id == vocab
+    model = tiny_model(family, vocab=vocab)
+    message = rf"padding: found the token id {vocab}( \('\[PAD\]'\))?, but the model has embeddings for {vocab} tokens"
+    with pytest.raises(AnatomyError, match=message):
+        check_pairs_fit(pairs_of(TEXT, tokenizer=tokenizer), model.config)
+    with pytest.raises(AnatomyError, match=message):
+        rollouts(model, tokenizer, ["Why?", "Tell me a story"], max_new_tokens=3)
+    model.resize_token_embeddings(len(tokenizer))
+    assert check_pairs_fit(pairs_of(TEXT, tokenizer=tokenizer), model.config) == []
+    rollouts(model, tokenizer, ["Why?", "Tell me a story"], max_new_tokens=3)
+
+
 def test_an_id_that_truncation_cuts_off_does_not_count() -> None:
     tokenizer = larger_tokenizer()
     bad = TEXT | {"chosen": WORD * 20 + "<|im_end|>"}

@@ -125,7 +125,9 @@ def test_a_dated_tokenizer_runs_again(clock: type[Clock]) -> None:
 def test_a_processor_is_dated_with_its_tokenizer(kind: str, tmp_path: Path) -> None:
     """TRL asks the processor; what reads text alone asks its tokenizer."""
     processor = vision_model(kind, tmp_path)
-    processor.chat_template = processor.tokenizer.chat_template = DATED["hours"]
+    processor.chat_template = DATED["hours"]
+    assert read_pairs(Dataset.from_list([ROW]), dated(processor, LATER)).date == LATER  # its tokenizer's reads no clock
+    processor.tokenizer.chat_template = DATED["hours"]
     made = dated(processor, LATER)
     for whole, stopped in ((processor, made), (processor.tokenizer, made.tokenizer), (running(made), made)):
         assert SHOWN["hours"][0] in rendered(whole)

@@ -15,6 +15,7 @@ from trl import DPOConfig, RewardConfig
 
 from trl_anatomy import AnatomyDPOTrainer, AnatomyRewardTrainer, AuditConfig, run_audit
 from trl_anatomy.cli import main
+from trl_anatomy.errors import AnatomyError
 from trl_anatomy.reading import sae as sae_module
 from trl_anatomy.reading.sae import load_sae
 from trl_anatomy.reading.scorers.features import FeaturesScorer
@@ -129,6 +130,13 @@ def test_with_an_audit_made_now(folder: Path, tiny_model_dir: Path, tmp_path: Pa
     trainer = train("dpo", str(tiny_model_dir), folder, tmp_path, policy, config_of(folder, "now"))
     assert counts == ONCE
     assert trainer.audit.name.endswith("now")
+
+
+def test_an_sae_that_has_yet_to_be_made_is_not_loaded(folder: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """`auto` names no SAE: the audit makes it, or says why not."""
+    audit = AuditConfig(sae="auto", out=str(tmp_path / "audit"), bootstrap=100)
+    with pytest.raises(AnatomyError, match="to train an SAE on"):
+        train("dpo", str(tiny_model_dir), folder, tmp_path, policy_of(folder, ["cluster"]), audit)
 
 
 @pytest.mark.parametrize("use", USES)

@@ -81,11 +81,11 @@ def rollouts(
     from ..reading.forward import each_in_halves
 
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    check_prompts_fit(encoded, max_new_tokens, model.config)
     jobs = [i for i in range(len(prompts)) for _ in range(n_per_prompt)]
     jobs.sort(key=lambda i: len(encoded[i]))
     reader = text_tokenizer(tokenizer)
     pad = reader.pad_token_id if reader.pad_token_id is not None else reader.eos_token_id
+    check_prompts_fit(encoded, max_new_tokens, model.config, pad_token_id=pad)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     responses: list[list[Response]] = [[] for _ in prompts]
     was_training = model.training

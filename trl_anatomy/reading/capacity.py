@@ -70,10 +70,11 @@ def check_pairs_fit(pairs: Pairs, config: Any, *, grows: bool = False) -> list[s
         A note, or none: on rows longer than the model was trained on, where it can go on beyond.
 
     Raises:
-        AnatomyError: a token id without an embedding, or more tokens than there are positions.
+        AnatomyError: a token id without an embedding (the padding's too), or more tokens than there are positions.
     """
     room = Capacity.of(config, grows=grows)
     if room.n_tokens is not None:
+        _check_ids(np.array([pairs.pad_token_id]), room.n_tokens, "padding", pairs.tokenizer)
         for span in SPANS:
             values, offsets = pairs._flat[span]
             beyond = np.flatnonzero(values >= room.n_tokens)
@@ -103,18 +104,23 @@ def check_pairs_fit(pairs: Pairs, config: Any, *, grows: bool = False) -> list[s
     ]
 
 
-def check_prompts_fit(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: Any) -> None:
+def check_prompts_fit(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int, config: Any, *, pad_token_id: int | None = None
+) -> None:
     """Refuse prompts from which a model cannot generate.
 
     Args:
         prompts: token ids of each.
         max_new_tokens: longest response; its last token is drawn, and not read.
         config: the model's transformers configuration.
+        pad_token_id: what prompts are padded with.
 
     Raises:
         AnatomyError: a token id without an embedding, or a prompt and a response longer than a table of positions.
     """
     room = Capacity.of(config)
+    if room.n_tokens is not None and pad_token_id is not None:
+        _check_ids(np.array([pad_token_id]), room.n_tokens, "padding", None)
     for i, ids in enumerate(prompts):
         if room.n_tokens is not None and len(ids):
             _check_ids(np.asarray(ids), room.n_tokens, f"prompt {i}", None)

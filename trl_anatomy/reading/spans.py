@@ -100,7 +100,7 @@ class Pairs:
     @property
     def date(self) -> str | None:
         """The date that the chat template wrote into the tokens; None where it writes none, or today's."""
-        return date_of(self.tokenizer)
+        return date_of(self.processing_class or self.tokenizer)
 
     @cached_property
     def fingerprint(self) -> str:

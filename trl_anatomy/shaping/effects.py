@@ -133,9 +133,9 @@ def _alone(i: int, acting: Acting, n_pairs: int) -> np.ndarray:
 
 def _stays(i: int, acting: Acting, n_pairs: int) -> np.ndarray:
     """(n_pairs,) bool: the pairs that a rule leaves, or finds where it acts after the rows are chosen."""
-    dropped = (
-        [acting.dropped[i]] if i in acting.dropped else list(acting.dropped.values()) if i in acting.shaped else []
-    )
+    if i in acting.dropped:
+        return ~acting.dropped[i]
+    dropped = acting.dropped.values() if i in acting.shaped else ()
     return ~np.logical_or.reduce([np.zeros(n_pairs, bool), *dropped])
 
 
@@ -254,9 +254,9 @@ def _why(rule: Intervention, plain: float, after: float) -> str:
             return "It drops pairs that reward it."
         if plain * after < 0:
             return "It drops too many pairs."
-        if after < plain:
-            return "The pairs punish it, and the rule drops those that reward it."
-        return "The pairs reward it, and the rule drops those that punish it."
+        drops = "reward" if after < plain else "punish"
+        pairs = "are even on" if abs(plain) <= _NEAR else "reward" if plain > 0 else "punish"
+        return f"The pairs {pairs} it, and the rule drops those that {drops} it."
     if plain * after < 0:
         return "Its strength is more than the pairs say."
     if isinstance(rule, ShapeReward) and rule.constant is not None:

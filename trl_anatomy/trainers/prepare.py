@@ -376,8 +376,9 @@ def _checked(dataset: Any) -> Dataset:
 def _audit_now(settings: "AuditConfig", start: Start, dataset: Dataset, loaded: "Loaded | None") -> "Audit":
     """Audit what is trained on: the trainer's dataset, model, tokens, truncation. The ranks share the work.
 
-    A policy comes after it, and takes the SAE from `loaded`.
+    A policy comes after it, and takes the SAE from `loaded`, if the settings name one.
     """
+    from ..audit.find_sae import AUTO
     from ..audit.run import run_audit
 
     made, template = start.processing_class, getattr(start.config, "chat_template_path", None)
@@ -392,7 +393,8 @@ def _audit_now(settings: "AuditConfig", start: Start, dataset: Dataset, loaded: 
     settings = replace(
         settings, max_length=start.config.max_length, truncation=start.truncation, chat_template_path=template
     )
-    sae = loaded.sae(settings.sae) if loaded is not None and settings.sae else None
+    named = loaded is not None and settings.sae not in ("", AUTO)
+    sae = loaded.sae(settings.sae) if loaded is not None and named else None
     return run_audit(settings, model=start.model, tokenizer=made, dataset=dataset, sae=sae)
 
 
