@@ -353,6 +353,27 @@ def test_labels_are_the_planted_words(audit):
     assert "lemon" in labels[frozenset({11, 12, 13})]
 
 
+@pytest.mark.parametrize(
+    ("habit", "words"),
+    [
+        ("请注意", ["今天天气很好", "河流和山脉都很美丽", "这里有三个步骤", "我可以告诉你怎么写"]),
+        ("ครับ", ["วันนี้อากาศดี", "แม่น้ำและภูเขา", "มีสามขั้นตอน", "เขียนบทกวี"]),
+        ("ですね", ["今日は天気がいい", "川と山が美しい", "三つの手順がある", "書き方を教える"]),
+    ],
+)
+def test_terms_of_languages_without_blanks_are_some_characters(habit, words):
+    """Between two marks a whole clause used to be one term, which hardly any other text has."""
+    rng = np.random.default_rng(0)
+    chosen, rejected = [], []
+    for _ in range(60):
+        said = [words[k] for k in rng.integers(0, len(words), 3)]
+        chosen.append(f"{said[0]}{habit}{said[1]}，{said[2]}。")
+        rejected.append(f"{said[0]}{said[1]}，{said[2]}。")
+    (terms,) = distinctive_terms(chosen, rejected, np.ones((60, 1)))
+    assert any(term in habit for term in terms[:3])
+    assert all(len(term) <= 12 for term in terms)
+
+
 def test_terms_are_printable_and_may_be_none():
     chosen = ["plain **bold** \u202e\u202e word"] * 20
     rejected = ["plain word"] * 20

@@ -8,7 +8,7 @@ import pytest
 from reading_world import build_tokenizer
 
 from trl_anatomy.reading.firings import token_texts
-from trl_anatomy.reading.token_text import decode, token_text, tokens_of, whole_words
+from trl_anatomy.reading.token_text import decode, token_text, tokens_of, whole_words, words
 
 TEXT = " It is **bold** — naïve 😀🇫🇷 café.\n\n- item —\n\n日本語 end"
 
@@ -100,3 +100,28 @@ def test_whole_words() -> None:
     marked[:] = False
     marked[3] = True  # a blank belongs to no word
     assert whole_words(text, marked).tolist() == marked.tolist()
+
+
+@pytest.mark.parametrize(
+    ("text", "sign", "gone"),
+    [
+        ("今天天气很好，这里有三个步骤！", "！", "！"),
+        ("天気はいいですね。テレビを見る", "ビ", "テレビ"),  # a run of katakana is a word
+        ("สวัสดีครับ! ดีมาก", "!", "!"),
+        ("ខ្ញុំស្រឡាញ់អ្នក។ ល្អ", "។", "។"),
+        ("用 **bold** 写 iPhone15 真好", "o", "**bold**"),
+        ("안녕하세요 (세계)! 좋다", "!", "(세계)!"),  # Korean has blanks
+        ("It is (so), isn't it?", "(", "(so),"),
+    ],
+)
+def test_a_word_of_a_language_without_blanks_is_not_the_whole_sentence(text: str, sign: str, gone: str) -> None:
+    marked = np.zeros(len(text), bool)
+    marked[text.index(sign)] = True
+    assert "".join(c for c, m in zip(text, whole_words(text, marked), strict=True) if m) == gone
+    assert "".join(text[start:stop] for start, stop in words(text)) == "".join(text.split())
+
+
+def test_clusters_of_signs_stay_whole() -> None:
+    """A vowel or tone sign of Thai belongs to the sign that it stands on, and a skin tone to its emoji."""
+    for text, parts in (("ที่นี่", ["ที่", "นี่"]), ("好👍🏽", ["好", "👍🏽"])):
+        assert [text[start:stop] for start, stop in words(text)] == parts
