@@ -26,39 +26,14 @@ _HARMLESS_ARGUMENTS = frozenset(
         *("use_auth_token", "use_safetensors", "trust_remote_code", "tokenizer", "hf_model", "use_cache"),
     }
 )
-# sae-lens' own keys, and those that were left out of its weights' definition by earlier versions.
-_KNOWN = frozenset(
-    {
-        *(
-            "model_name",
-            "model_class_name",
-            "model_from_pretrained_kwargs",
-            "hook_name",
-            "hook_name_out",
-            "hf_hook_name",
-        ),
-        *(
-            "hf_hook_name_out",
-            "hook_head_index",
-            "hook_head_index_out",
-            "normalize_activations",
-            "apply_b_dec_to_input",
-        ),
-        *("reshape_activations", "rescale_acts_by_decoder_norm", "decoder_init_norm", "dec_init_norm"),
-        *(
-            "normalize_sae_decoder",
-            "scale_sparsity_penalty_by_decoder_norm",
-            "training_architecture_details",
-            "lp_norm",
-        ),
-        *("mse_loss_normalization", "jumprelu_tanh_scale", "n_batches_for_norm_estimate"),
-    }
-)
+# sae-lens' own, which say nothing of what was done to the activations, or are judged elsewhere.
+_KNOWN = frozenset({"normalize_activations", "rescale_acts_by_decoder_norm", "hook_head_index_out"})
+# Keys that say so by themselves, and, of those that speak of activations, those that say what was done to them.
 _PREPROCESSING = re.compile(
-    r"(?i)norm|scal(e|ing|ar)|cent(er|re|ring)|whiten|standardi[sz]|subtract|(^|_)(mean|std|fold)|transform|preprocess"
-    r"|apply_to|rotat|project|head_index|reshape"
+    r"(?i)cent(er|re|ring)|whiten|standardi[sz]|subtract|preprocess|apply_to|head_index|rotat"
+    r"|(scal(e|ing)|norm(ali[sz]ation)?)_factor|^(mean|std|scale|scaling|norm)$"
+    r"|^(?=.*(activation|(^|_)acts?(_|$)|input|resid|stream|hidden)).*(norm|scal|(^|_)(mean|std|fold)|transform(?!er))"
 )
-_NOTHING: tuple[Any, ...] = (None, False, "", "none", "None", (), [], {})
 
 
 def reads_centred(card: Mapping[str, Any], place: str) -> bool:
@@ -82,11 +57,9 @@ def reads_centred(card: Mapping[str, Any], place: str) -> bool:
     for key, value in arguments.items():
         if key not in (_CENTRES, *_HARMLESS_ARGUMENTS) or (key == _CENTRES and not isinstance(value, bool | None)):
             raise _unknown(place, f"model_from_pretrained_kwargs.{key}", value)
-    for key in ("hook_head_index", "reshape_activations"):
-        if card.get(key) not in _NOTHING:
-            raise _unknown(place, key, card[key])
     for key, value in card.items():
-        if key not in _KNOWN and _PREPROCESSING.search(key) and value not in _NOTHING:
+        told = key in ("hook_head_index", "reshape_activations") or (key not in _KNOWN and _PREPROCESSING.search(key))
+        if told and not (value is None or value is False or value in ("", "none", [], {})):
             raise _unknown(place, key, value)
     return bool(arguments.get(_CENTRES))
 
