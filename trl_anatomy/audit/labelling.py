@@ -183,9 +183,8 @@ def read_firings(source: Source) -> Firings:
         features = {name: audit.features(name) for name in names}
         layer = audit.info["sae"]["layer"]
         batch = source.config.batch_tokens
-        return sample_table(
-            wanted, features, model, sae, source.pairs, source.tokenizer, layer=layer, batch_tokens=batch
-        )
+        how: dict[str, Any] = {"layer": layer, "batch_tokens": batch, "codes": audit.harvest.codes}
+        return sample_table(wanted, features, model, sae, source.pairs, source.tokenizer, **how)
 
     return read
 

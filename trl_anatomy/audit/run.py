@@ -305,6 +305,7 @@ def run_audit(
             shard_pairs=config.shard_pairs,
             progress=progress,
             ranks=ranks,
+            codes=config.data_kind == "pairs",
         )
     ranks.in_main(
         lambda: _conclude(config, read, pairs, raw, tokenizer, model, sae, layer, timings, progress, fit, origin)
@@ -362,6 +363,7 @@ def _conclude(
                 layer=layer,
                 batch_tokens=config.batch_tokens,
                 progress=progress,
+                codes=read.codes,
             )
     sides = np.diff(pairs.response_bounds).reshape(-1, 2).sum(axis=0)
     prompts = pairs.packed_lengths.sum() - sides.sum()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from ..reading.sae import SAE
     from ..reading.spans import Pairs
+    from ..reading.token_codes import TokenCodes
 
 SAMPLE_PAIRS = 300
 # Pairs that show a hypothesis, looked for among those where its concept is one of the strongest.
@@ -97,8 +98,9 @@ def sample_table(
     layer: int,
     batch_tokens: int = 8192,
     progress: bool = True,
+    codes: TokenCodes | None = None,
 ) -> pa.Table:
-    """Read some pairs again and keep, for each of their concepts, the tokens on which its features fire.
+    """Keep of some pairs, for each of their concepts, the tokens on which its features fire.
 
     Args:
         wanted: row of the raw dataset -> names of concepts, of `sample_rows`.
@@ -106,6 +108,7 @@ def sample_table(
         layer: layer to read, from 0.
         batch_tokens: padded tokens of one forward pass.
         progress: show a progress bar.
+        codes: what the harvest has kept of the tokens; pairs that are not among it are read again.
 
     Returns:
         Table of schema SAMPLES: a row per pair; the text of each token of its prompt, chosen and rejected; and for each
@@ -116,7 +119,8 @@ def sample_table(
 
     place = {int(row): i for i, row in enumerate(pairs.rows)}
     groups = {place[row]: [features[name] for name in names] for row, names in wanted.items()}
-    fired = token_firings(model, sae, pairs, groups, layer=layer, batch_tokens=batch_tokens, progress=progress)
+    how: dict[str, Any] = {"layer": layer, "batch_tokens": batch_tokens, "progress": progress, "codes": codes}
+    fired = token_firings(model, sae, pairs, groups, **how)
     text = text_tokenizer(tokenizer)
     rows = []
     for row, names in wanted.items():

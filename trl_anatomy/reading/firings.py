@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,10 +14,11 @@ from .spans import SPANS
 from .token_text import pieces
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from .sae import SAE
     from .spans import Pairs
+    from .token_codes import TokenCodes
 
 
 def token_firings(
@@ -28,6 +30,7 @@ def token_firings(
     layer: int,
     batch_tokens: int = 8192,
     progress: bool = True,
+    codes: TokenCodes | None = None,
 ) -> dict[int, dict[str, np.ndarray]]:
     """Share of each group's features that fire on each token of some pairs.
 
@@ -39,6 +42,7 @@ def token_firings(
         layer: layer to read, from 0.
         batch_tokens: padded tokens of one forward pass.
         progress: show a progress bar.
+        codes: what a harvest of these pairs has kept; the model reads only pairs that are not among it.
 
     Returns:
         Index of a pair -> span -> (n_tokens, n_groups) float32 in [0, 1], for the tokens of `span_tokens`; 0 on tokens
@@ -47,26 +51,42 @@ def token_firings(
     found: dict[int, dict[str, np.ndarray]] = {}
     pairs = pairs.pooled_as(sae.excluded_tokens)
 
+    def share(pair: int, activations: Callable[[list[int]], np.ndarray]) -> np.ndarray:
+        """(n_tokens, n_groups), from activations of some features on the pair's tokens."""
+        tokens = span_tokens(pairs, pair)
+        groups = [np.asarray(group, dtype=np.int64) for group in wanted[pair]]
+        features = np.unique(np.concatenate([*groups, np.zeros(0, dtype=np.int64)]))
+        fires = (activations(features.tolist()) != 0).astype(np.float32)
+        at = [np.searchsorted(features, group) for group in groups]
+        shares = np.stack([fires[:, columns].mean(axis=1) for columns in at], axis=1) if at else fires[:, :0]
+        bos = len(pairs.content(pair, "prompt")) - len(tokens["prompt"])
+        content = [pairs.content(pair, span)[bos if span == "prompt" else 0 :] for span in SPANS]
+        shares[~np.concatenate(content)] = 0.0
+        return shares
+
     def fire(batch: list[int]) -> None:
         read = read_spans(model, pairs, batch, [layer])
         for j, pair in enumerate(batch):
-            groups = [np.asarray(group, dtype=np.int64) for group in wanted[pair]]
-            features = np.unique(np.concatenate([*groups, np.zeros(0, dtype=np.int64)]))
             bounds = read.bounds[len(SPANS) * j : len(SPANS) * (j + 1) + 1]
-            fires = np.zeros((bounds[-1] - bounds[0], len(features)), dtype=np.float32)
-            if fires.size:
-                codes = sae.encode_features(read.hidden[layer][bounds[0] : bounds[-1]], features.tolist())
-                fires = (codes != 0).float().cpu().numpy()
-            at = [np.searchsorted(features, group) for group in groups]
-            share = np.stack([fires[:, columns].mean(axis=1) for columns in at], axis=1) if at else fires[:, :0]
-            share[~read.content[bounds[0] : bounds[-1]]] = 0.0
+            hidden = read.hidden[layer][bounds[0] : bounds[-1]]
+
+            def activations(features: list[int], hidden: Tensor = hidden) -> np.ndarray:
+                if not len(hidden) or not features:
+                    return np.zeros((len(hidden), len(features)), np.float32)
+                return sae.encode_features(hidden, features).cpu().numpy()
+
             cuts = [bound - bounds[0] for bound in bounds[1:-1]]
-            found[pair] = dict(zip(SPANS, np.split(share, cuts), strict=True))
+            found[pair] = dict(zip(SPANS, np.split(share(pair, activations), cuts), strict=True))
         bar.update(len(batch), work=pairs.packed_lengths[batch].sum())
 
-    work = float(pairs.packed_lengths[list(wanted)].sum())
-    with Progress(len(wanted), "Reading pairs to show", "pairs", work=work, show=progress) as bar:
-        in_halves(length_sorted_batches(pairs, wanted, batch_tokens), fire)
+    if codes is not None and codes.fits(sae, layer, model):
+        for pair in sorted(pair for pair in wanted if codes.has([pair])):  # by shard
+            each = share(pair, partial(codes.of, pair))
+            found[pair] = dict(zip(SPANS, np.split(each, codes.bounds(pair)[1:-1]), strict=True))
+    rest = [pair for pair in wanted if pair not in found]
+    work = float(pairs.packed_lengths[rest].sum()) if rest else 0.0
+    with Progress(len(rest), "Reading pairs to show", "pairs", work=work, show=progress) as bar:
+        in_halves(length_sorted_batches(pairs, rest, batch_tokens), fire)
     return found
 
 

@@ -30,6 +30,8 @@ from .progress import Progress
 from .ranks import Ranks
 from .sae import SAE
 from .spans import SPANS, Pairs
+from .token_codes import FILE as CODES
+from .token_codes import ShardCodes, TokenCodes
 from .unfinished import Parts, saving
 
 _MANIFEST = "manifest.json"
@@ -144,6 +146,11 @@ class Harvest:
             lengths = {span: file.get_tensor(f"{span}.length") for span in SPANS}
             yield Shard(file.get_tensor("rows"), lengths, self.d_sae, file)
 
+    @property
+    def codes(self) -> TokenCodes:
+        """Codes of its tokens, of those shards that have kept them."""
+        return TokenCodes(self)
+
     def _stack(self, blocks: Iterator[sp.csr_array]) -> sp.csr_array:
         return sp.csr_array(sp.vstack(list(blocks), format="csr"))
 
@@ -196,6 +203,7 @@ def harvest(
     progress: bool = True,
     ranks: Ranks | None = None,
     replace: bool = False,
+    codes: bool = False,
 ) -> Harvest:
     """Read every pair once and keep, per span and latent, the largest activation and the firing tokens.
 
@@ -213,6 +221,7 @@ def harvest(
         progress: show a progress bar, in the main process.
         ranks: processes that share the shards among them; all call this, each with its own model. Default: this one.
         replace: write over a harvest of something else, instead of refusing to.
+        codes: keep the codes of every token too (`TokenCodes`), unless they are more than `token_codes.MOST_BYTES`.
 
     Raises:
         AnatomyError: the folder holds a harvest of something else that is not to be replaced, or the model gives NaN or
@@ -251,7 +260,11 @@ def harvest(
             for name in mine:
                 indices = range(shards[name], shards[name] + size[name])
                 parts = Parts(out / name, hash_json([key, indices.start, indices.stop, batch_tokens]))
-                tensors = _read_shard(model, sae, pairs, indices, layer, batch_tokens, bar, parts)
+                share = lengths[name].sum() / pairs.packed_lengths.sum()
+                kept = ShardCodes(size[name], share) if codes else None
+                tensors = _read_shard(model, sae, pairs, indices, layer, batch_tokens, bar, parts, kept)
+                if kept is not None:
+                    kept.write(out / _codes_name(name), key)
                 made[name] = _write_shard(out, name, tensors)
                 # Until the end each process notes its own shards; the main one notes those of earlier runs too.
                 file = _MANIFEST if ranks.main else _RANK_MANIFEST.format(ranks.index)
@@ -270,7 +283,8 @@ def harvest(
             _write_manifest(out / _MANIFEST, manifest, entries)
         for name in {*storage.listed(out), *(file.name for file in out.iterdir())}:
             # The second kind: of a run with shards of another size
-            if name not in entries and any(fnmatch(name, of.format("*")) for of in (_RANK_MANIFEST, _SHARD)):
+            stale = any(fnmatch(name, of.format("*")) for of in (_RANK_MANIFEST, _SHARD, CODES))
+            if stale and name not in (*entries, *map(_codes_name, entries)):
                 storage.remove(out / name)
 
     def bring() -> None:
@@ -479,7 +493,15 @@ def stream_harvest(
 
 
 def _read_shard(
-    model: nn.Module, sae: SAE, pairs: Pairs, indices: range, layer: int, batch_tokens: int, bar: Progress, parts: Parts
+    model: nn.Module,
+    sae: SAE,
+    pairs: Pairs,
+    indices: range,
+    layer: int,
+    batch_tokens: int,
+    bar: Progress,
+    parts: Parts,
+    codes: ShardCodes | None,
 ) -> dict[str, np.ndarray]:
     n_spans = len(SPANS)
     lengths = np.zeros((len(indices), n_spans), np.int32)
@@ -491,7 +513,8 @@ def _read_shard(
 
     def save() -> None:
         if fresh:
-            parts.add(_part(fresh, found, lengths))
+            more = {} if codes is None else {f"codes.{k}": tensor for k, tensor in codes.tensors(fresh).items()}
+            parts.add({**_part(fresh, found, lengths), **more})
             fresh.clear()
 
     def fold(batch: list[int]) -> None:
@@ -507,13 +530,19 @@ def _read_shard(
                 pair, span = batch[j // n_spans] - indices.start, j % n_spans
                 lengths[pair, span] = bounds[j + 1] - bounds[j]
                 found[pair][span] = entries
-        fresh.extend(pair - indices.start for pair in batch)
+        rows = [pair - indices.start for pair in batch]
+        if codes is not None and codes.kept:
+            codes.read(sae, read.hidden[layer], read.bounds, rows)
+        fresh.extend(rows)
         bar.update(len(batch), work=pairs.packed_lengths[batch].sum())
         saved()
 
     for part in parts.stored():
         for pair, each, entries in _of_part(part):
             found[pair], lengths[pair], done[pair] = entries, each, True
+        if codes is not None:
+            more = {name.removeprefix("codes."): part[name] for name in part if name.startswith("codes.")}
+            codes.put_tensors(part["pairs"].tolist(), more)
     known = pairs.packed_lengths[indices.start : indices.stop][done]
     bar.update(len(known), work=known.sum(), skipped=True)
     # Whole batches, as they would have been: what a batch gives depends on its padding.
@@ -591,6 +620,10 @@ def _pack(blocks: Mapping[str, tuple[np.ndarray, ...]], rows: np.ndarray, d_sae:
         tensors[f"{span}.count"] = fired.astype(count_type)
         tensors[f"{span}.length"] = length.astype(np.int32)
     return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+
+
+def _codes_name(shard: str) -> str:
+    return CODES.format(shard.split("-")[1].removesuffix(".safetensors"))
 
 
 def _shard_name(number: int) -> str:

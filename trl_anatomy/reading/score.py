@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from .. import __version__
@@ -17,7 +18,9 @@ from .fingerprint import hash_json, model_key
 from .forward import in_halves, length_sorted_batches, only, read_spans
 from .progress import Progress
 from .scorers import HiddenScorer, Scorer, TextScorer
+from .scorers.features import FeaturesScorer
 from .spans import SPANS, Pairs
+from .token_codes import TokenCodes
 
 _SIDES = SPANS[1:]
 _SAVE_SECONDS = 60.0  # an interrupted pass loses at most so much work
@@ -57,6 +60,7 @@ def score_pairs(
     cache_dir: str | Path | None = None,
     batch_tokens: int = 8192,
     progress: bool = True,
+    codes: TokenCodes | None = None,
 ) -> Scores:
     """Score both responses of every pair for every concept, over the tokens that `Pairs.content` keeps.
 
@@ -69,6 +73,7 @@ def score_pairs(
             interrupted pass goes on from there. Text rules are not kept: matching is faster than tokenising was.
         batch_tokens: padded tokens of one forward pass.
         progress: show a progress bar.
+        codes: what a harvest of these pairs has kept of their tokens: concepts of its latents need no pass then.
 
     Raises:
         AnatomyError: a scorer does not fit the model, no model where one is needed, or scores that are not finite.
@@ -80,6 +85,8 @@ def score_pairs(
         check_scorers(read, model)
     keys = [model_key(model)] if model is not None and read and cache_dir is not None else []
     scoring = Scoring(pairs, scorers, keys, tokens=tokens, cache_dir=cache_dir)
+    if model is not None and scoring.missing and codes is not None:
+        scoring.take_codes(codes, model)
     if model is not None and scoring.missing:
         todo = scoring.todo.tolist()
         work = float(pairs.packed_lengths[todo].sum())
@@ -178,8 +185,31 @@ class Scoring:
             value[:] = there[key] if fits else np.nan
         return fits and self._whole(name)
 
+    def take_codes(self, codes: TokenCodes, model: nn.Module) -> None:
+        """Score concepts of SAE latents from the codes of a harvest, where it has kept them; nothing is stored."""
+        known = {
+            name: scorer
+            for name, scorer in self.missing.items()
+            if isinstance(scorer, FeaturesScorer) and codes.fits(scorer.sae, scorer.layer, model)
+        }
+        if not known or not codes.has(range(len(self.pairs))):
+            return
+        for pair in range(len(self.pairs)):
+            bounds = codes.bounds(pair)
+            for name, scorer in known.items():
+                activations = torch.from_numpy(codes.of(pair, scorer.features))
+                coded = {name: scorer.of_codes()}
+                self.take([pair], {scorer.layer: activations}, bounds, (slice(1, None, 3), slice(2, None, 3)), coded)
+        self.missing = {name: scorer for name, scorer in self.missing.items() if name not in known}
+        self.layers = sorted({scorer.layer for scorer in self.missing.values()})
+
     def take(
-        self, batch: Sequence[int], hidden: Mapping[int, Tensor], bounds: Sequence[int], sides: tuple[Any, Any]
+        self,
+        batch: Sequence[int],
+        hidden: Mapping[int, Tensor],
+        bounds: Sequence[int],
+        sides: tuple[Any, Any],
+        scorers: Mapping[str, HiddenScorer] | None = None,
     ) -> None:
         """Score some pairs for all concepts that miss scores, and keep them from time to time.
 
@@ -188,13 +218,14 @@ class Scoring:
             hidden: layer -> (n_tokens, d_model) float32, spans end to end.
             bounds: n_spans + 1 offsets of the spans.
             sides: index of the spans that are the chosen and that are the rejected responses of `batch`, in its order.
+            scorers: concept -> scorer, of those that are scored; default all that miss scores.
         """
         content = np.ones(bounds[-1], dtype=bool)
         for side in range(2):
             spans = np.arange(len(bounds) - 1)[sides[side]]
             for pair, span in zip(batch, spans, strict=True):
                 content[bounds[span] : bounds[span + 1]] = self.pairs.content(pair, _SIDES[side])
-        for name, scorer in self.missing.items():
+        for name, scorer in (self.missing if scorers is None else scorers).items():
             states = hidden[scorer.layer]
             scored = scorer.score_spans(*only(states, bounds, content)).cpu().numpy()
             if name in self._by_token:

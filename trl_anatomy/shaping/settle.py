@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import AnatomyError
 from .bind import BoundRule, bind
 from .given import check_given, residualised
 from .hidden import acted_on_unscored, resolve_hidden
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ..reading.score import Scores
     from ..reading.scorers import Scorer
     from ..reading.spans import Pairs
+    from ..reading.token_codes import TokenCodes
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +56,25 @@ class Begun:
         from ..reading.score import score_pairs
 
         by_token = {rule.concept for rule in self.policy.rules if isinstance(rule, MaskTokens)}
-        return score_pairs(self.pairs, self.wanted, self.model, tokens=by_token, cache_dir=self.cache_dir)
+        how: dict[str, Any] = {"tokens": by_token, "cache_dir": self.cache_dir, "codes": self._codes()}
+        return score_pairs(self.pairs, self.wanted, self.model, **how)
+
+    def _codes(self) -> "TokenCodes | None":
+        """What the audit's harvest has kept of the tokens, where a concept of SAE latents may need it.
+
+        A harvest that is gone or damaged costs a pass, nothing else; one at a URL would be fetched as a whole for it.
+        """
+        from ..reading.scorers import HiddenScorer
+        from ..reading.storage import url_of
+
+        if self.audit is None or url_of(self.audit.path) is not None:
+            return None
+        if all(scorer.kind != "features" for scorer in self.wanted.values() if isinstance(scorer, HiddenScorer)):
+            return None
+        try:
+            return self.audit.harvest.codes
+        except AnatomyError:
+            return None
 
     def settle(self, scores: "Scores") -> PolicyPlan:
         """The plan, from scores of all `wanted` concepts. Raises PolicyError, AnatomyError as `plan_policy`."""

@@ -424,7 +424,7 @@ def _begin(
         pairs,
         lambda: start.model,
         audit=audit,
-        cache_dir=_beside(dataset),
+        cache_dir=_scores_folder(audit, dataset),
         trains=True,
         resolved=resolved,
     )
@@ -445,7 +445,12 @@ def _settle(begun: "Begun", turns: np.ndarray | None) -> "PolicyPlan":
     return plan
 
 
-def _beside(dataset: Dataset) -> Path | None:
-    """Folder for cached scores beside the dataset's own files; None for a dataset in memory or a read-only place."""
+def _scores_folder(audit: "Audit | None", dataset: Dataset) -> Path | None:
+    """Folder for cached scores: the audit's, where `plan` keeps them too, or beside the dataset's own files.
+
+    None for a dataset in memory or a read-only place, without an audit that can be written.
+    """
+    if audit is not None and os.access(audit.path, os.W_OK):
+        return audit.path / "scores"
     folders = [Path(file["filename"]).parent for file in dataset.cache_files]
     return folders[0] / "trl_anatomy" if folders and os.access(folders[0], os.W_OK) else None

@@ -74,6 +74,10 @@ class FeaturesScorer(HiddenScorer):
         # A TopK encoder passes over NaN in silence; a sum over the width finds it in one reading.
         return scores.masked_fill(~torch.isfinite(hidden.sum(dim=1)), torch.nan)
 
+    def of_codes(self) -> HiddenScorer:
+        """The same scorer for tokens of which the activations of its latents are known: (n_tokens, n_features)."""
+        return _OfCodes({"features": self.tensors["features"]}, self.layer, self.reduce)
+
     def check(self, model: nn.Module) -> None:
         """Raise AnatomyError where the SAE does not fit the model (width, layer, hook), or latents were selected on
         another model."""
@@ -158,3 +162,14 @@ class FeaturesScorer(HiddenScorer):
             for n in range(len(best))
         ]
         return cls(sae, best[: int(np.argmax(together)) + 1].tolist(), layer, reduce)
+
+
+class _OfCodes(HiddenScorer):
+    """As `FeaturesScorer`, from activations instead of hidden states."""
+
+    kind = "features"
+    names = ("features",)
+
+    def score_tokens(self, hidden: Tensor, bounds: Sequence[int] | None = None) -> Tensor:
+        """As `HiddenScorer.score_tokens`, of (n_tokens, n_features) activations."""
+        return hidden.abs().sum(dim=1)
