@@ -221,7 +221,8 @@ def harvest(
         progress: show a progress bar, in the main process.
         ranks: processes that share the shards among them; all call this, each with its own model. Default: this one.
         replace: write over a harvest of something else, instead of refusing to.
-        codes: keep the codes of every token too (`TokenCodes`), unless they are more than `token_codes.MOST_BYTES`.
+        codes: keep the codes of every token too (`TokenCodes`), unless they are more than `token_codes.MOST_BYTES`;
+            not at a URL, where sending them would take longer than the pass that they spare.
 
     Raises:
         AnatomyError: the folder holds a harvest of something else that is not to be replaced, or the model gives NaN or
@@ -261,7 +262,7 @@ def harvest(
                 indices = range(shards[name], shards[name] + size[name])
                 parts = Parts(out / name, hash_json([key, indices.start, indices.stop, batch_tokens]))
                 share = lengths[name].sum() / pairs.packed_lengths.sum()
-                kept = ShardCodes(size[name], share) if codes else None
+                kept = ShardCodes(size[name], share) if codes and storage.url_of(out) is None else None
                 tensors = _read_shard(model, sae, pairs, indices, layer, batch_tokens, bar, parts, kept)
                 if kept is not None:
                     kept.write(out / _codes_name(name), key)
@@ -305,7 +306,9 @@ def harvest_date(out: str | Path) -> str | None:
         out: folder of the harvest, or its URL.
     """
     out = storage.local(out)
-    found = _read_manifest(out / _MANIFEST) if storage.fetch(out / _MANIFEST) else None
+    found = None
+    with suppress(AnatomyError):  # cut short by a kill, or told by what reads it next
+        found = _read_manifest(out / _MANIFEST) if storage.fetch(out / _MANIFEST) else None
     date = None if found is None else found.get("date")
     return date if is_date(date) else None
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
-from . import storage
 from .files import sealed, unsealed, write_atomically
 from .fingerprint import hash_json, model_key
 from .spans import SPANS
@@ -81,8 +80,8 @@ class ShardCodes:
                 np.uint16 if data["latents"].max(initial=0) < 1 << 16 else np.int32
             )
             write_atomically(file, sealed(data))
-        elif file.exists() or storage.url_of(file) is not None:
-            storage.remove(file)
+        else:
+            file.unlink(missing_ok=True)
 
 
 def _codes(sae: SAE, hidden: Tensor) -> dict[str, np.ndarray]:
