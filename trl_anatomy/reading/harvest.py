@@ -306,9 +306,8 @@ def harvest_date(out: str | Path) -> str | None:
         out: folder of the harvest, or its URL.
     """
     out = storage.local(out)
-    found = None
-    with suppress(AnatomyError):  # cut short by a kill, or told by what reads it next
-        found = _read_manifest(out / _MANIFEST) if storage.fetch(out / _MANIFEST) else None
+    at_url = storage.url_of(out) is not None  # where a kill may have cut it short: no copy of it is left here
+    found = _manifests_there(out).get(_MANIFEST) if at_url else _read_manifest(out / _MANIFEST)
     date = None if found is None else found.get("date")
     return date if is_date(date) else None
 
