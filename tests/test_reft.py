@@ -407,7 +407,9 @@ def test_verbs_that_need_a_score_refuse_it_by_file_line_and_key(tmp_path: Path) 
         assert f"policy.yaml:{7 + i}: rules[{i}].{key}: found 'r', a concept of the scorer 'reft'" in told
     assert "policy.yaml:16: rules[9].fraction: found 'r'" in told
     assert "which gives no score, allowed: concepts of the scorers text, features, direction" in told
-    assert "allowed with shape_reward: text, features, direction, probe, attention_probe." in told
+    assert (
+        "allowed with shape_reward: text, features, direction, probe, attention_probe, habit." in told
+    )  # all that score
 
 
 def test_it_is_never_among_the_concepts_that_weights_hold(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_a_word_goes_as_a_whole() -> None:
     gate = np.ones(6, bool)
     found = {
         unit: MaskTokens("d", "explain_away", threshold, unit).shown(
-            pairs, gate, pattern=None, scores=scores, threshold=threshold
+            pairs, gate, text_rule=None, scores=scores, threshold=threshold
         )
         for unit in ("word", "token")
     }
@@ -110,7 +110,7 @@ def test_matches_of_a_text_rule_by_bytes(unit: str) -> None:
     """The asterisks of "**air**." go; with unit word its full stop goes too. The first token opens the match."""
     pairs = byte_level_pairs()
     rule = MaskTokens("bold", "explain_away", unit=unit)
-    found = rule.shown(pairs, np.ones(6, bool), pattern=r"\*\*.+?\*\*", scores=None, threshold=0.0)  # type: ignore[arg-type]
+    found = rule.shown(pairs, np.ones(6, bool), text_rule=TextScorer(r"\*\*.+?\*\*"), scores=None, threshold=0.0)  # type: ignore[arg-type]
     assert found
     for i in range(6):
         ids = pairs.ids(i, "chosen").tolist()

@@ -17,7 +17,7 @@ from .files import keep, unsealed
 from .fingerprint import hash_json, model_key
 from .forward import in_halves, length_sorted_batches, only, read_spans
 from .progress import Progress
-from .scorers import HiddenScorer, Scorer, TextScorer
+from .scorers import HiddenScorer, Scorer, TextRule
 from .scorers.features import FeaturesScorer
 from .spans import SPANS, Pairs
 from .token_codes import TokenCodes
@@ -104,7 +104,7 @@ def score_pairs(
 
 def hidden_scorers(scorers: Mapping[str, Scorer]) -> dict[str, HiddenScorer]:
     """Those that read hidden states."""
-    return {name: scorer for name, scorer in scorers.items() if not isinstance(scorer, TextScorer)}
+    return {name: scorer for name, scorer in scorers.items() if not isinstance(scorer, TextRule)}
 
 
 def check_scorers(scorers: Mapping[str, HiddenScorer], model: nn.Module) -> None:
@@ -267,7 +267,7 @@ class Scoring:
                     "load it in bfloat16 or float32."
                 )
         self._save()
-        text_rules = {name: scorer for name, scorer in self._scorers.items() if isinstance(scorer, TextScorer)}
+        text_rules = {name: scorer for name, scorer in self._scorers.items() if isinstance(scorer, TextRule)}
         differs = dict.fromkeys(text_rules, 0)
         for i in range(len(self.pairs)) if text_rules else ():
             texts, raw = [self.pairs.response_text(i, side) for side in _SIDES], self.pairs.raw_texts(i)[1:]

@@ -14,10 +14,11 @@ from scipy.special import expit
 
 from ..audit.predict import predicted_shift
 from ..errors import AnatomyError
+from ..reading.habits import find_habit
 from .bind import BoundRule
 from .bradley_terry import fit_strengths
 from .interventions import FilterPairs, Intervention, ReweightPairs, ShapeReward
-from .policy import ConceptPolicy, ConceptSpec
+from .policy import TEXTUAL, ConceptPolicy, ConceptSpec
 from .records import Acting
 
 if TYPE_CHECKING:
@@ -72,12 +73,19 @@ def gap_text(value: float, unit: str) -> str:
 
 
 def gaps_of(spec: ConceptSpec, scores: "Scores") -> Gaps:
-    """Score gaps of a concept: hits of a text rule, of others the scores over their standard deviation."""
+    """Score gaps of a concept: hits of a text rule or habit, of others the scores over their standard deviation."""
     chosen, rejected = scores.chosen[spec.name], scores.rejected[spec.name]
-    if spec.scorer == "text" and not spec.given:
+    if _is_share(spec):
         return Gaps("share", chosen, rejected)
     scale = float(np.concatenate([chosen, rejected]).std()) or 1.0
     return Gaps("sd", chosen / scale, rejected / scale)
+
+
+def _is_share(spec: ConceptSpec) -> bool:
+    """Whether the mean score of a concept is a share of responses: of text rules, and of habits that are rates."""
+    if spec.given or spec.scorer not in TEXTUAL:
+        return False
+    return spec.habit is None or find_habit(spec.habit).kind == "rate"
 
 
 def own_concepts(

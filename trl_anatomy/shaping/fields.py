@@ -1,5 +1,6 @@
 """What a value in a policy may be: one small check per kind of value, shared by scorers, gates and verbs."""
 
+import difflib
 import math
 import re
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import AnatomyError
+from ..reading.habits import ALSO, HABITS, TOKENS
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,17 @@ def _text(value: Any) -> str:
     return value
 
 
+def _habit(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError
+    if value == TOKENS:
+        raise ValueError("Tokens are no habit of a text; words are.")
+    if value not in HABITS and value not in ALSO:
+        close = difflib.get_close_matches(value, [*HABITS, *ALSO], n=1)
+        raise ValueError(f"Did you mean {close[0]!r}?" if close else "")
+    return value
+
+
 def _pattern(value: Any) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         raise ValueError("Write it in quotes.")
@@ -188,6 +201,7 @@ FLAG = Field("true or false", _flag)
 TEXT = Field("text", _text)
 NAMES = Field("a list of names of concepts, each once", _some_names)
 NAMES_OR_NONE = Field("a list of names of concepts, each once", _names)
+HABIT = Field(f"a habit of the library: {', '.join(name for name in HABITS if name != TOKENS)}", _habit)
 PATTERN = Field("a regular expression (text that is not empty)", _pattern)
 SCALAR = Field("text, a number, true, false or null", _scalar)
 SCALARS = Field("a list of text, numbers, true, false or null", _scalars)

@@ -15,7 +15,7 @@ import yaml
 
 from ..errors import AnatomyError
 from ..reading.storage import joined, local, url_of
-from .fields import FEATURES, LAYER, NAMES, PATTERN, TEXT, Field, found, name_like, one_of
+from .fields import FEATURES, HABIT, LAYER, NAMES, PATTERN, TEXT, Field, found, name_like, one_of
 from .interventions import VERBS, Intervention, ReweightPairs
 from .located import Located, PolicyError, Problems, from_python, read_file
 from .where import FIELDS as WHERE_FIELDS
@@ -44,8 +44,11 @@ SCORERS: Mapping[str, Mapping[str, Field]] = {
     "direction": _STORED,
     "probe": _STORED,
     "attention_probe": _STORED,
+    "habit": {"name": HABIT},
     "reft": {"path": TEXT},
 }
+# read off the text of a response, without a model
+TEXTUAL = ("text", "habit")
 # without a score, so that no verb takes them but those that name them
 UNSCORED = ("reft",)
 _FEATURE_WAYS = "{audit, cluster}, {features, sae} or {path}"
@@ -58,8 +61,9 @@ class ConceptSpec:
 
     Args:
         name: the concept's name in the policy.
-        scorer: "text", "features", "direction", "probe", "attention_probe" or "reft".
+        scorer: "text", "habit", "features", "direction", "probe", "attention_probe" or "reft".
         pattern: text: a regular expression searched for in the response.
+        habit: habit: the name of a habit of the library (`reading.habits`).
         features: features: numbers of SAE latents.
         sae: features: {"path": folder} or {"release": name, "id": name}.
         audit: features: the audit folder that `cluster` belongs to; None means the audit in use.
@@ -74,6 +78,7 @@ class ConceptSpec:
     name: str
     scorer: str
     pattern: str | None = None
+    habit: str | None = None
     features: tuple[int, ...] | None = None
     sae: Mapping[str, str] | None = None
     audit: str | None = None
@@ -287,7 +292,7 @@ class _Reader:
         values = self.values(entries, path, allowed)
         if "sae" in entries:
             values["sae"] = self.sae(entries["sae"], f"{path}.sae")
-        needed = ["pattern"] if scorer.value == "text" else ["path"]
+        needed = {"text": ["pattern"], "habit": ["name"]}.get(scorer.value, ["path"])
         if scorer.value == "features" and "path" not in entries:
             needed = ["cluster"] if "cluster" in entries or "audit" in entries else ["features", "sae"]
         if scorer.value == "features":
@@ -304,6 +309,8 @@ class _Reader:
         for key in ("audit", "path"):
             if values.get(key) is not None:
                 values[key] = self.resolved(values[key])
+        if scorer.value == "habit":
+            values["habit"] = values.pop("name")
         return ConceptSpec(name=name, scorer=scorer.value, **values)
 
     def given(self, name: str, value: Located, concepts: Mapping[str, ConceptSpec | None]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import AnatomyError
 from .interventions import Inoculate, MaskTokens, Residualize, ReweightPairs
 from .located import PolicyError, did_you_mean
-from .policy import ConceptPolicy, ConceptSpec
+from .policy import TEXTUAL, ConceptPolicy, ConceptSpec
 from .where import Where
 
 if TYPE_CHECKING:
@@ -62,14 +62,20 @@ def _no_column(policy: ConceptPolicy, path: str, name: str, columns: Collection[
 
 def _rule_problems(policy: ConceptPolicy, i: int, scorer: "Scorer") -> list[str]:
     """What a rule asks of a scorer that cannot give it."""
-    from ..reading.scorers import shown_above
+    from ..reading.scorers import TextRule, shown_above
 
     rule = policy.rules[i]
-    text = rule.concept is not None and policy.concepts[rule.concept].scorer == "text"
+    text = rule.concept is not None and policy.concepts[rule.concept].scorer in TEXTUAL
     if isinstance(rule, MaskTokens):
         if text and rule.threshold is not None:
             place = policy.place(f"rules[{i}].threshold")
             return [f"{place}: found {rule.threshold:g} for a text rule, allowed: no threshold; what it matches goes."]
+        if isinstance(scorer, TextRule) and not scorer.has_places:
+            place = policy.place(f"rules[{i}]")
+            return [
+                f"{place}: found mask_tokens with {rule.concept!r}, a habit without places in a text, allowed: habits "
+                "that are found by a pattern."
+            ]
         if rule.threshold is None and shown_above(scorer, token=True) is None:
             place = policy.place(f"rules[{i}]")
             return [
@@ -77,7 +83,7 @@ def _rule_problems(policy: ConceptPolicy, i: int, scorer: "Scorer") -> list[str]
             ]
     if isinstance(rule, Residualize) and rule.steer is not None:
         kind = "text" if rule.concept is None else policy.concepts[rule.concept].scorer
-        if kind in ("text", "attention_probe"):  # reft is refused when the policy is read
+        if kind in (*TEXTUAL, "attention_probe"):  # reft is refused when the policy is read
             place = policy.place(f"rules[{i}].steer")
             return [
                 f"{place}: found a concept of the scorer {kind}, allowed: direction, probe or features, which have a "
@@ -134,7 +140,7 @@ class Resolved:
         problems = list(problems)
         for name, scorer in self.scorers.items():
             try:
-                if self.policy.concepts[name].scorer != "text":
+                if self.policy.concepts[name].scorer not in TEXTUAL:
                     scorer.check(model)  # type: ignore[union-attr]
                 if name in self.audits:
                     self.audits[name].check_model(model)
@@ -169,7 +175,7 @@ def resolve(
         try:
             source = loaded.audit(spec.audit, audit) if spec.cluster is not None else None
             scorer = _scorer(spec, source, loaded)
-            if spec.scorer != "text":
+            if spec.scorer not in TEXTUAL:
                 _check_config(scorer, model_config)
             resolved.scorers[name] = scorer
             if source is not None:
@@ -226,6 +232,10 @@ def _scorer(spec: ConceptSpec, audit: "Audit | None", loaded: Loaded) -> Any:
         from ..reading.scorers.text import TextScorer
 
         return TextScorer(str(spec.pattern))
+    if spec.scorer == "habit":
+        from ..reading.scorers.habit import HabitScorer
+
+        return HabitScorer(str(spec.habit))
     if spec.path is not None:
         from ..reading.fit import KINDS
 

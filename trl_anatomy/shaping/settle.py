@@ -13,7 +13,7 @@ from .given import check_given, residualised
 from .hidden import acted_on_unscored, resolve_hidden
 from .interventions import Inoculate, Intervention, MaskTokens, Residualize
 from .plan import PolicyPlan, plan_policy
-from .policy import ConceptPolicy
+from .policy import TEXTUAL, ConceptPolicy
 from .residual import likelihood_ratios
 from .resolve import Resolved
 from .tokens import prompts_of_rules, tokens_to_mask
@@ -166,7 +166,7 @@ def settle_policy(
 def reads_hidden(policy: ConceptPolicy) -> bool:
     """Whether some score that a rule acts on is read from hidden states."""
     unscored = acted_on_unscored(policy)
-    return any(spec.scorer != "text" for name, spec in policy.used.items() if name not in unscored)
+    return any(spec.scorer not in TEXTUAL for name, spec in policy.used.items() if name not in unscored)
 
 
 def reads_text(rule: Intervention) -> bool:

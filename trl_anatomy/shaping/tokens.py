@@ -75,12 +75,12 @@ def tokens_to_mask(
 
     Source: method.md section 12, decision tokens.
     """
-    from ..reading.scorers import shown_above
+    from ..reading.scorers import TextRule, shown_above
 
     rule: Any = policy.rules[i]
     threshold = shown_above(scorer, token=True) if rule.threshold is None else rule.threshold
-    pattern = policy.concepts[rule.concept].pattern
-    shown = rule.shown(pairs, gate, pattern=pattern, scores=scores, threshold=threshold or 0.0)
+    text_rule = scorer if isinstance(scorer, TextRule) else None
+    shown = rule.shown(pairs, gate, text_rule=text_rule, scores=scores, threshold=threshold or 0.0)
     if rule.positions == "shown":
         return {pair: (chosen.tokens, rejected.tokens) for pair, (chosen, rejected) in shown.items()}
     from ..reading.logprobs import opening_chances

@@ -18,13 +18,12 @@ from ..reading.content import Marks, find_marks
 from ..reading.forward import only, read_texts
 from ..reading.processing import load_processing_class, prompt_ids, text_tokenizer
 from ..reading.score import score_pairs
-from ..reading.scorers import HiddenScorer, Scorer
-from ..reading.scorers.text import TextScorer
+from ..reading.scorers import HiddenScorer, Scorer, TextRule
 from ..reading.spans import TOKEN_FEATURES, Pairs, flatten_text, read_pairs
 from ..shaping.interventions import ShapeReward
 from ..shaping.located import PolicyError
 from ..shaping.plan import plan_policy
-from ..shaping.policy import ConceptPolicy
+from ..shaping.policy import TEXTUAL, ConceptPolicy
 from ..shaping.resolve import check_policy
 from .zero import loaded_whole, undo_leftover
 
@@ -100,7 +99,7 @@ class ConceptReward:
         source = None if found is None else reopen(found)
         self.rules = _followed(policy, measured=reference is not None or found is not None)
         resolved = check_policy(policy, found)
-        hidden = [name for name, spec in policy.used.items() if spec.scorer != "text"]
+        hidden = [name for name, spec in policy.used.items() if spec.scorer not in TEXTUAL]
         if model is None and source is None and hidden:
             raise AnatomyError(f"The concept {hidden[0]!r} is scored on hidden states: give the start model.")
         self._tokenizer: Any = processing_class or (_tokenizer(model) if model is not None else None)
@@ -165,7 +164,7 @@ class ConceptReward:
         scores = {name: np.zeros(len(texts)) for name in self.scorers}
         hidden: dict[str, HiddenScorer] = {}
         for name, scorer in self.scorers.items():
-            if isinstance(scorer, TextScorer):
+            if isinstance(scorer, TextRule):
                 scores[name][:] = [scorer.score_text(text) for text in texts]
             else:
                 hidden[name] = scorer

@@ -1,6 +1,5 @@
 """mask_tokens: tokens that show a concept, or that decide it, leave the loss; the context still sees them."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -13,6 +12,7 @@ from ..where import Where
 
 if TYPE_CHECKING:
     from ...reading.score import Scores
+    from ...reading.scorers import TextRule
     from ...reading.spans import Pairs
 
 
@@ -74,14 +74,15 @@ class MaskTokens:
             raise AnatomyError(f"found {wrong} with positions: {self.positions}, allowed: without it.")
 
     def shown(
-        self, pairs: "Pairs", gate: np.ndarray, *, pattern: str | None, scores: "Scores", threshold: float
+        self, pairs: "Pairs", gate: np.ndarray, *, text_rule: "TextRule | None", scores: "Scores", threshold: float
     ) -> "dict[int, tuple[Shown, Shown]]":
         """What shows the concept in the pairs of a gate.
 
         Args:
             pairs: the pairs, with the tokenizer that made them.
             gate: (n_pairs,) bool.
-            pattern: of a text rule, matched in `Pairs.response_text`; None for a concept scored token by token.
+            text_rule: a text rule with places, looked for in `Pairs.response_text`; None for a concept scored token by
+                token.
             scores: with the scores of tokens of such a concept. Tokens that truncation removes have none.
             threshold: of such a concept.
 
@@ -93,8 +94,8 @@ class MaskTokens:
             sides = []
             for side, span in enumerate(("chosen", "rejected")):
                 ids = pairs.ids(i, span)
-                if pattern is not None:
-                    sides.append(self._matched(pairs, i, span, pattern))
+                if text_rule is not None:
+                    sides.append(self._matched(pairs, i, span, text_rule))
                     continue
                 start, stop = pairs.response_bounds[2 * i + side : 2 * i + side + 2]
                 passing = np.zeros(len(ids), bool)
@@ -104,19 +105,18 @@ class MaskTokens:
                 found[i] = (sides[0], sides[1])
         return found
 
-    def _matched(self, pairs: "Pairs", i: int, span: str, pattern: str) -> "Shown":
+    def _matched(self, pairs: "Pairs", i: int, span: str, text_rule: "TextRule") -> "Shown":
         from ...reading.token_text import tokens_of, whole_words
 
         nothing = np.zeros(len(pairs.ids(i, span)), bool)
-        if not re.search(pattern, pairs.response_text(i, span)):
+        if not text_rule.score_text(pairs.response_text(i, span)):
             return Shown(nothing, nothing)
         text, bounds = pairs.response_tokens(i, span)
         characters, opens = np.zeros(len(text), bool), nothing.copy()
-        for match in re.finditer(pattern, text):
-            if match.end() > match.start():
-                characters[match.start() : match.end()] = True
-                first = np.flatnonzero(bounds[:, 1] > match.start())[:1]  # of the bytes of one character the first
-                opens[first] = bounds[first, 0] < match.end()
+        for begin, end in text_rule.spans(text):
+            characters[begin:end] = True
+            first = np.flatnonzero(bounds[:, 1] > begin)[:1]  # of the bytes of one character the first
+            opens[first] = bounds[first, 0] < end
         if self.unit != "token":
             characters = whole_words(text, characters)
         return Shown(tokens_of(characters, bounds), opens)
