@@ -149,7 +149,10 @@ def test_plan_of_an_audit_of_habits(tmp_path: Path, capsys: pytest.CaptureFixtur
     file, out, rules = tmp_path / "pairs.jsonl", tmp_path / "audit", tmp_path / "policy.yaml"
     rows = [{"prompt": f"Why {i}?", "chosen": CHOSEN[i % 4], "rejected": REJECTED[i % 4]} for i in range(40)]
     file.write_text("\n".join(map(json.dumps, rows)))
-    assert main(["audit", "--dataset", str(file), "--model", str(tmp_path / "model"), "--out", str(out)]) == 0
+    assert (
+        main(["audit", "--dataset", str(file), "--model", str(tmp_path / "model"), "--sae", "none", "--out", str(out)])
+        == 0
+    )
     rules.write_text(
         "concepts:\n  lists: {scorer: habit, name: bullet_list}\n"
         "rules:\n  - {explain_away: lists, with: filter_pairs, fraction: 0.1}\n"

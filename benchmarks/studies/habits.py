@@ -113,8 +113,9 @@ def study(texts: list[tuple[str, str, str]], name: str) -> dict[str, Any]:
     found = [row for row in rows.values() if row["verdict"] in (MORE, LESS)]
     print(f"\n{name}: {len(texts)} pairs, {len(np.unique(groups))} prompts, {seconds:.1f} s of CPU time")
     print(*habit_sentences(list(rows.values()), len(np.unique(groups))), sep="\n")
-    print(f"plain counts with |z| > 4: {sum(abs(r['z']) > 4 for r in plain.values())}, not listed so: {missed or 'none'};"
-          f" swapped sides list something in {reported} of {SWAPS} runs")  # fmt: skip
+    n_plain = sum(abs(row["z"]) > 4 for row in plain.values())
+    print(f"plain counts with |z| > 4: {n_plain}, not listed so: {missed or 'none'}")
+    print(f"swapped sides list something in {reported} of {SWAPS} runs")
     keys = ("chosen", "rejected", "difference", "difference_low", "difference_high", "z", "q")
     return {
         "pairs": len(texts),

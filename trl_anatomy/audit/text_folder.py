@@ -97,7 +97,7 @@ class TextAudit(Audit):
         if not self.reads_tokens:
             raise AnatomyError(
                 f"{self.name}: this audit counted the dataset's text, and a plan needs the tokens that are trained on: "
-                "audit again with --model."
+                "audit again with --model M --sae none."
             )
 
 
