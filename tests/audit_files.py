@@ -17,7 +17,7 @@ def write_inputs(root: Path) -> None:
     write_start_model(root / "model")
     write_sae(root / "sae")
     with gzip.open(root / "pairs.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps(row) + "\n" for row in word_pairs(240))
+        file.writelines(json.dumps(row) + "\n" for row in word_pairs(240, more_words=0))
 
 
 def config_for(root: Path, out: str) -> AuditConfig:

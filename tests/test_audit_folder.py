@@ -263,12 +263,12 @@ def write_sae(path):
     sae.save_model(path)
 
 
-def word_pairs(n=400):
-    """Pairs to many prompts: of a handful of prompts nothing is claimed."""
+def word_pairs(n=400, more_words=2):
+    """Pairs to many prompts, since of a handful nothing is claimed; without `more_words` to two prompts."""
     rng, asked = random.Random(0), random.Random(1)
     rows = []
     for i in range(n):
-        about = " ".join([rng.choice(["the sea", "a soup"]), *asked.choices(WORDS, k=2)])
+        about = " ".join([rng.choice(["the sea", "a soup"]), *asked.choices(WORDS, k=more_words)])
         sides = {}
         for side, rate in (("chosen", 0.8), ("rejected", 0.2)):
             words = rng.choices([w for w in WORDS if w != "**bold**"], k=rng.randint(3, 7))

@@ -100,6 +100,7 @@ def comparison() -> dict:
 
 def test_report_names_every_model_and_hides_rules_that_never_hold():
     text = comparison_report(comparison())
+    assert text.startswith("Too few prompts to tell: 10 different prompts, at least 20 are needed")
     assert "+0.250" in text
     assert "0.350 ( 92%)" in text
     assert "emoji" not in text
@@ -120,6 +121,7 @@ def test_cheap_predictions_without_the_pairs_are_by_length_alone(tmp_path):
 
 def page_text(result: dict) -> str:
     page = render_comparison(result).split("<script")[0]
+    assert "Too few prompts to tell: 10 different prompts" in page
     return " ".join(html.unescape(re.sub("<style>.*?</style>|<[^>]*>", " ", page, flags=re.S)).split())
 
 

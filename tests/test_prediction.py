@@ -37,8 +37,8 @@ rules:
   - {explain_away: habit, with: filter_pairs, above: 0}
   - {explain_away: other, with: shape_reward, strength: 0.5}
 """
-# Many responses to each of two prompts.
-SIZES = ["--n_prompts", "2", "--n_per_prompt", "80", "--max_new_tokens", "8", "--n_pairs", "100"]
+# There are two prompts.
+SIZES = ["--n_prompts", "40", "--n_per_prompt", "80", "--max_new_tokens", "8", "--n_pairs", "100"]
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,13 @@ import yaml
 from audit_world import make_audit, make_world, raw_dataset
 from scipy.stats import ttest_1samp
 
-from trl_anatomy.audit.config import AuditConfig
+from trl_anatomy.audit.config import AuditConfig, recorded
 from trl_anatomy.audit.folder import load_audit
 from trl_anatomy.audit.labels import distinctive_terms, group_terms
 from trl_anatomy.audit.report import explore, render, write_report
 from trl_anatomy.audit.report import page as page_module
 from trl_anatomy.audit.report.shell import clean, deviations, points, probability, to_script
+from trl_anatomy.cli import _print_audit
 from trl_anatomy.errors import AnatomyError
 from trl_anatomy.shaping.policy import ConceptPolicy
 
@@ -271,13 +272,34 @@ def test_no_concepts_at_all(tmp_path):
 
 
 @pytest.mark.parametrize(("n", "told"), [(1, "1 different prompt,"), (5, "5 different prompts,"), (19, "19 different")])
-def test_too_few_prompts_are_told_first(tmp_path, n, told):
+def test_too_few_prompts_are_told_first(tmp_path, capsys, n, told):
     """Nothing is claimed of them: that is the first thing to read, and there are no empty maps below."""
-    page = render(make_audit(tmp_path, make_world(n=n)))
+    audit = make_audit(tmp_path, make_world(n=n))
+    _print_audit(audit)
+    shown = capsys.readouterr().out.strip()
+    assert shown.startswith(f"Too few prompts to tell: {told}")
+    assert f"No claim about any of {audit.concepts.num_rows} concepts." in shown
+    page = render(audit)
     first = page.split("What it will teach</h1>")[1].lstrip()
     assert first.startswith(f'<p class="lead"><b>Too few prompts to tell: {told}')
     assert "will show" not in page
     assert "No evidence</b>" not in page
+
+
+def test_what_was_cut_copied_and_pooled_is_told(tmp_path, capsys):
+    audit = make_audit(tmp_path, make_world(n=60))
+    notes = ["max_length cut 3 chosen and 17 rejected responses of 60 pairs", "5 pairs repeat an earlier one"]
+    notes += ["4 pairs stand in the data both ways round", "Concepts are pooled over special tokens"]
+    page = render(audit)
+    assert not any(note in page for note in notes)
+    audit.info["data"]["cut"] = {"chosen": 3, "rejected": 17}
+    audit.info["copies"] = {"distinct": 53, "identical": 5, "reversed": 4}
+    del audit.info["settings"]["pool_special_tokens"]  # an audit of an earlier version
+    page = render(audit)
+    _print_audit(audit)
+    shown = capsys.readouterr().out
+    assert all(note in page and note in shown for note in notes)
+    assert recorded(audit.info["settings"]).pool_special_tokens
 
 
 @pytest.mark.parametrize(("add", "said"), [(20, "Chosen"), (-12, "Rejected"), (0, None)])

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...audit.findings import MIN_PROMPTS, too_few
 from ...audit.folder import write_atomically
 from ...audit.predict import FALLS, RISES
 from ...audit.report.shell import render_page
@@ -39,12 +40,14 @@ def render_comparison(result: Mapping[str, Any]) -> str:
         "concepts": [[c["concept"], c["label"], c["predicted"], c["ci_low"], c["ci_high"]] for c in concepts],
         "observed": [[list(c["observed"][name]) for c in concepts] for name in names],
     }
+    n_prompts = result["sampling"]["n_prompts"]
     return render_page(
         "compare.html",
         __package__,
         ["compare.js"],
         {"data": scatter},
         names=names,
+        few=too_few(n_prompts) if n_prompts < MIN_PROMPTS else None,
         audit_name=Path(result["audit"]).name,
         before=Path(result["before"]).name,
         sampling=result["sampling"],
