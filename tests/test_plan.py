@@ -228,7 +228,8 @@ def test_rows_go_first_and_margins_see_the_pairs_that_stay() -> None:
     again = plan(rules[::-1], pairs, scores)
     np.testing.assert_array_equal(again.keep, found.keep)
     np.testing.assert_allclose(again.chosen_offset, found.chosen_offset, rtol=1e-12)
-    assert found.counts == {"rows": 800, "pairs": 400, "pairs_kept": int(kept.sum())}
+    # Rows with an empty response train: these pairs leave them out, and that is said
+    assert found.counts == {"rows": 800, "pairs": 400, "pairs_kept": int(kept.sum()), "untouched": 400}
 
 
 GATES = {
@@ -532,7 +533,9 @@ def test_report_and_json(pairs: Pairs, audit: Audit) -> None:
     assert max(map(len, text.splitlines())) < 200
     content = json.loads(json.dumps(plan_json(found), allow_nan=False))
     assert content["rules"][0]["strength"] == found.rules[0]["strength"]
-    assert content["counts"] == {"rows": 1200, "pairs": 600, "pairs_kept": 600}
+    counts = {"rows": 1200, "pairs": 600, "pairs_kept": 600, "untouched": 600}
+    assert content["counts"] == {**counts, "left_out": {"empty response": 600}}
+    assert "600 rows train untouched by any rule: empty response." in text
     assert len(content["predicted"]) == audit.concepts.num_rows
 
 

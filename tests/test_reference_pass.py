@@ -29,7 +29,7 @@ SHAPING = [rule("v", "shape_reward", strength=1.5), rule("f", "shape_reward", "a
 
 
 def rows_with_odd_ones() -> list[dict[str, Any]]:
-    """Pairs of which one has an empty response (not scored, kept) and one a prompt that fills `max_length`."""
+    """Pairs of which one has an empty response, which trains too, and one a prompt that fills `max_length`."""
     rows = preference_rows(14)
     rows[3]["rejected"] = " "
     rows[7]["prompt"] = "w1 " * 40
@@ -60,7 +60,7 @@ def separate_scores(trainer: Any, rules: dict[str, Any], rows: Any, model_dir: P
     """Scores of the policy's concepts in a pass of their own, by the start model."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     dataset = rows if isinstance(rows, Dataset) else fresh(rows)
-    pairs = read_pairs(dataset, trainer.processing_class, max_length=24)
+    pairs = read_pairs(dataset, trainer.processing_class, max_length=24, keep_blank=True)  # all that are trained on
     scorers = ConceptPolicy.load(rules).scorers(model=model)
     return pairs, score_pairs(pairs, scorers, model, progress=False)
 
@@ -120,7 +120,7 @@ def test_scores_and_reference_of_one_pass(
     raw = [i for i in range(len(rows)) if i != 7]
     got = np.stack([ours.train_dataset[f"anatomy_{side}_offset"][:] for side in ("chosen", "rejected")], axis=1)
     np.testing.assert_allclose(got, expected[raw], atol=1e-5)
-    assert (got[3] == 0).all()  # the row without a response: not scored, but trained on as TRL does
+    assert (got[3] != 0).all()  # the row without a response is trained on, so rules reach it
     assert "trl_anatomy" in ours._tag_names
     assert "anatomy_row" not in ours.train_dataset.column_names
     ours.train()
@@ -182,7 +182,7 @@ def test_what_is_stored_serves_the_next_run(tiny_model_dir: Path, tmp_path: Path
     kept.unlink()  # TRL finds its own, so no forward of its own passes by: ours ends at layer 0, where v is read
     with counted_forwards() as counts:
         third = trainer_of(tiny_model_dir, tmp_path, dataset, rules)
-    assert counts == {0: 4, 1: 0}  # 12 scored rows in threes
+    assert counts == {0: 5, 1: 0}  # 13 scored rows in threes: the one with an empty response trains too
     assert kept.exists()
     assert columns(third.train_dataset)["ref_chosen_logps"] == first.train_dataset["ref_chosen_logps"]
     np.testing.assert_allclose(third.plan.gaps["v"], first.plan.gaps["v"], atol=1e-5)

@@ -471,7 +471,7 @@ def _plan(argv: list[str]) -> int:
         scores = audit.path / "scores"
         plan = settle_policy(
             policy,
-            source.pairs,
+            source.trained,
             lambda: source.model,
             audit=audit if audit.has_concepts else None,
             cache_dir=scores,

@@ -291,6 +291,7 @@ class Audit:
             AnatomyError: it was made from other data.
         """
         data = self.info["data"]
+        pairs = pairs.audited
         if data["fingerprint"] != pairs.fingerprint:
             raise AnatomyError(
                 f"{self.name}: this audit was made with other data ({data['name']}, {data['n_pairs']} pairs of "

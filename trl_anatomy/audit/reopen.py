@@ -82,6 +82,18 @@ class Source:
         self.audit.check_pairs(pairs)
         return pairs
 
+    @cached_property
+    def trained(self) -> Pairs:
+        """The pairs that are trained on: those with a blank response too, which the audit leaves out."""
+        from ..reading.spans import EMPTY, read_pairs
+
+        pairs = self.pairs
+        if EMPTY not in pairs.left_out:
+            return pairs
+        return read_pairs(
+            pairs.raw, self.tokenizer, max_length=pairs.max_length, truncation=pairs.truncation, keep_blank=True
+        )
+
     def _named(self, what: str) -> str:
         name = getattr(self.config, what)
         if not name:

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import AnatomyError
-from .spans import Pairs, read_pairs, split_row
+from .preparation import split_row
+from .spans import Pairs, read_again
 
 
 def instructed_prompts(
@@ -41,7 +42,7 @@ def instructed_prompts(
         asked = pairs.raw.with_format(None).select(rows).map(ask, desc="Adding the instruction", keep_in_memory=True)
     except AnatomyError as error:
         raise AnatomyError(f"The instruction {instruction!r} has no place: {error}") from None
-    made = read_pairs(asked, pairs.processing_class, max_length=None)
+    made = read_again(pairs, asked, pairs.processing_class)
     found = {}
     for j, i in zip(made.rows.tolist(), indices, strict=True):
         sides = []

@@ -9,8 +9,9 @@ import numpy as np
 from datasets import Dataset
 
 from ..errors import AnatomyError
+from .preparation import prepare_rows
 from .processing import text_tokenizer as tokenizer_of
-from .spans import EMPTY, FILLED, TOKEN_FEATURES, Pairs, check_kinds, check_rows, flatten_text, prepare_rows, read_pairs
+from .spans import EMPTY, FILLED, TOKEN_FEATURES, Pairs, check_kinds, check_rows, flatten_text, read_pairs
 
 _UNANSWERED = "no assistant message at the end"
 _IGNORED = -100  # TRL's label of a token outside the loss

@@ -1,17 +1,16 @@
 """Prompt, chosen and rejected tokens of preference pairs: TRL's own tokenisation, read once for every later step.
 
-The tokens are made by ``DPOTrainer._prepare_dataset`` itself, called on a light stand-in. Its ``prompt_ids`` followed
-by ``chosen_ids`` are also what ``RewardTrainer`` makes of the same row, so one preparation serves both trainers; only
-what happens to rows longer than ``max_length`` differs, and ``truncation`` names it.
+The tokens are made by TRL's own trainers (`preparation`). The ``prompt_ids`` of ``DPOTrainer`` followed by its
+``chosen_ids`` are also what ``RewardTrainer`` makes of the same row; what happens to rows longer than ``max_length``
+differs, and ``truncation`` names it.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,15 @@ from ..errors import AnatomyError
 from .clock import date_of
 from .content import NO_MARKS, Marks, find_marks
 from .copies import Copies, joined
+from .preparation import (
+    OTHER_TEXTS,
+    common_prefix,
+    dpo_tokens,
+    plain_rows,
+    reward_tokens,
+    split_row,
+    with_text,
+)
 from .processing import text_tokenizer as tokenizer_of
 from .token_text import decode_all, pieces
 from .written import (
@@ -45,7 +53,6 @@ SAMPLED_RESPONSE = ("sampled_prompt_ids", "sampled_response_ids")  # the same of
 
 # Columns of a preference dataset that are read; all others are passed over.
 PAIR_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
-_OTHER_TEXTS = ("0", "Z")  # two, of which no text begins with both
 EMPTY = "empty response"
 FILLED = "prompt fills max_length"
 _LONG = "longer than max_length"
@@ -59,7 +66,7 @@ class Pairs:
     Attributes:
         dataset: columns ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (TRL's, before truncation) and ``row``, the
             index into `raw`.
-        raw: the dataset as it was given, all rows.
+        raw: the dataset as it was given, all rows, as Python values.
         max_length: tokens of prompt and response together, or None for no limit.
         truncation: ``"keep_start"`` or ``"keep_end"`` (DPO), ``"drop"`` (reward trainer: longer rows are left out).
         pad_token_id: the trainer's padding token.
@@ -69,6 +76,8 @@ class Pairs:
         processing_class: what made the tokens: the tokenizer, or the processor that holds it.
         pool_special_tokens: whether special tokens and what the template writes around answers are pooled as well.
         excluded: ids that are not pooled in any case, such as those that an SAE was not trained on.
+        blank: (n_pairs,) bool: pairs with a blank response, which train as all others do; None where they were left
+            out. Audits leave them out.
     """
 
     dataset: Dataset
@@ -82,6 +91,7 @@ class Pairs:
     processing_class: Any = None
     pool_special_tokens: bool = False
     excluded: frozenset[int] = frozenset()
+    blank: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -90,6 +100,16 @@ class Pairs:
     def rows(self) -> np.ndarray:
         """(n_pairs,) int64: index of each pair into `raw`."""
         return np.asarray(self.dataset.with_format("numpy")["row"][:], dtype=np.int64)
+
+    @cached_property
+    def audited(self) -> "Pairs":
+        """The pairs that an audit of the same dataset has: those without a blank response."""
+        if self.blank is None:
+            return self
+        left_out = {EMPTY: int(self.blank.sum()), **self.left_out}
+        if not self.blank.any():
+            return replace(self, blank=None)
+        return replace(self, dataset=self.dataset.select(np.flatnonzero(~self.blank)), left_out=left_out, blank=None)
 
     @property
     def begins_with_bos(self) -> bool:
@@ -343,9 +363,8 @@ class Pairs:
         specials = special_tokens(self.tokenizer, np.concatenate(ids))
         if self._plain:
             return Frame(specials=specials)
-        return learn_frame(
-            self._conversations(), lambda rows: decoded_rows(rows, self.processing_class or self.tokenizer), specials
-        )
+        made_by, truncation = self.processing_class or self.tokenizer, self.truncation
+        return learn_frame(self._conversations(), lambda rows: decoded_rows(rows, made_by, truncation), specials)
 
     def _conversations(self) -> Iterator[Conversation]:
         """Every prompt with each of its responses, as `learn_frame` takes them."""
@@ -376,17 +395,6 @@ class Pairs:
 
 def _hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
-
-
-def split_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row with its prompt taken out of the responses (TRL's rule) where it has no ``prompt`` of its own."""
-    if "prompt" in row:
-        return row
-    from trl import extract_prompt
-
-    if not row["chosen"] or not row["rejected"]:  # TRL's rule has no answer for an empty side
-        return {**row, "prompt": ""}
-    return extract_prompt({"chosen": row["chosen"], "rejected": row["rejected"]})
 
 
 def check_kinds(values: Mapping[str, Any], row: int, kind: type | None) -> type | None:
@@ -484,6 +492,19 @@ def usable_rows(dataset: Dataset) -> tuple[np.ndarray, dict[str, int]]:
     return usable, {EMPTY: n_empty} if n_empty else {}
 
 
+def _check_filled(dataset: Dataset, usable: np.ndarray) -> None:
+    """Make sure that rows with a blank response have a prompt and two responses, if empty ones."""
+    columns = [column for column in SPANS if column in dataset.column_names]
+    rows = np.flatnonzero(~usable)
+    for row, values in zip(rows.tolist(), dataset.select_columns(columns).select(rows), strict=True):
+        for column in columns:
+            if values[column] is None:
+                raise AnatomyError(
+                    f"Dataset row {row}, column {column!r}: found nothing, which TRL cannot train on; drop the row, or "
+                    "fill it in."
+                )
+
+
 def _responses(dataset: Dataset) -> Iterator[tuple[Any, Any]]:
     columns = [column for column in SPANS if column in dataset.column_names]
     number, kind = 0, None
@@ -497,34 +518,6 @@ def _responses(dataset: Dataset) -> Iterator[tuple[Any, Any]]:
                 raise AnatomyError(f"Dataset row {number}, column 'prompt': found nothing, allowed: text or messages.")
             yield sides
             number += 1
-
-
-def prepare_rows(prepare: Callable[[Dataset], Dataset], rows: Dataset) -> Dataset:
-    """What TRL's preparation makes of `rows`, which have a column ``row``.
-
-    Raises:
-        AnatomyError: it fails; names the first row on which it does, or says that the disk is full.
-    """
-    try:
-        return prepare(rows)
-    except OSError as error:
-        raise AnatomyError(
-            f"The tokens of the dataset cannot be written to the cache of datasets ({error})."
-        ) from error
-    except Exception as error:  # of a chat template, a tokenizer, or the reading of tools: what they raise is theirs
-        first, end = 0, len(rows)
-        while end - first > 1:
-            middle = (first + end) // 2
-            try:
-                prepare(rows.select(range(first, middle)))
-                first = middle
-            except Exception:
-                end = middle
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
-        raise AnatomyError(
-            f"Dataset row {rows[first]['row']} cannot be tokenised ({type(error).__name__}: {reason}). Look at its "
-            "roles and columns: a chat template may refuse them."
-        ) from error
 
 
 def check_rows(dataset: Dataset) -> None:
@@ -570,6 +563,7 @@ def read_pairs(
     truncation: str = "keep_start",
     num_proc: int | None = None,
     pool_special_tokens: bool = False,
+    keep_blank: bool = False,
 ) -> Pairs:
     """Tokenise preference pairs exactly as TRL's trainers do.
 
@@ -583,17 +577,23 @@ def read_pairs(
         truncation: ``"keep_start"`` / ``"keep_end"`` as in ``DPOConfig``; ``"drop"`` for the reward trainer.
         num_proc: processes that tokenise.
         pool_special_tokens: pool concepts over special tokens and what the template writes around answers as well.
+        keep_blank: keep pairs with a blank response, on which the trainers train; audits leave them out.
 
     Returns:
         The pairs; rows left out are counted in ``left_out``.
 
     Raises:
-        AnatomyError: missing columns, no usable row, no chat template, an unknown truncation.
+        AnatomyError: missing columns, no usable row, no chat template, an unknown truncation; with `keep_blank` a row
+            without a prompt or a response at all, which no trainer takes.
     """
     if truncation not in TRUNCATIONS:
         raise AnatomyError(f"truncation is {truncation!r}; allowed: {', '.join(TRUNCATIONS)}.")
+    dataset = plain_rows(dataset) if isinstance(dataset, Dataset) else dataset
     usable, left_out = usable_rows(dataset)
-    if not usable.any():
+    if keep_blank:
+        _check_filled(dataset, usable)
+        left_out = {}
+    elif not usable.any():
         raise AnatomyError(
             f"The dataset has no usable row: {len(dataset)} rows, {left_out.get(EMPTY, 0)} with an empty response. "
             "Every pair needs two responses that are not blank."
@@ -602,7 +602,7 @@ def read_pairs(
     columns = [column for column in PAIR_COLUMNS if column in dataset.column_names]
     sampled = set(SAMPLED) <= set(dataset.column_names)
     kept = dataset.select_columns(list(SAMPLED) if sampled else columns).add_column("row", np.arange(len(dataset)))
-    if not usable.all():
+    if not usable.all() and not keep_blank:
         kept = kept.select(np.flatnonzero(usable))
     n_kept = len(kept)
     if sampled:
@@ -611,7 +611,6 @@ def read_pairs(
         kept = _tokenised_rows(kept, tokenizer, max_length, truncation, num_proc)
     if len(kept) < n_kept:
         left_out[FILLED] = n_kept - len(kept)
-    kept = kept.select_columns([*(f"{span}_ids" for span in SPANS), "row"])
     if truncation == "drop" and max_length is not None and len(kept):
         lengths = {span: _lengths(kept, f"{span}_ids") for span in SPANS}
         fits = lengths["prompt"] + np.maximum(lengths["chosen"], lengths["rejected"]) <= max_length
@@ -635,6 +634,20 @@ def read_pairs(
         tokenizer=text_tokenizer,
         processing_class=tokenizer,
         pool_special_tokens=pool_special_tokens,
+        blank=~usable[np.asarray(kept["row"], dtype=np.int64)] if keep_blank else None,
+    )
+
+
+def read_again(pairs: Pairs, dataset: Dataset, tokenizer: Any, *, num_proc: int | None = None) -> Pairs:
+    """The tokens of changed rows of some pairs, read as those were, before truncation."""
+    reward = pairs.truncation == "drop"
+    return read_pairs(
+        dataset,
+        tokenizer,
+        max_length=None,
+        truncation="drop" if reward else "keep_start",
+        num_proc=num_proc,
+        keep_blank=pairs.blank is not None,
     )
 
 
@@ -660,28 +673,23 @@ def _tokenised_rows(
             "chat_template_path."
         )
 
-    from trl.trainer.dpo_trainer import DPOTrainer  # the class itself, whatever stands in for it in `trl`
-
-    # _prepare_dataset reads nothing else of the trainer; a test compares the result with the trainers' own batches.
-    trainer: Any = SimpleNamespace(_tokenizer=text_tokenizer)
-    args: Any = SimpleNamespace(
-        dataset_num_proc=num_proc,
-        max_length=None if truncation == "drop" else max_length,
-        truncation_mode=truncation,
-    )
-    return prepare_rows(lambda part: DPOTrainer._prepare_dataset(trainer, part, tokenizer, args, "audit"), rows)
+    if truncation == "drop":
+        return reward_tokens(rows, tokenizer, num_proc=num_proc)
+    return dpo_tokens(rows, tokenizer, max_length=max_length, truncation=truncation, num_proc=num_proc)
 
 
-def decoded_rows(rows: list[dict[str, Any]], tokenizer: Any) -> list[tuple[str, str, str] | None]:
+def decoded_rows(
+    rows: list[dict[str, Any]], tokenizer: Any, truncation: str = "keep_start"
+) -> list[tuple[str, str, str] | None]:
     """Decoded prompt and responses of rows with messages, special tokens included; None for rows that are refused."""
     text_tokenizer = tokenizer_of(tokenizer)
     if not rows:
         return []
     try:
-        read = read_pairs(Dataset.from_list(rows), tokenizer, max_length=None)
+        read = read_pairs(Dataset.from_list(rows), tokenizer, max_length=None, truncation=truncation)
     except AnatomyError as error:  # of a template that refuses some other text than the data's
         if len(rows) > 1:
-            return [texts for row in rows for texts in decoded_rows([row], tokenizer)]
+            return [texts for row in rows for texts in decoded_rows([row], tokenizer, truncation)]
         warn_refused(error)
         return [None]
     found: list[tuple[str, str, str] | None] = [None] * len(rows)
@@ -710,11 +718,17 @@ def turn_starts(pairs: Pairs, tokenizer: Any, *, num_proc: int | None = None) ->
     if isinstance(raw[0]["chosen"], str):
         return starts
     found = np.full(len(pairs), np.iinfo(np.int64).max)
-    for text in _OTHER_TEXTS:
-        other = raw.map(_with_last_user_text, fn_kwargs={"text": text}, num_proc=num_proc, desc="Finding user turns")
-        changed = read_pairs(other, tokenizer, max_length=None, num_proc=num_proc)
+    for text in OTHER_TEXTS:
+        other = raw.map(
+            _with_last_user_text,
+            fn_kwargs={"text": text},
+            features=Features({**raw.features, "prompt": raw.features["chosen"]}),
+            num_proc=num_proc,
+            desc="Finding user turns",
+        )
+        changed = read_again(pairs, other, tokenizer, num_proc=num_proc)
         for i in range(len(pairs)):
-            found[i] = min(found[i], _common_prefix(pairs.ids(i, "prompt"), changed.ids(i, "prompt")))
+            found[i] = min(found[i], common_prefix(pairs.ids(i, "prompt"), changed.ids(i, "prompt")))
     has_turn = [any(message["role"] == "user" for message in split_row(row)["prompt"]) for row in raw]
     starts[pairs.rows] = np.where(has_turn, found, 0)
     return starts
@@ -722,22 +736,11 @@ def turn_starts(pairs: Pairs, tokenizer: Any, *, num_proc: int | None = None) ->
 
 def _with_last_user_text(row: Mapping[str, Any], text: str) -> dict[str, Any]:
     row = split_row(row)
-    messages = [dict(message) for message in row["prompt"]]
-    for message in reversed(messages):
-        if message["role"] == "user":
-            content = message["content"]
-            if content is None or isinstance(content, str):
-                message["content"] = text
-            else:
-                message["content"] = [part if part.get("text") is None else {**part, "text": text} for part in content]
-            break
+    messages = list(row["prompt"])
+    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if last is not None:
+        messages[last] = with_text(messages[last], text)
     return {"prompt": messages, "chosen": row["chosen"], "rejected": row["rejected"]}
-
-
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    n = min(len(a), len(b))
-    different = np.flatnonzero(a[:n] != b[:n])
-    return int(different[0]) if len(different) else n
 
 
 def _lengths(dataset: Dataset, column: str) -> np.ndarray:

@@ -16,6 +16,7 @@ from scipy.special import expit
 
 from ..audit.predict import predicted_shift
 from ..errors import AnatomyError
+from ..reading.spans import EMPTY
 from .bind import BoundRule, bind
 from .effects import KNOWN_STAGES, gap_text, own_concepts
 from .hidden import HiddenEdit, hidden_strengths
@@ -70,8 +71,9 @@ class PolicyPlan:
             `effect`: what becomes of it, in a few words.
         predicted: a row per concept of the audit: `concept`, `label`, `predicted`, `predicted_under_policy`; None
             without an audit.
-        counts: `rows` (raw), `pairs` (scored), `pairs_kept`; with rules on tokens `chosen_masked`: kept pairs whose
-            chosen response has no token left in the loss.
+        counts: `rows` (raw), `pairs` (scored), `pairs_kept`; `untouched`: rows that train though no rule could read
+            them; `blank`: pairs with a blank response, where there are any; with rules on tokens `chosen_masked`: kept
+            pairs whose chosen response has no token left in the loss.
         gaps: concept of a rule -> (n_raw_rows,) its score gaps, 0 where a row was not scored; for the log. Concepts
             that no rule needs scores of (rules on hidden states without a fraction) are absent.
         weight: (n_raw_rows,) float64 weight of each pair's loss, 1 where no rule weighs; None without such a rule.
@@ -85,6 +87,7 @@ class PolicyPlan:
             on the rejected side; None without such a rule.
         turns: (n_raw_rows,) int64 tokens of the prompt before its last user turn; None where no rule asks.
         hidden: the edits of the rules on hidden states, in the order of the policy.
+        left_out: reason -> rows that were not read.
     """
 
     keep: np.ndarray
@@ -102,6 +105,7 @@ class PolicyPlan:
     turns: np.ndarray | None = None
     hidden: tuple[HiddenEdit, ...] = ()
     concepts: list[dict[str, Any]] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def warnings(self) -> list[str]:
@@ -196,6 +200,9 @@ def plan_policy(
     for name, gap in gaps.items():
         gap[pairs.rows] = scores.gap(name)
     counts = {"rows": len(pairs.raw), "pairs": len(pairs), "pairs_kept": int(kept.sum())}
+    counts["untouched"] = pairs.left_out.get(EMPTY, 0)  # TRL leaves out the others too
+    if pairs.blank is not None and pairs.blank.any():
+        counts["blank"] = int(pairs.blank.sum())
     if masked:
         counts["chosen_masked"] = chosen_masked(pairs, list(masked.values()), kept)
     prompt_lengths = None
@@ -209,6 +216,7 @@ def plan_policy(
         rules=records,
         predicted=None if audit is None else _predict(audit, keep, offsets[0] - offsets[1], weight),
         counts=counts,
+        left_out=dict(pairs.left_out),
         gaps=gaps,
         weight=weight,
         kept_tokens=tokens_kept(pairs, list(masked.values())) if masked else None,
@@ -251,7 +259,7 @@ def plan_json(plan: PolicyPlan) -> dict[str, Any]:
             for row in plan.predicted.to_pylist()
         ]
     return {
-        "counts": dict(plan.counts),
+        "counts": {**plan.counts, "left_out": dict(plan.left_out)},
         "rules": [dict(rule) for rule in plan.rules],
         "concepts": [dict(row) for row in plan.concepts],
         "warnings": plan.warnings,
@@ -267,6 +275,13 @@ def plan_report(plan: PolicyPlan, *, n_concepts: int = 15) -> str:
     """
     counts = plan.counts or {"rows": len(plan.keep), "pairs": len(plan.keep), "pairs_kept": int(plan.keep.sum())}
     lines = [f"{counts['rows']} rows, {counts['pairs']} pairs scored, {counts['pairs_kept']} pairs trained on."]
+    if blank := counts.get("blank"):
+        lines.append(f"{blank} of the pairs scored have a blank response; TRL trains on them, so rules act on them.")
+    if untouched := counts.get("untouched"):
+        lines.append(f"{untouched} rows train untouched by any rule: {EMPTY}.")
+    dropped = [f"{n} x {reason}" for reason, n in plan.left_out.items() if reason != EMPTY]
+    if dropped:
+        lines.append(f"TRL leaves rows out: {', '.join(dropped)}.")
     if not plan.rules:
         lines.append("The policy has no rules: training is TRL's own.")
     else:

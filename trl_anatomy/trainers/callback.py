@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..shaping.plan import PolicyPlan
 
 MAX_ROWS = 10_000  # what W&B shows of a table
+_ROWS = ("untouched", "blank")  # counts of a plan that are logged: rows that rules miss or that have nothing to read
 
 
 class AuditCallback(TrainerCallback):
@@ -99,10 +100,12 @@ class AuditCallback(TrainerCallback):
         self._log_markdown(args, cells, {}, state.global_step)
 
     def scalars(self) -> dict[str, float]:
-        """`audit/<count>` and `policy/<n>_<verb>_<concept>/<number>`, n counting rules from 1."""
+        """`audit/<count>`, `policy/rows_<count>` and `policy/<n>_<verb>_<concept>/<number>`, n from 1."""
         found: dict[str, float] = {}
         if self.audit is not None:
             found |= {f"audit/{key}": value for key, value in _numbers(self.audit.info.get("counts", {})).items()}
+        if self.plan is not None:
+            found |= {f"policy/rows_{key}": self.plan.counts[key] for key in _ROWS if key in self.plan.counts}
         for n, rule in enumerate(self.plan.rules if self.plan is not None else [], start=1):
             place = "_".join([str(n), *(str(rule[key]) for key in ("verb", "concept") if rule.get(key) is not None)])
             found |= {f"policy/{place}/{key}": value for key, value in _numbers(rule).items()}

@@ -87,6 +87,7 @@ class AnatomyDPOTrainer(ShapedSeams, DPOTrainer):
         )
         self.plan, self.audit, self._date = prepared.plan, prepared.audit, prepared.date
         self._acts, self._logged_concepts = prepared.acts, prepared.logged_concepts
+        self._has_policy, self._planned = prepared.planned is not None, prepared.planned
         self._waiting = prepared.waiting
         if self.plan is not None:
             loss_types = getattr(bound.arguments.get("args"), "loss_type", ())

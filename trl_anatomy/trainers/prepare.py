@@ -30,11 +30,13 @@ from ..errors import AnatomyError
 from ..reading.capacity import check_pairs_fit
 from ..reading.clock import dated, template_now
 from ..reading.forward import frozen
+from ..reading.preparation import plain_rows
 from ..reading.processing import lengthen_embeddings, load_processing_class, set_chat_template, text_tokenizer
 from ..reading.remote_code import load_config
 from ..shaping.hidden import LowRankSteering
 from .callback import AuditCallback
 from .hidden import check_hidden
+from .planned import Planned
 from .reference_pass import ReferencePass, sharing
 from .seams import (
     CHOSEN_KEPT,
@@ -243,6 +245,7 @@ class Prepared:
         policy_text: the policy as YAML.
         waiting: the rest, where scores are read in TRL's reference precompute; there is no plan yet, then.
         date: what chat templates write into the trainer's tokens; None for today's.
+        planned: what the policy was planned on, for TRL's rows to be compared with; None without a policy.
     """
 
     plan: "PolicyPlan | None" = None
@@ -253,6 +256,7 @@ class Prepared:
     callback: AuditCallback | None = None
     waiting: ReferencePass | None = None
     date: str | None = None
+    planned: Planned | None = None
 
     def attach(self, trainer: Any) -> None:
         """Give the callback plan and trainer (its scalars go through that to every tracker), the trainer the policy.
@@ -312,7 +316,7 @@ def prepare(
             f"data_collator was given together with {in_step[0].verb} rules, which travel through TRL's own collator; "
             "leave data_collator out, or act with filter_pairs only."
         )
-    plan, acts, waiting = None, False, None
+    plan, acts, waiting, planned = None, False, None, None
     shares = bool(policy) and sharing(policy, arguments, config)
     loaded = Loaded()
     with Start(arguments, config) as start:
@@ -330,11 +334,11 @@ def prepare(
             begun, turns = _begin(resolved, found, start, dataset, date)
             if shares:
                 check_columns(dataset)
-                waiting = ReferencePass.after(begun, turns)
+                waiting, planned = ReferencePass.after(begun, turns), Planned(begun.pairs)
                 arguments["train_dataset"] = dataset.add_column(ROW, list(range(len(dataset))))
             else:
                 plan = _settle(begun, turns)
-                acts = bool(plan_columns(plan))
+                acts, planned = bool(plan_columns(plan)), Planned(begun.pairs, plan.keep)
                 arguments["train_dataset"] = apply_plan(dataset, plan)
         elif found is not None and isinstance(dataset, Dataset) and len(dataset) != found.info["data"]["n_rows"]:
             # An audit that is only logged is not worth a second tokenisation; its size gives most mistakes away.
@@ -345,7 +349,7 @@ def prepare(
     callback = AuditCallback(found, plan, policy_text=policy.text)
     arguments["callbacks"] = [*(arguments.get("callbacks") or []), callback]
     concepts = tuple(plan.gaps) if plan is not None else ()
-    return Prepared(plan, found, acts, concepts, policy.text, callback, waiting, date)
+    return Prepared(plan, found, acts, concepts, policy.text, callback, waiting, date, planned)
 
 
 def _date(audit: "Audit | None") -> str:
@@ -370,7 +374,7 @@ def _checked(dataset: Any) -> Dataset:
             f"train_dataset has a column {images[0]!r}: concept policies and audits read text only; drop the column or "
             "train with the trainer of trl."
         )
-    return dataset
+    return plain_rows(dataset)
 
 
 def _audit_now(settings: "AuditConfig", start: Start, dataset: Dataset, loaded: "Loaded | None") -> "Audit":
@@ -412,6 +416,7 @@ def _begin(
         max_length=start.config.max_length,
         truncation=start.truncation,
         num_proc=start.config.dataset_num_proc,
+        keep_blank=True,
     )
     grows = getattr(start.config, "chat_template_path", None) is not None
     for note in check_pairs_fit(pairs, start.model_config, grows=grows):

@@ -73,6 +73,7 @@ class AnatomyRewardTrainer(ShapedSeams, RewardTrainer):
         )
         self.plan, self.audit, self._date = prepared.plan, prepared.audit, prepared.date
         self._acts, self._logged_concepts = prepared.acts, prepared.logged_concepts
+        self._has_policy, self._planned = prepared.planned is not None, prepared.planned
         if self.plan is not None or self.audit is not None:
             self._tag_names = [*type(self)._tag_names, TAG]
         super().__init__(*bound.args[1:], **bound.kwargs)

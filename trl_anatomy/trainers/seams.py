@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..reading.clock import dated
+from ..reading.preparation import kinds_by_responses
 from .card import append_section, card_section
 from .checkpoints import WholeCheckpoints
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ..audit.folder import Audit
     from ..shaping.plan import PolicyPlan
     from .hidden import HiddenEdits
+    from .planned import Planned
 
 # Dataset columns, a value per pair. Only those that a rule needs are there.
 CHOSEN_OFFSET = "anatomy_chosen_offset"  # float: o(chosen)
@@ -188,6 +190,8 @@ class ShapedSeams(WholeCheckpoints):
     _logged_concepts: tuple[str, ...] = ()
     _collator: Any = None
     _hidden: "HiddenEdits | None" = None
+    _has_policy: bool = False
+    _planned: "Planned | None" = None
     plan: "PolicyPlan | None" = None
     audit: "Audit | None" = None
     policy_text: str = ""
@@ -196,7 +200,12 @@ class ShapedSeams(WholeCheckpoints):
     def _prepare_dataset(self, dataset: Any, processing_class: Any, *args: Any, **kwargs: Any) -> Any:
         # With an audit or a policy, the tokens that it was made of: templates write its date, not today's.
         prepare: Any = super()._prepare_dataset  # type: ignore[misc]
-        return prepare(dataset, dated(processing_class, self._date), *args, **kwargs)
+        with kinds_by_responses() if self._has_policy else nullcontext():
+            prepared = prepare(dataset, dated(processing_class, self._date), *args, **kwargs)
+        planned, self._planned = self._planned, None  # the training rows come first, rows of evaluations later
+        if planned is not None:
+            planned.check(prepared)
+        return prepared
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's card, with a section on the audit, the policy and what was observed where there is one of the first."""

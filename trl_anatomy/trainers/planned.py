@@ -1,0 +1,75 @@
+"""The tokens that a policy was planned on against those that TRL prepares, before anything is trained on them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from datasets import Dataset
+
+from ..errors import AnatomyError
+
+if TYPE_CHECKING:
+    from ..reading.spans import Pairs
+
+_SPANS = ("prompt", "chosen", "rejected")
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """Pairs that a policy was planned on.
+
+    Attributes:
+        pairs: as they were read for the plan.
+        keep: (n_raw_rows,) bool: rows that the policy leaves; None where that is not known yet.
+    """
+
+    pairs: "Pairs"
+    keep: np.ndarray | None = None
+
+    def check(self, prepared: Dataset) -> None:
+        """Compare the training rows that TRL has prepared with the plan's, token by token and row by row.
+
+        Raises:
+            AnatomyError: another number of rows, or a row of other tokens; names the first.
+        """
+        pairs = self.pairs
+        expected = np.arange(len(pairs)) if self.keep is None else np.flatnonzero(self.keep[pairs.rows])
+        if len(prepared) != len(expected):
+            raise AnatomyError(
+                f"TRL prepared {len(prepared)} rows of train_dataset, the policy was planned on {len(expected)}: "
+                "it leaves out other rows than expected. Report this with the version of trl."
+            )
+        whole = "prompt_ids" not in prepared.column_names  # the reward trainer's rows: prompt and response in one
+        spans = _SPANS[1:] if whole else _SPANS
+        columns = [f"{span}_ids" for span in spans]
+        batches = prepared.select_columns(columns).with_format("arrow").iter(batch_size=4096)
+        for start, table in zip(range(0, len(prepared), 4096), batches, strict=True):
+            batch = expected[start : start + 4096].tolist()
+            for span, column in zip(spans, columns, strict=True):
+                array = table[column].combine_chunks()
+                values = array.flatten().to_numpy(zero_copy_only=False)
+                lengths = array.value_lengths().to_numpy(zero_copy_only=False)
+                planned = [list(self._parts(i, span, whole)) for i in batch]
+                counts = np.array([sum(map(len, parts)) for parts in planned])
+                ids = np.concatenate([part for parts in planned for part in parts])
+                if np.array_equal(counts, lengths) and np.array_equal(ids, values):
+                    continue
+                self._refuse(batch, span, planned, np.split(values, np.cumsum(lengths)[:-1]))
+
+    def _parts(self, i: int, span: str, whole: bool) -> Iterator[np.ndarray]:
+        if whole:
+            yield self.pairs.ids(i, "prompt")
+        yield self.pairs.ids(i, span)
+
+    def _refuse(self, batch: list[int], span: str, planned: list[list[np.ndarray]], prepared: list[np.ndarray]) -> None:
+        for i, parts, theirs in zip(batch, planned, prepared, strict=True):
+            ours = np.concatenate(parts)
+            if np.array_equal(ours, theirs):
+                continue
+            how = f"{len(theirs)} tokens" if len(theirs) != len(ours) else f"{len(theirs)} tokens, but others"
+            raise AnatomyError(
+                f"Dataset row {self.pairs.rows[i]}: TRL prepared {how} of the {span} side, the policy was planned on "
+                f"{len(ours)}. Likely causes: a chat template that writes the time, a tokenizer or template that was "
+                "changed in between, or a column beside the pairs that TRL reads."
+            )
