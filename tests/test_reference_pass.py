@@ -189,7 +189,7 @@ def test_what_is_stored_serves_the_next_run(tiny_model_dir: Path, tmp_path: Path
 
     kept.unlink()
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-    pairs = read_pairs(dataset, first.processing_class, max_length=24)
+    pairs = read_pairs(dataset, first.processing_class, max_length=24, keep_blank=True)
     scorers = ConceptPolicy.load(rules).scorers(model=model)
     separate = score_pairs(pairs, scorers, model, cache_dir=folder, progress=False)
     assert list(folder.iterdir()) == [kept]  # one name, whichever pass writes it

@@ -32,7 +32,7 @@ TRAINERS = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("rows") / "model"
-    tiny_model("qwen3", layers=2).save_pretrained(path)
+    tiny_model("qwen3", layers=2, vocab=340).save_pretrained(path)  # room for added tokens
     build_tokenizer().save_pretrained(path)
     return str(path)
 
