@@ -125,7 +125,7 @@ def test_rows_with_a_blank_response_are_reached(kind: str, trained: str, model: 
     assert "4 of the pairs scored have a blank response" in str(plan)
 
 
-def test_hidden_concepts_score_the_end_of_a_blank_response(model: str, tmp_path: Path) -> None:
+def test_hidden_concepts_score_blank_responses(model: str, tmp_path: Path) -> None:
     direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
     DirectionScorer(direction / direction.norm(), 1).save(tmp_path / "direction")
     concept = {"scorer": "direction", "path": str(tmp_path / "direction")}

@@ -91,7 +91,12 @@ class Source:
         if EMPTY not in pairs.left_out:
             return pairs
         return read_pairs(
-            pairs.raw, self.tokenizer, max_length=pairs.max_length, truncation=pairs.truncation, keep_blank=True
+            pairs.raw,
+            self.tokenizer,
+            max_length=pairs.max_length,
+            truncation=pairs.truncation,
+            pool_special_tokens=pairs.pool_special_tokens,
+            keep_blank=True,
         )
 
     def _named(self, what: str) -> str:
