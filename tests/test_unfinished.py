@@ -152,3 +152,50 @@ def test_other_passes_go_on_too(name: str, stop_after: int, pairs: Pairs, tmp_pa
     np.testing.assert_array_equal(WORK[name](again, pairs, tmp_path / "out"), expected)
     assert len(rest) == len(passes) - stop_after
     assert digests(tmp_path / "out") == digests(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("stop_after", [7, 17, 24])
+def test_sampling_goes_on_after_its_finished_batches(stop_after: int, tmp_path: Path) -> None:
+    """Six tokens a batch of three: what was sampled is kept with the random state, and the rest is the same."""
+    from trl_anatomy.checking.responses import sampled
+
+    prompts, tokenizer = [f"What is {i}?" for i in range(10)], build_tokenizer()
+    sampling = {"max_new_tokens": 6, "batch_size": 3, "seed": 3}
+    model = tiny_model()
+    model.generation_config.eos_token_id, tokenizer.eos_token = None, None
+    passes = counted(model)
+    expected = sampled(model, tokenizer, prompts, tmp_path / "undisturbed.json", sampling)
+    assert len(passes) == 4 * 6
+    victim = tiny_model()
+    victim.generation_config.eos_token_id = None
+    counted(victim, stop_after - 1)
+    with pytest.raises(Ended):
+        sampled(victim, tokenizer, prompts, tmp_path / "out.json", sampling)
+    again = tiny_model()
+    again.generation_config.eos_token_id = None
+    rest = counted(again)
+    found = sampled(again, tokenizer, prompts, tmp_path / "out.json", sampling)
+    assert len(rest) == 24 - 6 * ((stop_after - 1) // 6)
+    assert found == expected
+    assert [one.ids for one in found] == [one.ids for one in expected]
+    files = digests(tmp_path)
+    assert files["out.json"] == files["undisturbed.json"]
+    assert len(files) == 2
+
+
+def test_a_damaged_batch_costs_those_after_it_and_no_wrong_response(tmp_path: Path) -> None:
+    from trl_anatomy.checking.responses import sampled
+
+    prompts, tokenizer = [f"What is {i}?" for i in range(10)], build_tokenizer()
+    sampling = {"max_new_tokens": 6, "batch_size": 3, "seed": 3}
+    expected = sampled(tiny_model(), tokenizer, prompts, tmp_path / "undisturbed.json", sampling)
+    victim = tiny_model()
+    counted(victim, 17)
+    with pytest.raises(Ended):
+        sampled(victim, tokenizer, prompts, tmp_path / "out.json", sampling)
+    first, *rest = sorted(tmp_path.glob("out.part-*"))
+    assert rest
+    first.write_bytes(b"broken")
+    found = sampled(tiny_model(), tokenizer, prompts, tmp_path / "out.json", sampling)
+    assert found == expected
+    assert not list(tmp_path.glob("out.part-*"))

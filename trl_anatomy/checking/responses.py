@@ -16,6 +16,7 @@ from ..reading.files import write_atomically
 from ..reading.prompts import Prompt, encode_prompt, prompt_key, prompt_of
 from ..reading.spans import SAMPLED
 from ..reading.storage import fetch
+from ..reading.unfinished import Parts
 from .rollouts import Response, rollouts, stop_ids
 
 if TYPE_CHECKING:
@@ -161,7 +162,10 @@ def audited_tokenizer(audit: Audit, before: Any) -> Any:
 def sampled(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], file: Path, sampling: Mapping[str, int]
 ) -> list[Response]:
-    """One response to each prompt, kept on disk with its tokens under a key of everything it depends on."""
+    """One response to each prompt, kept on disk with its tokens under a key of everything it depends on.
+
+    Batches are kept as they are finished: sampling that was interrupted goes on after them.
+    """
     from ..reading.fingerprint import hash_json, model_fingerprint
 
     tokens = [encode_prompt(tokenizer, prompt) for prompt in prompts]  # by tokenizer and chat template
@@ -174,7 +178,9 @@ def sampled(
             kept = None
         if isinstance(kept, dict) and kept.get("key") == key:
             return _responses(kept)
-    responses = [group[0] for group in rollouts(model, tokenizer, prompts, **sampling)]
+    parts = Parts(file, key)
+    how: dict[str, Any] = {**sampling, "kept": parts}
+    responses = [group[0] for group in rollouts(model, tokenizer, prompts, **how)]
     kept = {
         "key": key,
         "prompts": list(prompts),
@@ -186,6 +192,7 @@ def sampled(
         "finished": [response.finished for response in responses],
     }
     write_atomically(file, json.dumps(kept, indent=1).encode())
+    parts.clear()
     return responses
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import torch
 
 from ..reading.processing import text_tokenizer
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..reading.unfinished import Parts
+
+
+_ONE = "response: lower max_new_tokens, or free memory"
 
 
 class Response(str):
@@ -49,6 +55,8 @@ def rollouts(
     batch_size: int = 256,
     seed: int = 0,
     temperature: float = 1.0,
+    kept: Parts | None = None,
+    progress: bool = True,
 ) -> list[list[Response]]:
     """Samples `n_per_prompt` responses to each prompt.
 
@@ -70,6 +78,9 @@ def rollouts(
         batch_size: Responses sampled at once.
         seed: The same seed, model and arguments give the same responses.
         temperature: 1 samples from the model's own distribution; 0 decodes greedily.
+        kept: Takes each batch as it is finished, with the random state after it; those that it has are not sampled
+            again, and the responses are the same.
+        progress: Show a progress bar.
 
     Returns:
         For each prompt, in the order given, its `n_per_prompt` responses.
@@ -77,8 +88,12 @@ def rollouts(
     Raises:
         AnatomyError: there is not enough memory for a single response, or a prompt that the model cannot read.
     """
+    from transformers import StoppingCriteriaList
+
     from ..reading.capacity import check_prompts_fit
     from ..reading.forward import each_in_halves
+    from ..reading.progress import Progress
+    from ..reading.unfinished import keep_part
 
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     jobs = [i for i in range(len(prompts)) for _ in range(n_per_prompt)]
@@ -97,7 +112,14 @@ def rollouts(
         longest = max(len(encoded[i]) for i in batch)
         rows = [[pad] * (longest - len(encoded[i])) + encoded[i] for i in batch]
         mask = [[0] * (longest - len(encoded[i])) + [1] * len(encoded[i]) for i in batch]
-        states = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
+        states, ticks = random_states(), 0
+
+        def tick(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            nonlocal ticks
+            ticks += 1
+            bar.begun(len(batch))
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
         try:
             output = model.generate(
                 input_ids=torch.tensor(rows, device=model.device),
@@ -107,27 +129,64 @@ def rollouts(
                 use_cache=True,
                 pad_token_id=pad,
                 eos_token_id=ends,
+                stopping_criteria=StoppingCriteriaList([tick]),
                 **sampling,
             )
         except torch.OutOfMemoryError:  # after as many draws as it had memory for
-            torch.set_rng_state(states[0])
-            for device, state in zip(devices, states[1], strict=True):
-                torch.cuda.set_rng_state(state, device)
+            set_random_states(states)
+            bar.begun(-ticks * len(batch))
             raise
-        written = output[:, longest:]
+        bar.update(len(batch), work=(max_new_tokens - ticks) * len(batch))
+        if kept is not None:
+            rows_written.extend(output[:, longest:].tolist())
+        return answers(batch, output[:, longest:])
+
+    def answers(batch: list[int], written: torch.Tensor) -> list[Response]:
         texts = reader.batch_decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [
             _response(text, ids, encoded[i], ends or [])
             for i, text, ids in zip(batch, texts, written.tolist(), strict=True)
         ]
 
-    batches = (jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size))
+    def random_states() -> list[torch.Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+
+    def set_random_states(states: Sequence[torch.Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for device, state in zip(devices, states[1:], strict=True):
+            torch.cuda.set_rng_state(state, device)
+
+    def put(batch: list[int], said: list[Response]) -> None:
+        for i, response in zip(batch, said, strict=True):
+            responses[i].append(response)
+
+    rows_written: list[list[int]] = []  # of batches that are not kept yet
+    work = float(len(jobs) * max_new_tokens)
+    bar = Progress(len(jobs), "Sampling responses", "responses", work=work, show=progress)
     try:
-        with torch.random.fork_rng(devices=devices), _without_settings(model):
+        with bar, torch.random.fork_rng(devices=devices), _without_settings(model):
             torch.manual_seed(seed)
-            for batch, answers in each_in_halves(batches, sample, one="response: lower max_new_tokens, or free memory"):
-                for i, response in zip(batch, answers, strict=True):
-                    responses[i].append(response)
+            done = 0
+            for part in kept.stored() if kept is not None else ():
+                states = [torch.from_numpy(part[name]) for name in sorted(part) if name.startswith("state")]
+                batch = jobs[done : done + batch_size]
+                if part["start"].item() != done or len(states) != 1 + len(devices):
+                    continue  # after one that is damaged, or of another machine
+                put(batch, answers(batch, torch.from_numpy(part["written"])))
+                bar.update(len(batch), work=len(batch) * max_new_tokens, skipped=True)
+                set_random_states(states)
+                done += len(batch)
+            batches = (jobs[start : start + batch_size] for start in range(done, len(jobs), batch_size))
+            for batch, said in each_in_halves(batches, sample, one=_ONE):
+                put(batch, said)
+                done += len(batch)
+                if kept is not None and (done % batch_size == 0 or done == len(jobs)):
+                    width = max(map(len, rows_written))
+                    padded = np.array([row + [pad] * (width - len(row)) for row in rows_written], np.int64)
+                    after = {f"state{n}": state.numpy() for n, state in enumerate(random_states())}
+                    start = np.array(done - len(rows_written))
+                    keep_part(kept, {"start": start, "written": padded, **after})
+                    rows_written.clear()
     finally:
         model.train(was_training)
     return responses
