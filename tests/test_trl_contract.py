@@ -211,3 +211,19 @@ def test_reward_margin(tiny_model_dir: Path, tmp_path: Path) -> None:
     loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
     chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
     torch.testing.assert_close(loss, -torch.nn.functional.logsigmoid(chosen - rejected - batch["margin"]).mean())
+
+
+def test_what_makes_tokens() -> None:
+    """`trl_anatomy.reading.preparation` and `processing` call these, and stand in for the question of one of them."""
+    from trl import clone_chat_template
+    from trl.data_utils import _tokenize
+    from trl.trainer import dpo_trainer, reward_trainer
+
+    for module in (dpo_trainer, reward_trainer):
+        assert parameters(module.is_conversational) == ["example"]
+    for cls in (DPOTrainer, RewardTrainer):
+        expected = ["self", "dataset", "processing_class", "args", "dataset_name"]
+        assert parameters(cls._prepare_dataset) == expected
+        assert "is_conversational" in cls._prepare_dataset.__code__.co_names
+    assert parameters(clone_chat_template)[:3] == ["model", "tokenizer", "source_tokenizer_path"]
+    assert parameters(_tokenize)[:2] == ["processing_class", "input"]
