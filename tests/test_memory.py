@@ -20,6 +20,7 @@ from reading_world import tiny_model, tiny_sae
 
 from trl_anatomy.audit import samples
 from trl_anatomy.audit.report import explore
+from trl_anatomy.audit.report.texts import RowTexts
 from trl_anatomy.audit.samples import sample_rows
 from trl_anatomy.checking import compare
 from trl_anatomy.checking.compare import cheap_predictions
@@ -165,7 +166,7 @@ def test_a_page_and_samples_hold_no_table_of_all_pairs(tmp_path: Path, monkeypat
 
     def page(n: int) -> None:
         monkeypatch.setattr(audit, "pairs", tables[n])
-        explore.pair_data(audit, raw, {})
+        explore.pair_data(audit, RowTexts(raw), {})
 
     assert per_pair(page) < 100
     assert per_pair(lambda n: sample_rows(audit.concepts, audit.hypotheses, tables[n], 20)) < 100
