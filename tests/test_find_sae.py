@@ -82,8 +82,9 @@ def test_an_audit_without_an_sae_trains_one_once_and_judges_it(inputs):
 
 
 def test_a_training_that_would_take_too_long_is_not_begun(inputs):
-    with pytest.raises(AnatomyError, match=r"more than sae_minutes \(0\).* `trl-anatomy sae --model .* --dataset"):
-        run_audit(config(inputs, sae_minutes=0.0, out=str(inputs / "other")), progress=False)
+    said = r"more than sae_minutes \(0\).* `trl-anatomy sae --model .* --out saes/run1 --max_length 64 --device cpu`"
+    with pytest.raises(AnatomyError, match=said):
+        run_audit(config(inputs, sae_minutes=0.0, max_length=64, out=str(inputs / "other")), progress=False)
     assert not (inputs / "other" / "sae").exists()
 
 

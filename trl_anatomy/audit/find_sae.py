@@ -1,8 +1,10 @@
 """`--sae auto`: a published SAE of the model or of its base model, else one trained here if that is quick enough."""
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +96,7 @@ def find_sae(
     if not (folder / SETTINGS).is_file():
         read, step = seconds_per_token(model, sequences, [layer], settings, batch_tokens=config.batch_tokens)
         minutes = (step * settings.tokens + read * min(settings.tokens, n_learned)) / 60
-        command = f"trl-anatomy sae --model {config.model} --dataset {config.dataset} --layer {layer} --out saes/run1"
+        command = _command(config, layer)
         if minutes > config.sae_minutes:
             raise AnatomyError(
                 f"{unreached}There is no SAE of this model at hand, and training one on {settings.tokens} tokens takes "
@@ -117,6 +119,15 @@ def find_sae(
     sae = load_sae(folder, device=device)
     fit = check_fit(model, sae, pairs, layer)
     return sae, fit, _told(f"{unreached}The SAE was trained on these pairs", fit)
+
+
+def _command(config: "AuditConfig", layer: int) -> str:
+    """The command that trains the SAE of an audit, on the same tokens."""
+    words = {"model": config.model, "dataset": config.dataset, "layer": layer, "out": "saes/run1"}
+    usual = {field.name: field.default for field in fields(config)}
+    same = ("dataset_split", "dataset_subset", "max_length", "truncation", "chat_template_path", "dtype", "device")
+    words |= {name: getattr(config, name) for name in same if getattr(config, name) != usual[name]}
+    return shlex.join(["trl-anatomy", "sae", *(str(w) for name, value in words.items() for w in (f"--{name}", value))])
 
 
 def _told(origin: str, fit: "SAEFit") -> str:
