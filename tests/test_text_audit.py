@@ -22,6 +22,7 @@ from trl_anatomy.reading.habits import Habit
 from trl_anatomy.reading.spans import read_pairs
 from trl_anatomy.trainers.callback import AuditCallback
 
+FILES = ["audit.json", "habits.parquet", "problems.parquet", "report.html"]  # problems are looked for in the same pass
 WORDS = ["air", "cat", "sky", "river", "story", "cheese"]
 
 
@@ -100,7 +101,7 @@ def test_the_folder_is_read_again_and_rebuilt(tmp_path: Path) -> None:
     again = load_audit(audit.path)
     assert isinstance(again, TextAudit)
     assert same(again.habits, audit.habits)
-    assert sorted(file.name for file in audit.path.iterdir()) == ["audit.json", "habits.parquet", "report.html"]
+    assert sorted(file.name for file in audit.path.iterdir()) == FILES
     assert json.loads((audit.path / "audit.json").read_text())["kind"] == "text"
     page = (audit.path / "report.html").read_bytes()
     assert write_report(again).read_bytes() == page

@@ -205,6 +205,7 @@ def _print_habits(audit: TextAudit) -> None:
         interval = f"[{row['difference_low']:+.3g}, {row['difference_high']:+.3g}]"
         levels = f"{row['chosen']:8.3g} {row['rejected']:8.3g} {row['difference']:+11.3g}"
         print(f"  {row['habit']:<17} {levels}  {interval:<20} {row['q']:8.1g}")
+    _print_problems(audit)
     read = (
         "what is trained on"
         if audit.reads_tokens
@@ -212,6 +213,13 @@ def _print_habits(audit: TextAudit) -> None:
     )
     print(f"Counted: {read}. What no list names needs --model and --sae.")
     print(f"Report: {shown(audit.path / 'report.html')}")
+
+
+def _print_problems(audit: Audit) -> None:
+    from .audit.problems import problem_line
+
+    if (counts := audit.info.get("problems")) is not None:
+        print(problem_line(counts))
 
 
 def _check_labeller(flags: Any) -> None:
@@ -403,6 +411,7 @@ def _print_audit(audit: Audit) -> None:
         )
     if by_length:
         print(f"Of {by_length} more the lengths of the responses, or where max_length cut them, explain the shift.")
+    _print_problems(audit)
     print(f"Report: {shown(audit.path / 'report.html')}")
 
 
@@ -473,7 +482,7 @@ def _plan(argv: list[str]) -> int:
             policy,
             source.trained,
             lambda: source.model,
-            audit=audit if audit.has_concepts else None,
+            audit=audit,
             cache_dir=scores,
             resolved=resolved,
         )

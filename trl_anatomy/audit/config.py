@@ -114,6 +114,11 @@ class AuditConfig:
             "help": "YAML file of habits of your own to count: `habits: {name: regex}`. The library is counted too."
         },
     )
+    eval_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Evaluation set, read as a dataset is: pairs whose prompts stand in it are reported."},
+    )
+    eval_split: str = field(default="train", metadata={"help": "Split of the evaluation set."})
     pool_special_tokens: bool = field(
         default=False,
         metadata={
@@ -246,7 +251,7 @@ class AuditConfig:
     def settings(self) -> dict[str, Any]:
         """JSON-able settings, as `audit.json` records them; local paths are absolute, so that they hold anywhere."""
         settings = asdict(self)
-        for name in ("model", "dataset", "sae", "out", "chat_template_path"):
+        for name in ("model", "dataset", "eval_dataset", "sae", "out", "chat_template_path"):
             if settings[name] and Path(settings[name]).exists():
                 settings[name] = str(Path(settings[name]).resolve())
         return settings

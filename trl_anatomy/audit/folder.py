@@ -22,6 +22,7 @@ from ..reading.files import make_folder, misfit, remove_partial, write_atomicall
 from .config import AuditConfig
 from .habit_table import HABIT_ROWS
 from .predict import CO_FIRING, CONCEPTS, RESPONSE_GEOMETRY
+from .problems import PROBLEM_ROWS, rows_with
 from .prompt_view import response_scores
 from .samples import SAMPLES
 from .titles import Label, read_labels
@@ -55,6 +56,7 @@ PAIRS = pa.schema(
 TABLES = {"hypotheses": HYPOTHESES, "concepts": CONCEPTS, "pairs": PAIRS}
 SAMPLE_FILE = "samples.parquet"
 HABIT_FILE = "habits.parquet"
+PROBLEM_FILE = "problems.parquet"
 # What a reader may rely on in audit.json; there is more in it.
 _INFO_SHAPE = {
     "format": int,
@@ -165,6 +167,32 @@ class Audit:
         if HABIT_FILE not in hashes or not storage.fetch(file, hashes[HABIT_FILE]):
             return None
         return read_table(file, HABIT_ROWS, hashes)
+
+    @cached_property
+    def problems(self) -> pa.Table | None:
+        """Rows that have problems: schema `problems.PROBLEM_ROWS`. None where the folder has none.
+
+        Raises:
+            AnatomyError: the file is damaged.
+        """
+        file, hashes = self.path / PROBLEM_FILE, self.info.get("files", {})
+        if PROBLEM_FILE not in hashes or not storage.fetch(file, hashes[PROBLEM_FILE]):
+            return None
+        return read_table(file, PROBLEM_ROWS, hashes)
+
+    def rows_with(self, problem: str) -> np.ndarray:
+        """Rows of the raw dataset that have a problem such as "copies", ascending; none is fine.
+
+        Raises:
+            AnatomyError: the audit did not look for it.
+        """
+        looked = self.info.get("problems", {})
+        if problem not in looked or self.problems is None:
+            raise AnatomyError(
+                f"{self.name}: this audit did not look for {problem!r}, looked for: {', '.join(looked) or 'nothing'}; "
+                "audit again" + (", with --eval_dataset." if problem == "eval_prompts" else ".")
+            )
+        return rows_with(self.problems, problem)
 
     @cached_property
     def labels(self) -> dict[str, Label]:
@@ -321,7 +349,7 @@ class Audit:
         return hypotheses_of(self, row=row, concept=concept, text=text)
 
     def to_columns(self, dataset: "Dataset") -> "Dataset":
-        """Contexts and strongest concepts as dataset columns: see `trl_anatomy.audit.trace.to_columns`."""
+        """Contexts, concepts and problems of each row as columns: see `trl_anatomy.audit.trace.to_columns`."""
         return to_columns(self, dataset)
 
     def disparity(self) -> tuple[np.ndarray, list[str]]:
@@ -395,6 +423,7 @@ def write_audit(
     pairs: pa.Table,
     samples: pa.Table | None = None,
     habits: pa.Table | None = None,
+    problems: pa.Table | None = None,
 ) -> Audit:
     """Write the tables and `audit.json` of an audit.
 
@@ -411,7 +440,7 @@ def write_audit(
     info["counts"] = {**info.get("counts", {}), **{name: table.num_rows for name, table in counted.items()}}
     storage.remove(path / INFO)
     files = {f"{name}.parquet": table for name, table in tables.items()}
-    for name, more in ((SAMPLE_FILE, samples), (HABIT_FILE, habits)):
+    for name, more in ((SAMPLE_FILE, samples), (HABIT_FILE, habits), (PROBLEM_FILE, problems)):
         storage.remove(path / name)
         if more is not None:
             files[name] = more
@@ -592,6 +621,7 @@ def _read_info(path: Path) -> dict[str, Any]:
         )
     problem = misfit(info, shape) or misfit(info.get("contexts", {}), _CONTEXTS_SHAPE, "contexts")
     problem = problem or misfit(info.get("files", {}), {str: str}, "files")
+    problem = problem or misfit(info.get("problems", {}), {str: int}, "problems")
     date = None if problem else info["data"].get("date")
     if date is not None and not is_date(date):
         problem = "data.date is no date in ISO 8601"

@@ -28,6 +28,7 @@ from .habit_table import habit_table, habits_to_count, pair_groups, texts_of, to
 from .labels import distinctive_terms, group_terms, member_terms
 from .maps import map_places
 from .predict import RESPONSE_GEOMETRY, concept_table
+from .problems import count_problems, eval_prompts, find_problems, looked_for
 from .prompt_view import PromptView, first_of, prompt_view
 from .samples import sample_rows, sample_table
 from .views import FeatureView, feature_view
@@ -184,6 +185,7 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
     from .region_view import region_rows
 
     _require(config, model, dataset)
+    eval_prompts(config)
     raw = load_dataset(config) if dataset is None else dataset
     pairs = read_rows(
         raw,
@@ -265,6 +267,7 @@ def run_audit(
     _require(config, model, dataset)
     if config.habits is not None:  # bad ones are told before the pass
         read_habits(config.habits)
+    evaluated = eval_prompts(config)
     out = local(config.out)  # refuses a URL that fsspec cannot read
     with timed(timings, "load"):
         raw = load_dataset(config) if dataset is None else dataset
@@ -308,7 +311,9 @@ def run_audit(
             codes=config.data_kind == "pairs",
         )
     ranks.in_main(
-        lambda: _conclude(config, read, pairs, raw, tokenizer, model, sae, layer, timings, progress, fit, origin)
+        lambda: _conclude(
+            config, read, pairs, raw, tokenizer, model, sae, layer, timings, progress, fit, origin, evaluated
+        )
     )
     return load_audit(config.out)
 
@@ -326,6 +331,7 @@ def _conclude(
     progress: bool,
     fit: "SAEFit | None" = None,
     origin: str = "",
+    evaluated: frozenset[int] | None = None,
 ) -> None:
     """From a harvest to the audit folder."""
     from ..reading.capacity import check_pairs_fit
@@ -335,7 +341,7 @@ def _conclude(
     from .region_view import analyse_regions
     from .report import write_report
 
-    samples, habits = None, None
+    samples, habits, problems = None, None, None
     if config.data_kind == "sft":
         findings = analyse_regions(read, config, pairs)
     else:
@@ -349,6 +355,8 @@ def _conclude(
                 rows=pairs.rows,
                 alpha=config.alpha,
             )
+        with timed(timings, "problems"):
+            problems = find_problems(raw, pairs=pairs, evaluated=evaluated)
         findings = analyse(read, config, pairs.texts, pairs.prompt_groups, pairs.copies, pairs.cut)
         with timed(timings, "samples"):
             table = findings.concepts
@@ -408,9 +416,12 @@ def _conclude(
         },
         "settings": config.settings(),
         **findings.info,
+        **({} if problems is None else {"problems": count_problems(problems, looked_for(True, evaluated is not None))}),
         "timings": {**timings, **findings.timings},
     }
-    audit = write_audit(config.out, info, findings.hypotheses, findings.concepts, findings.pairs, samples, habits)
+    audit = write_audit(
+        config.out, info, findings.hypotheses, findings.concepts, findings.pairs, samples, habits, problems
+    )
     label_audit(audit, pairs.texts)
     write_report(audit, pairs)
 

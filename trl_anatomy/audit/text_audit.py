@@ -14,6 +14,7 @@ from ..reading.storage import local
 from .config import AuditConfig
 from .findings import timed
 from .habit_table import Texts, habit_table, habits_to_count, pair_groups, prompt_groups, texts_of, tokens_of
+from .problems import count_problems, eval_prompts, find_problems, looked_for
 from .run import load_dataset, tokenizer_of, versions
 from .text_folder import TextAudit, write_text_audit
 
@@ -54,6 +55,7 @@ def run_text_audit(
     counted = {**habits_to_count(config.habits, reads_tokens), **(habits or {})}
     with timed(timings, "load"):
         raw = load_dataset(config) if dataset is None else dataset
+        evaluated, pairs = eval_prompts(config), None
         if reads_tokens:
             from ..reading.spans import read_pairs
 
@@ -68,6 +70,8 @@ def run_text_audit(
             written = {}
     with timed(timings, "habits"):
         table = habit_table(texts, counted, groups=groups, tokens=tokens, rows=rows, alpha=config.alpha)
+    with timed(timings, "problems"):
+        problems = find_problems(raw, pairs=pairs, evaluated=evaluated)
     unread, prompt = unread_columns(raw), prompt_column(raw)
     info = {
         "versions": versions(),
@@ -88,9 +92,10 @@ def run_text_audit(
         "settings": config.settings(),
         "notes": column_notes(unread, prompt),
         "counts": {"pairs": len(texts), "n_prompts": len(np.unique(groups))},
+        "problems": count_problems(problems, looked_for(reads_tokens, evaluated is not None)),
         "timings": timings,
     }
-    audit = write_text_audit(config.out, info, table)
+    audit = write_text_audit(config.out, info, table, problems)
     write_report(audit)
     return audit
 

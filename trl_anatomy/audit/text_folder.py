@@ -10,7 +10,7 @@ import pyarrow as pa
 from ..errors import AnatomyError
 from ..reading import storage
 from ..reading.files import make_folder, remove_partial, write_atomically
-from .folder import FORMAT, HABIT_FILE, INFO, SAMPLE_FILE, TABLES, Audit, read_table, table_bytes
+from .folder import FORMAT, HABIT_FILE, INFO, PROBLEM_FILE, SAMPLE_FILE, TABLES, Audit, read_table, table_bytes
 from .habit_table import HABIT_ROWS
 
 if TYPE_CHECKING:
@@ -101,18 +101,27 @@ class TextAudit(Audit):
             )
 
 
-def write_text_audit(path: str | Path, info: Mapping[str, Any], habits: pa.Table) -> TextAudit:
-    """Write `habits.parquet` and `audit.json`, which comes last; tables of an earlier audit in the folder go away."""
+def write_text_audit(
+    path: str | Path, info: Mapping[str, Any], habits: pa.Table, problems: pa.Table | None = None
+) -> TextAudit:
+    """Write `habits.parquet`, `problems.parquet` and `audit.json`, which comes last.
+
+    Tables of an earlier audit in the folder go away.
+    """
     path = storage.local(path)
     make_folder(path)
     remove_partial(path)
     storage.remove(path / INFO)
     for name in (*(f"{table}.parquet" for table in TABLES), SAMPLE_FILE):
         storage.remove(path / name)
-    content, digest = table_bytes(habits)
-    write_atomically(path / HABIT_FILE, content)
+    files = {}
+    for name, table in ((HABIT_FILE, habits), (PROBLEM_FILE, problems)):
+        storage.remove(path / name)
+        if table is not None:
+            content, files[name] = table_bytes(table)
+            write_atomically(path / name, content)
     counts = {**info["counts"], "habits": habits.num_rows}
-    info = {"format": FORMAT, "kind": KIND, **info, "counts": counts, "files": {HABIT_FILE: digest}}
+    info = {"format": FORMAT, "kind": KIND, **info, "counts": counts, "files": files}
     write_atomically(path / INFO, (json.dumps(info, indent=2, ensure_ascii=False) + "\n").encode())
     return TextAudit(path, info, habits)
 

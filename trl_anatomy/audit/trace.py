@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 # The letters of a view's contexts and concepts.
 VIEWS = {"feature": ("B", "T"), "prompt": ("A", "R"), "region": ("A", "T")}
-COLUMNS = ("audit_contexts", "audit_concepts", "audit_scores")
+COLUMNS = {"audit_contexts": "contexts", "audit_concepts": "concepts", "audit_scores": "scores"}
+PROBLEM_COLUMN = "audit_problems"
 
 
 def trace(audit: "Audit", view: str, context: str, concept: str) -> pa.Table:
@@ -101,10 +102,11 @@ def hypotheses_of(
 
 
 def to_columns(audit: "Audit", dataset: "Dataset") -> "Dataset":
-    """The audited dataset with what the audit says of each row, as three more columns.
+    """The audited dataset with what the audit says of each row, as more columns.
 
     `audit_contexts` lists the contexts of the row, `audit_concepts` its strongest concepts and `audit_scores` their
-    disparity u, in the same order. Rows that belong to no pair have empty lists.
+    disparity u, in the same order; rows that belong to no pair have empty lists. `audit_problems` lists its problems
+    (docs/problems.md), where the audit looked for any. An audit without an SAE has that column alone.
 
     Raises:
         AnatomyError: another number of rows than the audited dataset, or the columns are there already.
@@ -112,15 +114,25 @@ def to_columns(audit: "Audit", dataset: "Dataset") -> "Dataset":
     n_rows = audit.info["data"]["n_rows"]
     if len(dataset) != n_rows:
         raise AnatomyError(f"{audit.name}: the audited dataset has {n_rows} rows, found one of {len(dataset)}.")
-    there = [name for name in COLUMNS if name in dataset.column_names]
+    made: dict[str, pa.Array] = {}
+    if audit.has_concepts:
+        rows = audit.pairs["row"].to_numpy()
+        for name, source in COLUMNS.items():
+            values: list[list[str | float]] = [[] for _ in range(n_rows)]
+            for row, value in zip(rows, audit.pairs[source].to_pylist(), strict=True):
+                values[row] = value
+            made[name] = pa.array(values, audit.pairs.schema.field(source).type)
+    if audit.problems is not None:
+        problems: list[list[str]] = [[] for _ in range(n_rows)]
+        table = audit.problems
+        for row, problem in zip(table["row"].to_pylist(), table["problem"].to_pylist(), strict=True):
+            problems[row].append(problem)
+        made[PROBLEM_COLUMN] = pa.array(problems, pa.list_(pa.string()))
+    there = [name for name in made if name in dataset.column_names]
     if there:
         raise AnatomyError(f"to_columns: the dataset has the column {there[0]!r} already; remove or rename it.")
-    rows = audit.pairs["row"].to_numpy()
-    for name, source in zip(COLUMNS, ("contexts", "concepts", "scores"), strict=True):
-        values: list[list[str | float]] = [[] for _ in range(n_rows)]
-        for row, value in zip(rows, audit.pairs[source].to_pylist(), strict=True):
-            values[row] = value
-        dataset = dataset.add_column(name, pa.array(values, audit.pairs.schema.field(source).type))
+    for name, column in made.items():
+        dataset = dataset.add_column(name, column)
     return dataset
 
 

@@ -70,7 +70,7 @@ class PolicyPlan:
             kept pairs by their pull; None where the pairs do not tell it;
             `effect`: what becomes of it, in a few words.
         predicted: a row per concept of the audit: `concept`, `label`, `predicted`, `predicted_under_policy`; None
-            without an audit.
+            without an audit that has concepts.
         counts: `rows` (raw), `pairs` (scored), `pairs_kept`; `untouched`: rows that train though no rule could read
             them; `blank`: pairs with a blank response, where there are any; with rules on tokens `chosen_masked`: kept
             pairs whose chosen response has no token left in the loss.
@@ -214,7 +214,7 @@ def plan_policy(
         chosen_offset=offsets[0],
         rejected_offset=offsets[1],
         rules=records,
-        predicted=None if audit is None else _predict(audit, keep, offsets[0] - offsets[1], weight),
+        predicted=_predict(audit, keep, offsets[0] - offsets[1], weight) if audit and audit.has_concepts else None,
         counts=counts,
         left_out=dict(pairs.left_out),
         gaps=gaps,

@@ -412,14 +412,15 @@ class _Reader:
             return None
         self.known(entries, path, tuple(WHERE_FIELDS), WHERE_LATER)
         given = set(entries) & set(WHERE_FIELDS)
-        ways = ({"column", "equals"}, {"column", "in"}, {"data"}, {"prompts"}, {"prompt"})
+        ways = ({"column", "equals"}, {"column", "in"}, {"data"}, {"prompts"}, {"prompt"}, {"problem"})
         if given not in ways and not set(entries) & set(WHERE_LATER):
             self.problems.add(value.line, path, f"found {', '.join(sorted(given)) or 'no gate'}, allowed: {WAYS}.")
         values = self.values(entries, path, WHERE_FIELDS)
         if len(self.problems.entries) > before:
             return None
         held = (values["equals"],) if "equals" in values else values.get("in", ())
-        return Where(values.get("column"), held, values.get("data"), values.get("prompt"), values.get("prompts"))
+        gate = {key: value for key, value in values.items() if key not in ("equals", "in")}
+        return Where(values=held, **gate)
 
     def fights(self, rules: list[tuple[int, Located, Intervention]]) -> None:
         """Note pairs of rules that pull one concept both ways for the same pairs."""

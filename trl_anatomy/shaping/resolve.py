@@ -100,16 +100,17 @@ def _gate_problems(
 ) -> list[str]:
     if where.column is not None and columns is not None and where.column not in columns:
         return [_no_column(policy, f"{path}.column", where.column, columns)]
-    for key, context in (("data", where.data), ("prompts", where.prompts)):
-        if context is None:
-            continue
-        place = policy.place(f"{path}.{key}")
-        if audit is None:
-            return [f"{place}: found {context!r}, a context of an audit, but no audit was given."]
-        try:
-            audit.rows_in(context)
-        except AnatomyError as error:
-            return [f"{place}: {error}"]
+    if where.of_audit is None:
+        return []
+    key, what = where.of_audit
+    place = policy.place(f"{path}.{key}")
+    if audit is None:
+        kind = "problem" if key == "problem" else "context"
+        return [f"{place}: found {what!r}, a {kind} of an audit, but no audit was given."]
+    try:
+        where.rows(audit)
+    except AnatomyError as error:
+        return [f"{place}: {error}"]
     return []
 
 

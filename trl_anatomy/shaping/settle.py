@@ -67,7 +67,7 @@ class Begun:
         from ..reading.scorers import HiddenScorer
         from ..reading.storage import url_of
 
-        if self.audit is None or url_of(self.audit.path) is not None:
+        if self.audit is None or not self.audit.has_concepts or url_of(self.audit.path) is not None:
             return None
         if all(scorer.kind != "features" for scorer in self.wanted.values() if isinstance(scorer, HiddenScorer)):
             return None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..audit.problems import PROBLEMS
 from ..errors import AnatomyError
 from .fields import PATTERN, SCALAR, SCALARS, TEXT, Field, found, name_like
 
@@ -21,14 +22,17 @@ FIELDS: Mapping[str, Field] = {
     "data": name_like(r"B\d+", "a context of the audit, such as B12"),
     "prompts": name_like(r"A\d+", "a prompt context of the audit, such as A12"),
     "prompt": PATTERN,
+    "problem": name_like("|".join(PROBLEMS), f"a problem of the audit: {', '.join(PROBLEMS)}"),
 }
+# Gates on what an audit says, and what it is called.
+_KNOWN = {"data": "context", "prompts": "context", "problem": "problem"}
 LATER = ("side",)
-WAYS = "one of {column, equals}, {column, in}, {data}, {prompts} or {prompt}"
+WAYS = "one of {column, equals}, {column, in}, {data}, {prompts}, {prompt} or {problem}"
 
 
 @dataclass(frozen=True)
 class Where:
-    """A gate: exactly one of `column` (with `values`), `data`, `prompts`, `prompt` is set.
+    """A gate: exactly one of `column` (with `values`), `data`, `prompts`, `prompt`, `problem` is set.
 
     Args:
         column: a column of the dataset.
@@ -36,6 +40,7 @@ class Where:
         data: a context of the audit ("B12").
         prompts: a prompt context of the audit ("A12"): the pairs whose prompts are most about it.
         prompt: a regular expression that is searched for in the prompt's text.
+        problem: a problem that the audit looked for ("copies"): the pairs that have it.
     """
 
     column: str | None = None
@@ -43,20 +48,37 @@ class Where:
     data: str | None = None
     prompt: str | None = None
     prompts: str | None = None
+    problem: str | None = None
 
     def __post_init__(self) -> None:
-        if sum(part is not None for part in (self.column, self.data, self.prompts, self.prompt)) != 1:
-            raise AnatomyError("where: give exactly one of column (with values), data, prompts, prompt.")
+        ways = (self.column, self.data, self.prompts, self.prompt, self.problem)
+        if sum(part is not None for part in ways) != 1:
+            raise AnatomyError("where: give exactly one of column (with values), data, prompts, prompt, problem.")
         if (self.column is not None) != bool(self.values):
             raise AnatomyError("where: column and values belong together.")
 
     def __str__(self) -> str:
         if self.column is not None:
             return f"{self.column} = {' | '.join(map(str, self.values))}"
-        for key, context in (("data", self.data), ("prompts", self.prompts)):
-            if context is not None:
-                return f"{key} = {context}"
+        if self.of_audit is not None:
+            return " = ".join(self.of_audit)
         return f"prompt ~ {self.prompt}"
+
+    @property
+    def of_audit(self) -> tuple[str, str] | None:
+        """Key and value of a gate on what an audit says; None of others."""
+        given = ((key, getattr(self, key)) for key in _KNOWN)
+        return next(((key, value) for key, value in given if value is not None), None)
+
+    def rows(self, audit: "Audit") -> np.ndarray:
+        """(n,) int64 rows of the raw dataset that a gate on what an audit says chooses.
+
+        Raises:
+            AnatomyError: the audit has no such context, or did not look for such a problem.
+        """
+        if self.problem is not None:
+            return audit.rows_with(self.problem)
+        return np.asarray(audit.rows_in(str(self.data or self.prompts)), dtype=np.int64)
 
     def opens(self, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> np.ndarray:
         """(n,) bool: where a gate on the prompt or on a column is open, for rows that are no pairs.
@@ -88,11 +110,11 @@ class Where:
             held = pairs.raw.with_format(None).select_columns([self.column])[:][self.column]
             mask = np.fromiter((self._holds(held[row]) for row in pairs.rows), bool, len(pairs))
             seen = "" if mask.any() else _examples(held)
-        elif (context := self.data or self.prompts) is not None:
+        elif self.of_audit is not None:
+            key, what = self.of_audit
             if audit is None:
-                key = "data" if self.data is not None else "prompts"
-                raise AnatomyError(f"where: {key}: {context} is a context of an audit, and no audit was given.")
-            mask = np.isin(pairs.rows, np.asarray(audit.rows_in(context), dtype=np.int64))
+                raise AnatomyError(f"where: {key}: {what} is a {_KNOWN[key]} of an audit, and no audit was given.")
+            mask = np.isin(pairs.rows, self.rows(audit))
             seen = ""
         else:
             pattern = re.compile(str(self.prompt))

@@ -248,7 +248,7 @@ def _followed(policy: ConceptPolicy, *, measured: bool) -> list[ShapeReward]:
                 f"{place}.strength: found auto, the default, without reference pairs to fit it on, allowed: a number, "
                 "or pairs (reference or audit)."
             )
-        if rule.where is not None and (rule.where.data or rule.where.prompts) is not None:
+        if rule.where is not None and rule.where.of_audit is not None:
             problems.append(
                 f"{place}.where: found {rule.where}, which holds pairs of the audit, allowed: a gate on the prompt or "
                 "on a column."

@@ -12,12 +12,23 @@ from ...reading.habits import HABITS
 from ..habit_table import LESS, MORE, TOO_FEW
 from ..habit_words import SHARE, habit_sentences
 from ..text_folder import TextAudit
+from .problems import problems_section
 from .shell import number, render_page, render_part
 
 # Length of the axis of rates, in the drawing's own units; habits shown before the rest is folded.
 WIDTH, N_FIRST = 220.0, 12
 # Settings that a count of habits reads.
-_SETTINGS = ("dataset", "dataset_split", "dataset_subset", "model", "max_length", "truncation", "habits", "alpha")
+_SETTINGS = (
+    "dataset",
+    "dataset_split",
+    "dataset_subset",
+    "model",
+    "max_length",
+    "truncation",
+    "habits",
+    "alpha",
+    "eval_dataset",
+)
 
 
 def habits_section(habits: pa.Table, n_prompts: int, *, tokens: bool, heading: str = "h1") -> Markup:
@@ -67,6 +78,7 @@ def render_text_page(audit: TextAudit) -> str:
         model_name=Path(info["model"]["name"]).name,
         left_out=[f"{number(count)} {reason}" for reason, count in info["data"]["left_out"].items()],
         habits=habits_section(audit.habits, info["counts"]["n_prompts"], tokens=audit.reads_tokens),
+        problems=problems_section(audit),
         snippet=habit_policy(audit.habits.to_pylist()),
         notes=info.get("notes", []),
         settings={key: info["settings"][key] for key in _SETTINGS if info["settings"].get(key) is not None},

@@ -17,6 +17,7 @@ from ..predict import BY_LENGTH, FALLS, NO_EVIDENCE, RISES, TOO_FEW
 from ..text_folder import TextAudit
 from .explore import excerpt, explore_data, marked, pair_data, sample_views
 from .habits import habits_section, render_text_page
+from .problems import problems_section
 from .shell import number, render_page
 from .texts import RowTexts
 
@@ -137,6 +138,7 @@ def _view(audit: Audit, texts: RowTexts | None, samples: dict[int, dict[str, Any
     return {
         "sft": sft,
         "habits": habits,
+        "problems": problems_section(audit),
         "regions": _regions(audit, apart, by_name, texts) if sft else [],
         "n_apart": len(apart),
         "info": info,

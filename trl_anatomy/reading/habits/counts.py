@@ -1,6 +1,7 @@
 """Measures of a response that are numbers: how long it is, how it repeats itself, in which language it stands."""
 
 import re
+import unicodedata
 
 from ..token_text import UNSPACED
 
@@ -22,19 +23,19 @@ def _set(words: str) -> frozenset[str]:
 
 # The commonest words of English, and of the languages of the Latin script that are met most; those of several left out.
 _ENGLISH = _set("the of and is are was it that this with for you your be not have from they i he she we by or")
-_OTHERS = tuple(
-    _set(words)
-    for words in (
-        "el los las una por que con para del es se lo como pero más este esta son",  # Spanish
-        "le les des une est que et pour dans qui pas vous je ce sur avec il elle sont du",  # French
-        "der die das und ist nicht ein eine ich sie mit für auf den dem zu wir von auch sind",  # German
-        "os uma que não para com é do da em um por se mais como você são dos das",  # Portuguese
-        "il di che è per una non sono con gli del della le si ma questo come anche",  # Italian
-        "de het een en van is niet dat op te zijn ik je voor met maar ook naar",  # Dutch
-        "nie jest się na że do to jak ale z przez dla tym które po",  # Polish
-        "och att det som en på är av för med inte jag har till den ett",  # Swedish
+_OTHERS = {
+    name: _set(words)
+    for name, words in (
+        ("Spanish", "el los las una por que con para del es se lo como pero más este esta son"),
+        ("French", "le les des une est que et pour dans qui pas vous je ce sur avec il elle sont du"),
+        ("German", "der die das und ist nicht ein eine ich sie mit für auf den dem zu wir von auch sind"),
+        ("Portuguese", "os uma que não para com é do da em um por se mais como você são dos das"),
+        ("Italian", "il di che è per una non sono con gli del della le si ma questo come anche"),
+        ("Dutch", "de het een en van is niet dat op te zijn ik je voor met maar ook naar"),
+        ("Polish", "nie jest się na że do to jak ale z przez dla tym które po"),
+        ("Swedish", "och att det som en på är av för med inte jag har till den ett"),
     )
-)
+}
 # Characters from which the language is told.
 _TOLD_FROM = 2000
 _AROUND = ".,;:!?¿¡()[]\"'“”‘’«»*_"
@@ -121,12 +122,33 @@ def other_language(text: str) -> float:
     >>> other_language("El perro es de los vecinos, pero no lo sabe."), other_language("An e-mail to José and Renée")
     (1.0, 0.0)
     """
+    return float(language(text) not in ("", "English"))
+
+
+def language(text: str) -> str:
+    """The language of a text of the Latin script, of others the script; empty where its words do not tell.
+
+    >>> language("El perro es de los vecinos, pero no lo sabe."), language("Привет, мир"), language("Oh, no")
+    ('Spanish', 'Cyrillic', '')
+    """
     if other_script(text):
-        return 1.0
+        return _script(text[:_TOLD_FROM])
     found = [word.strip(_AROUND) for word in text[:_TOLD_FROM].lower().split()]
     english = sum(word in _ENGLISH for word in found)
     if 8 * english >= len(found):  # the common case
-        return 0.0
+        return "English" if english >= 2 else ""
     distinct = set(found)
     most = max(3, 1.5 * len(distinct & _ENGLISH) + 1)
-    return float(any(len(distinct & known) >= most for known in _OTHERS))
+    shared = {name: len(distinct & known) for name, known in _OTHERS.items()}
+    best = max(shared, key=lambda name: shared[name])
+    return best if shared[best] >= most else ""
+
+
+def _script(text: str) -> str:
+    """The script of most of the letters that are not Latin; one name for those that Japanese mixes with Chinese."""
+    names = [unicodedata.name(letter, "other").split()[0] for letter in _NOT_LATIN.findall(text)[:200]]
+    names = ["Japanese" if name in ("HIRAGANA", "KATAKANA") else name.capitalize() for name in names]
+    if "Japanese" in names:
+        return "Japanese"
+    name = max(set(names), key=names.count)
+    return "Chinese" if name == "Cjk" else name
