@@ -193,6 +193,13 @@ def test_a_row_without_a_response_is_named(side: str, model: str, tmp_path: Path
         trainer("dpo", model, Dataset.from_list(made), tmp_path, policy())
 
 
+@pytest.mark.parametrize("kind", ["dpo", "reward"])
+def test_data_without_rows_end_in_one_sentence(kind: str, model: str, tmp_path: Path) -> None:
+    for data in (chat_rows(), rows("explicit", 4), [{"chosen": "a b", "rejected": "a c"}]):
+        with pytest.raises(AnatomyError, match="no usable row: it is empty"):
+            trainer(kind, model, Dataset.from_list(data).select([]), tmp_path, policy())
+
+
 def test_rows_that_trl_leaves_out_are_told(model: str, tmp_path: Path) -> None:
     for kind, reason in (("dpo", "prompt fills max_length"), ("reward", "longer than max_length")):
         made = chat_rows(12)
@@ -258,6 +265,14 @@ def test_the_row_that_differs_is_named(model: str, tmp_path: Path) -> None:
     rules = policy({"scorer": "text", "pattern": "."}, **{"with": "filter_pairs", "fraction": "all", "where": gate})
     with pytest.raises(AnatomyError, match=r"^Dataset row 5: TRL prepared .* of the chosen side"):
         trainer("dpo", model, Dataset.from_list(made), tmp_path, rules, processing_class=tokenizer)
+
+
+def test_a_column_under_a_name_of_the_other_trainer_is_passed_over(model: str, tmp_path: Path) -> None:
+    """Reward rows have no tokens of a prompt: a column of that name is one that TRL passes over."""
+    made = [{**row, "prompt_ids": [1, 2]} for row in chat_rows()]
+    ours = trainer("reward", model, Dataset.from_list(made), tmp_path, policy())
+    assert ours.plan.counts["pairs"] == len(made)
+    ours.train()
 
 
 # Columns that decide by chance ----------------------------------------------------------------------------------------

@@ -590,6 +590,8 @@ def read_pairs(
         raise AnatomyError(f"truncation is {truncation!r}; allowed: {', '.join(TRUNCATIONS)}.")
     dataset = plain_rows(dataset) if isinstance(dataset, Dataset) else dataset
     usable, left_out = usable_rows(dataset)
+    if not len(dataset):
+        raise AnatomyError("The dataset has no usable row: it is empty. Give one that holds pairs.")
     if keep_blank:
         _check_filled(dataset, usable)
         left_out = {}

@@ -40,7 +40,7 @@ class Planned:
                 f"TRL prepared {len(prepared)} rows of train_dataset, the policy was planned on {len(expected)}: "
                 "it leaves out other rows than expected. Report this with the version of trl."
             )
-        whole = "prompt_ids" not in prepared.column_names  # the reward trainer's rows: prompt and response in one
+        whole = pairs.truncation == "drop"  # the reward trainer's rows: prompt and response in one
         spans = _SPANS[1:] if whole else _SPANS
         columns = [f"{span}_ids" for span in spans]
         batches = prepared.select_columns(columns).with_format("arrow").iter(batch_size=4096)
