@@ -16,6 +16,7 @@ from vision_world import VISION, chat_rows, shipped, vision_model
 from trl_anatomy import AnatomyDPOTrainer, AnatomyRewardTrainer, AuditConfig, run_audit
 from trl_anatomy.audit.reopen import reopen
 from trl_anatomy.audit.run import load_model, load_tokenizer
+from trl_anatomy.checking.responses import audited_tokenizer
 from trl_anatomy.checking.rollouts import rollouts
 from trl_anatomy.errors import AnatomyError
 from trl_anatomy.reading.processing import lengthen_embeddings, load_processing_class, prompt_ids, set_chat_template
@@ -192,6 +193,30 @@ def test_an_audit_keeps_its_template(kind: str, base: Path, tmp_path: Path) -> N
     )
     assert trainer.audit is not None
     assert trainer.audit.info["settings"]["chat_template_path"] == template
+
+
+@pytest.mark.parametrize("change", ["gone", "rewritten", "moved"])
+def test_an_audit_needs_no_file_of_its_template_again(change: str, base: Path, tmp_path: Path) -> None:
+    template = Path(template_source("qwen3", tmp_path))
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, chat_rows(12))))
+    tiny_sae("standard", d_in=32, d_sae=48, hook="blocks.0.hook_resid_post").save_model(tmp_path / "sae")
+    made = AuditConfig(
+        model=str(base),
+        dataset=str(tmp_path / "rows.jsonl"),
+        sae=str(tmp_path / "sae"),
+        out=str(tmp_path / "audit"),
+        chat_template_path=str(template),
+    )
+    audit = run_audit(made, progress=False)
+    if change == "rewritten":
+        template.write_text(shipped("llama3"))
+    else:
+        template.rename(tmp_path / "elsewhere.jinja") if change == "moved" else template.unlink()
+    source = reopen(audit)
+    assert source.tokenizer.chat_template == shipped("qwen3")
+    assert len(source.pairs) == 12
+    assert source.model is not None
+    assert audited_tokenizer(audit, str(base)).chat_template == shipped("qwen3")
 
 
 def test_a_trainer_refuses_an_audit_by_another_template(base: Path, tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AnatomyError
 from ..reading.clock import dated
+from ..reading.processing import is_template_file
 from ..reading.remote_code import load_config
 from .config import AuditConfig, recorded
 from .run import load_dataset, load_model, load_tokenizer
@@ -115,4 +116,7 @@ def reopen(audit: Audit) -> Source:
     Raises:
         AnatomyError: when something asked for is not there any more, or has changed since the audit.
     """
-    return Source(audit, recorded(audit.info["settings"]))
+    config = recorded(audit.info["settings"])
+    if is_template_file(config.chat_template_path) and audit.info["data"].get("chat_template") is not None:
+        config = replace(config, chat_template_path=None)  # the audit has its text, whatever became of the file
+    return Source(audit, config)

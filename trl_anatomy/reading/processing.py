@@ -74,6 +74,11 @@ def prompt_ids(processing_class: Any, prompt: str | list[dict[str, Any]], **kwar
     return list(_tokenize(processing_class, prompt, **kwargs)["input_ids"])
 
 
+def is_template_file(path: str | None) -> bool:
+    """Whether `chat_template_path` names a template itself, and no tokenizer that has one."""
+    return path is not None and path.endswith(_TEMPLATE_FILES)
+
+
 def set_chat_template(processing_class: Any, path: str) -> None:
     """Put the template at `path` into a processing class as ``chat_template_path`` does.
 
@@ -83,7 +88,7 @@ def set_chat_template(processing_class: Any, path: str) -> None:
     Raises:
         AnatomyError: nothing there that can be read as one.
     """
-    if path.endswith(_TEMPLATE_FILES):
+    if is_template_file(path):
         try:
             with open(path, encoding="utf-8") as file:
                 processing_class.chat_template = file.read()
