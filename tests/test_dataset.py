@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict
+from reading_world import build_tokenizer
 from test_audit_folder import WORDS, word_pairs, write_sae, write_start_model
 
 from trl_anatomy.audit import run
@@ -17,6 +18,7 @@ from trl_anatomy.cli import main
 from trl_anatomy.errors import AnatomyError
 from trl_anatomy.reading.columns import column_notes, prompt_column, unread_columns
 from trl_anatomy.reading.dataset import load_rows, load_splits
+from trl_anatomy.reading.sft import read_rows
 
 ROWS = [{"prompt": f"p {i}", "chosen": f"{i}", "rejected": "None" if i else "NA"} for i in range(3)]
 PAIR = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
@@ -62,7 +64,8 @@ def test_every_kind_of_dataset_is_read_alike_by_an_audit_and_for_a_training(kind
         ("rows.jsonl", "", "the file is empty"),
         ("rows.csv", "\n\n", "the file is empty"),
         ("rows.csv", "prompt,chosen,rejected\n", "holds no rows"),
-        ("rows.json", "[]", "holds no rows|cannot be loaded"),
+        ("rows.json", "[]", "holds no rows; give"),
+        ("rows.json", "\n[ ]\n", "holds no rows; give"),
         ("rows.jsonl", PAIR + '{"prompt": "a", "chos\n' + PAIR, r"rows\.jsonl, line 2: not valid JSON"),
         ("rows.jsonl", PAIR * 3 + '"words"\n', r"rows\.jsonl, line 4: found no JSON object"),
         ("rows.json", f"[{PAIR},\n{PAIR[:20]}", r"rows\.json, line 3: not valid JSON"),
@@ -88,6 +91,14 @@ def test_a_bad_line_is_found_in_a_folder_too(read: Callable[[str], Any], tmp_pat
     (tmp_path / "data" / "train.jsonl").write_text(PAIR * 4 + "{")
     with pytest.raises(AnatomyError, match=r"train\.jsonl, line 5: not valid JSON"):
         read(str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("name", ["nothing/here", "./nothing", "nothing"])
+@pytest.mark.parametrize("read", [load_rows, load_splits])
+def test_what_is_not_there_ends_in_one_sentence(name: str, read: Callable[[str], Any]) -> None:
+    with pytest.raises(AnatomyError, match=f"^dataset {name}: cannot be loaded") as caught:
+        read(name)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("read", [load_rows, load_splits])
@@ -153,6 +164,26 @@ def test_a_boolean_that_is_no_word_of_an_option(line: str, told: str, world: Pat
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.search(told, error), error
     assert str(config) in error
+
+
+@pytest.mark.parametrize("word", ["null", "None", "~", "none", "no"])
+def test_words_for_nothing_to_report_to(word: str, world: Path, tmp_path: Path) -> None:
+    """YAML reads `null` as nothing, which transformers takes for the name of a tracker."""
+    config = tmp_path / "recipe.yaml"
+    config.write_text(f"report_to: {word}\nsave_strategy: no\n")
+    assert train(world, "dpo", "--config", str(config), "--dataset_name", str(world / "pairs.jsonl")) == 0
+
+
+@pytest.mark.parametrize(
+    "line", ["optim: adamwz", "lr_scheduler_type: cosin", "loss_type: [sigmoid]\nloss_weights: [1, 2]"]
+)
+def test_a_value_that_an_option_cannot_have_ends_in_one_sentence(
+    line: str, world: Path, tmp_path: Path, capsys: Any
+) -> None:
+    config = tmp_path / "recipe.yaml"
+    config.write_text(f"{line}\nreport_to: none\n")
+    assert train(world, "dpo", "--config", str(config), "--dataset_name", str(world / "pairs.jsonl")) == 2
+    assert "The options cannot be used: " in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("kind", ["dpo", "reward"])
@@ -258,3 +289,17 @@ def test_an_audit_says_what_nothing_reads(world: Path, tmp_path: Path, capsys: A
     assert "looks like it: rename it to prompt" in (tmp_path / "audit" / "report.html").read_text()
     assert train(world, "dpo", "--dataset_name", str(tmp_path / "rows.jsonl")) == 0
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("column", ["question", "instruction", "user_prompt"])
+def test_conversations_without_a_prompt_name_the_column_too(column: str) -> None:
+    """A template refuses an empty conversation: the reason is the column."""
+    rows = [
+        {
+            column: [{"role": "user", "content": f"Say {i} twice."}],
+            **{side: [{"role": "assistant", "content": f"{side} {i}"}] for side in ("chosen", "rejected")},
+        }
+        for i in range(4)
+    ]
+    with pytest.raises(AnatomyError, match=f"`{column}` looks like it: rename it to prompt"):
+        read_rows(Dataset.from_list(rows), build_tokenizer(), data_kind="pairs")

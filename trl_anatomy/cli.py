@@ -272,7 +272,8 @@ def _parsed(parser: Any, argv: list[str]) -> tuple[Any, ...]:
     """What TRL's parser makes of flags and --config, then the words of the file, and of the line, that it did not read.
 
     Raises:
-        AnatomyError: --config names no file of options, which TRL's parser would tell with a traceback.
+        AnatomyError: --config names no file of options, or an option has a value that it cannot have, which TRL's
+            parser would tell with a traceback.
     """
     import yaml
 
@@ -295,17 +296,26 @@ def _parsed(parser: Any, argv: list[str]) -> tuple[Any, ...]:
                 mended.write_text(yaml.safe_dump({**found, **words}), encoding="utf-8")
                 at = argv.index("--config") + 1
                 return _parsed(parser, [*argv[:at], str(mended), *argv[at + 1 :]])
-    return parser.parse_args_and_config(argv, return_remaining_strings=True, separate_remaining_strings=True)
+    try:
+        return parser.parse_args_and_config(argv, return_remaining_strings=True, separate_remaining_strings=True)
+    except AnatomyError:
+        raise
+    except ValueError as error:  # of the options' own classes, which check values as they are made
+        raise AnatomyError(f"The options cannot be used: {' '.join(str(error).split()).rstrip('.')}.") from error
 
 
 def _words_for_booleans(options: dict[str, Any], parser: Any, file: str) -> dict[str, str]:
-    """Options that YAML read as a boolean although they take a word: `save_strategy: no` is false to YAML.
+    """Options that YAML read as no word although they take one: `save_strategy: no` is false to YAML.
+
+    `report_to: null` and `None` are nothing to report to.
 
     Raises:
         AnatomyError: a boolean where the option knows no such word.
     """
     hints = {name: hint for kind in parser.dataclass_types for name, hint in get_type_hints(kind).items()}
     words: dict[str, str] = {}
+    if options.get("report_to", "none") in (None, "None"):
+        words["report_to"] = "none"
     for name in (name for name, value in options.items() if isinstance(value, bool)):
         kinds = [kind for kind in get_args(hints.get(name)) if isinstance(kind, type) and issubclass(kind, enum.Enum)]
         allowed = [str(member.value) for kind in kinds for member in kind]

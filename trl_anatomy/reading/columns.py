@@ -45,8 +45,13 @@ def column_notes(unread: Sequence[str], prompt: str | None) -> list[str]:
         return []
     told = f"Columns nothing reads: {', '.join(unread)}."
     if prompt is not None:
-        told += f" These pairs have no prompt, and `{prompt}` looks like it: rename it to prompt."
+        told += f" {prompt_note(prompt)}"
     return [told]
+
+
+def prompt_note(prompt: str) -> str:
+    """What to do about pairs whose prompt stands in a column that nothing reads."""
+    return f"These pairs have no prompt, and `{prompt}` looks like it: rename it to prompt."
 
 
 def _differs(values: Sequence[Any]) -> bool:

@@ -81,10 +81,8 @@ def load_splits(path: str, name: str | None = None, *, split: str | None = None,
         _refuse_audit(here)
         try:
             return load_from_hub(path, name, split=split, **how)
-        except Exception as error:
-            if here.is_dir():
-                raise AnatomyError(_unread(path, here, error)) from error
-            raise
+        except Exception as error:  # of a file, of the hub, of a folder that is not there: what they raise is theirs
+            raise AnatomyError(_unread(path, here, error)) from error
     if split is not None:
         found: Any = load_rows(path, subset=name, split=split)
     elif _saved(here) or (is_url(path) and _kind(here) is None):
@@ -169,7 +167,8 @@ def _json_problem(files: Iterable[Path]) -> str | None:
                 first = lines.read(1 << 16).lstrip()[:1]
             with _opened(file) as lines:
                 if first == "[":
-                    json.load(lines)
+                    if not json.load(lines):
+                        return f"{shown(file)}: holds no rows; give a dataset that does."
                     continue
                 for number, line in enumerate(lines, start=1):
                     if line.strip() and not isinstance(json.loads(line), dict):

@@ -9,6 +9,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..errors import AnatomyError
+from .columns import prompt_column, prompt_note
 from .preparation import prepare_rows
 from .processing import text_tokenizer as tokenizer_of
 from .spans import EMPTY, FILLED, TOKEN_FEATURES, Pairs, check_kinds, check_rows, flatten_text, read_pairs
@@ -173,6 +174,17 @@ def _sft_columns(dataset: Dataset) -> tuple[Dataset, dict[str, int]]:
 
 
 def read_rows(dataset: Dataset, tokenizer: Any, *, data_kind: str, **settings: Any) -> Pairs:
-    """`read_sft` or `read_pairs`, as `data_kind` ("sft" or "pairs") says; `settings` are theirs."""
-    read = read_sft if data_kind == "sft" else read_pairs
-    return read(dataset, tokenizer, **settings)
+    """`read_sft` or `read_pairs`, as `data_kind` ("sft" or "pairs") says; `settings` are theirs.
+
+    Raises:
+        AnatomyError: as they do; names the column that looks like the prompt, where pairs have none.
+    """
+    if data_kind == "sft":
+        return read_sft(dataset, tokenizer, **settings)
+    try:
+        return read_pairs(dataset, tokenizer, **settings)
+    except AnatomyError as error:
+        prompt = prompt_column(dataset) if isinstance(dataset, Dataset) else None
+        if prompt is None:
+            raise
+        raise AnatomyError(f"{error} {prompt_note(prompt)}") from error
