@@ -231,27 +231,28 @@ class Pairs:
 
     @cached_property
     def _content(self) -> dict[str, np.ndarray]:
-        """span -> (n_tokens,) bool over the ids of all pairs end to end, before truncation: which are pooled."""
+        """span -> which ids of all pairs end to end, before truncation, are pooled; a bit each, as of `np.packbits`."""
         return {
-            span: self.marks.content(values, offsets, response=span != "prompt")
+            span: np.packbits(self.marks.content(values, offsets, response=span != "prompt"))
             for span, (values, offsets) in self._flat.items()
         }
 
     @cached_property
     def content_key(self) -> str | None:
         """Hash of which tokens are pooled, for caches; None where all are."""
-        if all(mask.all() for mask in self._content.values()):
+        n_pooled = sum(int(np.bitwise_count(bits).sum(dtype=np.int64)) for bits in self._content.values())
+        if n_pooled == sum(len(values) for values, _ in self._flat.values()):
             return None
-        bits = (np.packbits(self._content[span]).tobytes() for span in SPANS)
-        return hashlib.sha256(b"".join(bits)).hexdigest()[:32]
+        return hashlib.sha256(b"".join(self._content[span].tobytes() for span in SPANS)).hexdigest()[:32]
 
     def content(self, i: int, span: str) -> np.ndarray:
         """(n_tokens,) bool: which tokens of one span of pair `i` concepts are pooled over, after truncation.
 
         Of a prompt that `keep_end` cuts on each side differently, the chosen side's.
         """
-        offsets = self._flat[span][1]
-        mask = self._content[span][offsets[i] : offsets[i + 1]]
+        start, stop = self._flat[span][1][i : i + 2].tolist()
+        bits = np.unpackbits(self._content[span][start // 8 : -(-stop // 8)]).view(bool)
+        mask = bits[start % 8 : start % 8 + stop - start]
         if span != "prompt":
             return mask[self.kept_part(i, span)]
         n_kept = len(self._cut(self.ids(i, "prompt"), self.ids(i, "chosen"))[0])
