@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import pyarrow as pa
 from scipy import stats as distributions
 
 from ..reading.habits import HABITS, TOKENS, Habit, measure, read_habits
+from ..reading.progress import Progress
 from . import stats
 from .findings import MIN_PROMPTS, one_blas_thread
 
@@ -46,6 +47,28 @@ HABIT_ROWS = pa.schema(
 Texts = tuple[str, str, str]
 
 
+class LazyTexts(Sequence[Texts]):
+    """Texts of pairs that are made when they are asked for: all together may be larger than memory.
+
+    Args:
+        n: how many pairs.
+        of: place of a pair -> prompt, chosen and rejected text.
+        each: all of them in order, where that is quicker than one by one.
+    """
+
+    def __init__(self, n: int, of: Callable[[int], Texts], each: Callable[[], Iterator[Texts]] | None = None) -> None:
+        self._n, self._of, self._each = n, of, each
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, i: Any) -> Any:
+        return self._of(range(self._n)[i])
+
+    def __iter__(self) -> Iterator[Texts]:
+        return self._each() if self._each is not None else map(self._of, range(self._n))
+
+
 def habits_to_count(own: str | None, tokens: bool) -> dict[str, Habit]:
     """The library, without the number of tokens where no tokenizer tells it, and a user's own.
 
@@ -61,7 +84,7 @@ def habits_to_count(own: str | None, tokens: bool) -> dict[str, Habit]:
     }
 
 
-def prompt_groups(texts: Sequence[Texts]) -> np.ndarray:
+def prompt_groups(texts: Iterable[Texts]) -> np.ndarray:
     """(n_pairs,) int64, the same number for pairs of one prompt; of pairs without a prompt, for copies.
 
     Args:
@@ -81,6 +104,7 @@ def habit_table(
     tokens: np.ndarray | None = None,
     rows: np.ndarray | None = None,
     alpha: float = 0.05,
+    progress: bool = True,
 ) -> pa.Table:
     """Count habits on both sides and test whether they differ.
 
@@ -90,20 +114,25 @@ def habit_table(
     than 20 prompts nothing is claimed, and no test or interval is given.
 
     Args:
-        texts: prompt, chosen and rejected text of each pair.
+        texts: prompt, chosen and rejected text of each pair; each is read once, and a few again for snippets.
         habits: name -> habit.
         groups: (n_pairs,) prompt of each pair; default `prompt_groups` of the texts.
         tokens: (n_pairs, 2) tokens of chosen and rejected, where `habits` holds the habit "tokens".
         rows: (n_pairs,) row of each pair in the dataset, for snippets; default 0, 1, ...
         alpha: q-value up to which a difference is called found.
+        progress: show a progress bar.
 
     Returns:
         Table of schema HABIT_ROWS in the order of `habits`. Rates are shares, `difference` is in their unit.
     """
-    values = np.stack([measure((text[side] for text in texts), habits) for side in (1, 2)])
+    groups = prompt_groups(texts) if groups is None else groups
+    values = np.empty((2, len(texts), len(habits)))
+    with Progress(len(texts), "Counting habits", "pairs", show=progress) as bar:
+        for i, (_, *sides) in enumerate(texts):
+            values[:, i] = measure(sides, habits)
+            bar.update()
     if tokens is not None and TOKENS in habits:
         values[:, :, list(habits).index(TOKENS)] = tokens.T
-    groups = prompt_groups(texts) if groups is None else groups
     rows = np.arange(len(texts)) if rows is None else rows
     n_groups = len(np.unique(groups))
     few = n_groups < MIN_PROMPTS
@@ -204,15 +233,16 @@ def _words(text: str, n: int, end: bool = False) -> str:
     return re.sub(r"\s\S*$", "", part) + " …"
 
 
-def pair_groups(pairs: "Pairs", texts: Sequence[Texts]) -> np.ndarray:
-    """(n_pairs,) int64: as `prompt_groups`, but prompts are told apart by their tokens (tools, for one)."""
-    blank = np.array([not prompt.strip() for prompt, *_ in texts], dtype=bool)
-    return np.where(blank, prompt_groups(texts), pairs.prompt_groups)
+def pair_groups(pairs: "Pairs") -> np.ndarray:
+    """(n_pairs,) int64: as `prompt_groups`, but prompts differ by their tokens (tools, for one)."""
+    groups, first, of = np.unique(pairs.prompt_groups, return_index=True, return_inverse=True)
+    blank = np.array([not pairs.prompt_text(int(i)).strip() for i in first], dtype=bool)[of]
+    return np.where(blank, -1 - pairs.copies.group, groups[of])
 
 
-def texts_of(pairs: "Pairs") -> list[Texts]:
-    """Prompt, chosen and rejected text of every pair."""
-    return [pairs.texts(i) for i in range(len(pairs))]
+def texts_of(pairs: "Pairs") -> Sequence[Texts]:
+    """Prompt, chosen and rejected text of every pair, decoded when they are asked for."""
+    return LazyTexts(len(pairs), pairs.texts)
 
 
 def tokens_of(pairs: "Pairs") -> np.ndarray:

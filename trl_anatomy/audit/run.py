@@ -346,14 +346,14 @@ def _conclude(
         findings = analyse_regions(read, config, pairs)
     else:
         with timed(timings, "habits"):
-            texts = texts_of(pairs)
             habits = habit_table(
-                texts,
+                texts_of(pairs),
                 habits_to_count(config.habits, tokens=True),
-                groups=pair_groups(pairs, texts),
+                groups=pair_groups(pairs),
                 tokens=tokens_of(pairs),
                 rows=pairs.rows,
                 alpha=config.alpha,
+                progress=progress,
             )
         with timed(timings, "problems"):
             problems = find_problems(raw, pairs=pairs, evaluated=evaluated)

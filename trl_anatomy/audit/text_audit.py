@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +13,16 @@ from ..reading.habits import Habit
 from ..reading.storage import local
 from .config import AuditConfig
 from .findings import timed
-from .habit_table import Texts, habit_table, habits_to_count, pair_groups, prompt_groups, texts_of, tokens_of
+from .habit_table import (
+    LazyTexts,
+    Texts,
+    habit_table,
+    habits_to_count,
+    pair_groups,
+    prompt_groups,
+    texts_of,
+    tokens_of,
+)
 from .problems import count_problems, eval_prompts, find_problems, looked_for
 from .run import load_dataset, tokenizer_of, versions
 from .text_folder import TextAudit, write_text_audit
@@ -62,7 +71,7 @@ def run_text_audit(
             tokenizer = dated(tokenizer_of(config, None, tokenizer), template_now())
             pairs = read_pairs(raw, tokenizer, max_length=config.max_length, truncation=config.truncation)
             texts, tokens, rows = texts_of(pairs), tokens_of(pairs), pairs.rows
-            groups, left_out, fingerprint = pair_groups(pairs, texts), dict(pairs.left_out), pairs.fingerprint
+            groups, left_out, fingerprint = pair_groups(pairs), dict(pairs.left_out), pairs.fingerprint
             written = {"date": pairs.date, "chat_template": tokenizer.chat_template}
         else:
             texts, rows, left_out = raw_texts(raw)
@@ -100,7 +109,7 @@ def run_text_audit(
     return audit
 
 
-def raw_texts(raw: "Dataset") -> tuple[list[Texts], np.ndarray, dict[str, int]]:
+def raw_texts(raw: "Dataset") -> tuple[Sequence[Texts], np.ndarray, dict[str, int]]:
     """Prompt, chosen and rejected text of the usable rows, as the dataset has them; their rows; what is left out.
 
     Raises:
@@ -116,20 +125,23 @@ def raw_texts(raw: "Dataset") -> tuple[list[Texts], np.ndarray, dict[str, int]]:
             "responses that are not blank."
         )
     kept = raw.select_columns([column for column in PAIR_COLUMNS if column in raw.column_names])
-    texts = []
-    for row in map(split_row, kept if len(rows) == len(raw) else kept.select(rows)):
-        texts.append((flatten_text(row["prompt"]), flatten_text(row["chosen"]), flatten_text(row["rejected"])))
-    return texts, rows, left_out
+    kept = kept if len(rows) == len(raw) else kept.select(rows)
+
+    def texts(row: Mapping[str, Any]) -> Texts:
+        split = split_row(row)
+        return flatten_text(split["prompt"]), flatten_text(split["chosen"]), flatten_text(split["rejected"])
+
+    def each() -> Iterator[Texts]:
+        for batch in kept.iter(batch_size=1000):
+            for values in zip(*batch.values(), strict=True):
+                yield texts(dict(zip(batch, values, strict=True)))
+
+    return LazyTexts(len(rows), lambda i: texts(kept[i]), each), rows, left_out
 
 
-def text_fingerprint(texts: list[Texts], rows: np.ndarray) -> str:
+def text_fingerprint(texts: Iterable[Texts], rows: np.ndarray) -> str:
     """Hash of the texts and of the rows they came from."""
     digest = hashlib.sha256()
     for row, text in zip(rows.tolist(), texts, strict=True):
         digest.update(json.dumps([row, *text]).encode())
     return digest.hexdigest()[:32]
-
-
-def _name(tokenizer: Any) -> str:
-    """What to call a tokenizer in memory; nothing where there is none."""
-    return "" if tokenizer is None else getattr(tokenizer, "name_or_path", "") or "tokenizer in memory"
