@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import AnatomyError
 from ..reading.files import check_writable, remove_partial, without_nan, write_atomically
+from ..reading.progress import Progress
 from ..reading.prompts import Prompt, prompt_key
 from ..reading.storage import local
 from ..trainers.card import put_comparison
@@ -309,11 +310,14 @@ def cheap_predictions(
         return found
     if rules:
         gaps = np.empty((len(pairs), len(rules)))
-        for start in range(0, len(pairs), _TEXTS_AT_ONCE):
-            some = range(start, min(start + _TEXTS_AT_ONCE, len(pairs)))
-            hits = [rule_hits([pairs.response_text(i, side) for i in some], rules) for side in ("chosen", "rejected")]
-            for k, rule in enumerate(rules):
-                gaps[start : some.stop, k] = hits[0][rule].astype(np.float64) - hits[1][rule]
+        with Progress(len(pairs), "Counting text rules", "pairs", show=progress) as bar:
+            for start in range(0, len(pairs), _TEXTS_AT_ONCE):
+                some = range(start, min(start + _TEXTS_AT_ONCE, len(pairs)))
+                sides = ([pairs.response_text(i, side) for i in some] for side in ("chosen", "rejected"))
+                hits = [rule_hits(texts, rules) for texts in sides]
+                for k, rule in enumerate(rules):
+                    gaps[start : some.stop, k] = hits[0][rule].astype(np.float64) - hits[1][rule]
+                bar.update(len(some))
         found["text rules"] = explained_shift(u, gaps)
     if start_model is None:
         return found

@@ -99,7 +99,7 @@ def score_pairs(
 
             with scoring.kept():
                 in_halves(length_sorted_batches(pairs, todo, batch_tokens), score)
-    return scoring.finish()
+    return scoring.finish(progress=progress)
 
 
 def hidden_scorers(scorers: Mapping[str, Scorer]) -> dict[str, HiddenScorer]:
@@ -251,8 +251,11 @@ class Scoring:
             self._save()
             raise
 
-    def finish(self) -> Scores:
+    def finish(self, *, progress: bool = True) -> Scores:
         """Keep the scores, match the text rules, and give all of them.
+
+        Args:
+            progress: show a progress bar.
 
         Raises:
             AnatomyError: scores that are not finite.
@@ -269,14 +272,17 @@ class Scoring:
         self._save()
         text_rules = {name: scorer for name, scorer in self._scorers.items() if isinstance(scorer, TextRule)}
         differs = dict.fromkeys(text_rules, 0)
-        for i in range(len(self.pairs)) if text_rules else ():
-            texts, raw = [self.pairs.response_text(i, side) for side in _SIDES], self.pairs.raw_texts(i)[1:]
-            for name, rule in text_rules.items():
-                self._values[name][:, i] = hits = [rule.score_text(text) for text in texts]
-                differs[name] += any(
-                    text != given and hit != rule.score_text(given)
-                    for text, given, hit in zip(texts, raw, hits, strict=True)
-                )
+        n_read = len(self.pairs) if text_rules else 0
+        with Progress(n_read, "Matching text rules", "pairs", show=progress) as bar:
+            for i in range(n_read):
+                texts, raw = [self.pairs.response_text(i, side) for side in _SIDES], self.pairs.raw_texts(i)[1:]
+                for name, rule in text_rules.items():
+                    self._values[name][:, i] = hits = [rule.score_text(text) for text in texts]
+                    differs[name] += any(
+                        text != given and hit != rule.score_text(given)
+                        for text, given, hit in zip(texts, raw, hits, strict=True)
+                    )
+                bar.update()
         return Scores(
             names=tuple(self._scorers),
             chosen={name: value[0] for name, value in self._values.items()},

@@ -22,9 +22,9 @@ _IGNORED = -100  # TRL's label of a token outside the loss
 class SftRows(Pairs):
     """Tokenised SFT rows: pairs whose chosen side is the response and whose rejected side is empty."""
 
-    def conversation(self, i: int) -> tuple[Any, Any, Any]:
-        """Prompt and response of row `i` as the dataset has them; None for the empty side."""
-        return (*_sides(self._text_columns[int(self.rows[i])]), None)
+    def _sides(self, row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+        """Prompt and response of a raw row; None for the empty side."""
+        return (*_sides(row), None)
 
 
 def sft_texts(row: Mapping[str, Any]) -> tuple[str, str]:

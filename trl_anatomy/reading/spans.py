@@ -369,14 +369,15 @@ class Pairs:
 
     def _conversations(self) -> Iterator[Conversation]:
         """Every prompt with each of its responses, as `learn_frame` takes them."""
-        columns = [column for column in ("tools", "chat_template_kwargs") if column in self.raw.column_names]
-        more = self.raw.select_columns(columns) if columns else None
-        for i in range(len(self)):
-            given = more[int(self.rows[i])] if more is not None else {}
-            prompt, *sides = self.conversation(i)
-            for response in sides:
-                if response:
-                    yield {"prompt": prompt, "response": response, **given}
+        more = [column for column in ("tools", "chat_template_kwargs") if column in self.raw.column_names]
+        read = self.raw.with_format(None).select_columns([*self._text_columns.column_names, *more])
+        for batch in read.select(self.rows).iter(batch_size=1000):
+            for values in zip(*batch.values(), strict=True):
+                row = dict(zip(batch, values, strict=True))
+                prompt, *sides = self._sides(row)
+                for response in sides:
+                    if response:
+                        yield {"prompt": prompt, "response": response, **{name: row[name] for name in more}}
 
     def raw_texts(self, i: int) -> tuple[str, str, str]:
         """The same texts as the dataset has them, whatever is trained on; of messages, their contents line by line."""
@@ -385,8 +386,12 @@ class Pairs:
 
     def conversation(self, i: int) -> tuple[Any, Any, Any]:
         """Prompt, chosen and rejected response of pair `i` as the dataset has them; None for a side that is not."""
-        row = split_row(self._text_columns[int(self.rows[i])])
-        return row["prompt"], row["chosen"], row["rejected"]
+        return self._sides(self._text_columns[int(self.rows[i])])
+
+    def _sides(self, row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+        """Prompt, chosen and rejected response of a raw row."""
+        split = split_row(row)
+        return split["prompt"], split["chosen"], split["rejected"]
 
     @cached_property
     def _text_columns(self) -> Dataset:

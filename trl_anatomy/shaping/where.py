@@ -9,6 +9,7 @@ import numpy as np
 
 from ..audit.problems import PROBLEMS
 from ..errors import AnatomyError
+from ..reading.progress import Progress
 from .fields import PATTERN, SCALAR, SCALARS, TEXT, Field, found, name_like
 
 if TYPE_CHECKING:
@@ -118,9 +119,11 @@ class Where:
             seen = ""
         else:
             pattern = re.compile(str(self.prompt))
-            prompts = map(pairs.prompt_text, range(len(pairs)))
-            mask = np.fromiter((bool(pattern.search(text)) for text in prompts), bool, len(pairs))
-            seen = ""
+            mask, seen = np.zeros(len(pairs), bool), ""
+            with Progress(len(pairs), "Reading prompts", "pairs") as bar:
+                for i in range(len(pairs)):
+                    mask[i] = pattern.search(pairs.prompt_text(i)) is not None
+                    bar.update()
         if not mask.any():
             raise AnatomyError(f"where: no pair has {self}{seen}; correct the gate or drop the rule.")
         return mask

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from ...reading.progress import Progress
 from ..folder import Audit
 from .texts import RowTexts
 
@@ -120,7 +121,11 @@ def _texts(texts: RowTexts | None, rows: list[int], sampled: set[int]) -> tuple[
     """Prompt, chosen and rejected of each row, cut where all together are too long; samples carry tokens instead."""
     if texts is None:
         return [[None, None, None] for _ in rows], CUTS[0]
-    found = [[text[: CUTS[0]] for text in texts.of(row)] for row in rows]
+    found = []
+    with Progress(len(rows), "Reading texts for the page", "pairs") as bar:
+        for row in rows:
+            found.append([text[: CUTS[0]] for text in texts.of(row)])
+            bar.update()
     lengths = np.array([[len(text) for text in held] for held in found])
     cut = next((cut for cut in CUTS if np.minimum(lengths, cut).sum() <= TEXT), CUTS[-1])
     shown = [[None if row in sampled else text[:cut] for text in held] for row, held in zip(rows, found, strict=True)]

@@ -89,20 +89,24 @@ class MaskTokens:
         Returns:
             pair -> chosen and rejected response, over its tokens before truncation; pairs without any are absent.
         """
+        from ...reading.progress import Progress
+
         found = {}
-        for i in np.flatnonzero(gate).tolist():
-            sides = []
-            for side, span in enumerate(("chosen", "rejected")):
-                ids = pairs.ids(i, span)
-                if text_rule is not None:
-                    sides.append(self._matched(pairs, i, span, text_rule))
-                    continue
-                start, stop = pairs.response_bounds[2 * i + side : 2 * i + side + 2]
-                passing = np.zeros(len(ids), bool)
-                passing[pairs.kept_part(i, span)] = scores.tokens[self.concept][start:stop] > threshold
-                sides.append(self._passing(pairs, i, span, passing))
-            if sides[0].tokens.any() or sides[1].tokens.any():
-                found[i] = (sides[0], sides[1])
+        with Progress(int(gate.sum()), "Finding tokens to mask", "pairs") as bar:
+            for i in np.flatnonzero(gate).tolist():
+                sides = []
+                for side, span in enumerate(("chosen", "rejected")):
+                    ids = pairs.ids(i, span)
+                    if text_rule is not None:
+                        sides.append(self._matched(pairs, i, span, text_rule))
+                        continue
+                    start, stop = pairs.response_bounds[2 * i + side : 2 * i + side + 2]
+                    passing = np.zeros(len(ids), bool)
+                    passing[pairs.kept_part(i, span)] = scores.tokens[self.concept][start:stop] > threshold
+                    sides.append(self._passing(pairs, i, span, passing))
+                if sides[0].tokens.any() or sides[1].tokens.any():
+                    found[i] = (sides[0], sides[1])
+                bar.update()
         return found
 
     def _matched(self, pairs: "Pairs", i: int, span: str, text_rule: "TextRule") -> "Shown":
