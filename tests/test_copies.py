@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from audit_world import HABITS, World, make_world
-from chat_world import chat_audit, chat_rows
+from chat_world import chat_audit, chat_rows, said, trl_template
 from datasets import Dataset
 from reading_world import build_tokenizer, rows
 from scipy import sparse
@@ -227,3 +227,17 @@ def test_a_run_names_copies_and_says_when_prompts_are_few(tmp_path: Path) -> Non
     assert "Too few prompts to tell: 8 different prompts" in (few.path / "report.html").read_text()
     assert few.info["data"]["cut"]["chosen"] > few.info["data"]["cut"]["rejected"]
     assert "max_length cut" in (few.path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("template", ["qwen3", "qwen2_5", "llama3_2", "deepseek_r1_distill"])
+def test_pairs_without_a_prompt_do_not_share_what_the_template_writes_before_an_answer(template: str) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = trl_template(template)
+    answers = [[said("assistant", f"{word} {i}.")] for i in range(6) for word in ("Yes", "No")]
+    made = [{"chosen": answers[k], "rejected": answers[k + 1]} for k in (0, 2, 4, 6, 8, 10, 0)]
+    made.append({"chosen": answers[3], "rejected": answers[2]})  # the second pair the other way round
+    groups = read_pairs(Dataset.from_list(made), tokenizer, truncation="drop").prompt_groups
+    assert len(set(groups[:6].tolist())) == 6
+    assert groups[6:].tolist() == groups[:2].tolist()
+    asked = [{"prompt": [said("user", "Why?")], **row} for row in made[:6]]
+    assert len(set(read_pairs(Dataset.from_list(asked), tokenizer).prompt_groups.tolist())) == 1

@@ -19,9 +19,11 @@ from datasets import Dataset
 from reading_world import tiny_model, tiny_sae
 
 from trl_anatomy.audit import samples
+from trl_anatomy.audit.habit_table import habit_table, habits_to_count
 from trl_anatomy.audit.report import explore
 from trl_anatomy.audit.report.texts import RowTexts
 from trl_anatomy.audit.samples import sample_rows
+from trl_anatomy.audit.text_audit import raw_texts
 from trl_anatomy.checking import compare
 from trl_anatomy.checking.compare import cheap_predictions
 from trl_anatomy.checking.responses import prompts_for
@@ -149,6 +151,16 @@ def test_cheap_predictions_read_texts_in_turn(pairs: dict[int, Pairs], tmp_path:
     n_concepts = audits[SIZES[1]].concepts.num_rows
     taken = per_pair(lambda n: cheap_predictions(audits[n], pairs[n], model, rules))
     assert taken < 8 * 6 * (n_concepts + 4) < 15_000  # copies of the disparity; the texts are 20,000 characters a pair
+
+
+def test_habits_hold_no_texts() -> None:
+    text = "word " * 200
+    raws = {n: Dataset.from_dict({span: [f"{i} {text}" for i in range(n)] for span in SPANS}) for n in (32, *SIZES)}
+    read = {n: raw_texts(raw)[0] for n, raw in raws.items()}
+    habits = habits_to_count(None, tokens=False)
+    taken = per_pair(lambda n: habit_table(read[n], habits, progress=False))
+    # Two sides of every habit, their difference, and what the tests take.
+    assert 2 * 8 * len(habits) <= taken < 8 * 8 * len(habits) < 3 * len(text)
 
 
 def test_a_page_and_samples_hold_no_table_of_all_pairs(tmp_path: Path, monkeypatch: Any) -> None:

@@ -233,13 +233,6 @@ def _words(text: str, n: int, end: bool = False) -> str:
     return re.sub(r"\s\S*$", "", part) + " …"
 
 
-def pair_groups(pairs: "Pairs") -> np.ndarray:
-    """(n_pairs,) int64: as `prompt_groups`, but prompts differ by their tokens (tools, for one)."""
-    groups, first, of = np.unique(pairs.prompt_groups, return_index=True, return_inverse=True)
-    blank = np.array([not pairs.prompt_text(int(i)).strip() for i in first], dtype=bool)[of]
-    return np.where(blank, -1 - pairs.copies.group, groups[of])
-
-
 def texts_of(pairs: "Pairs") -> Sequence[Texts]:
     """Prompt, chosen and rejected text of every pair, decoded when they are asked for."""
     return LazyTexts(len(pairs), pairs.texts)

@@ -24,7 +24,7 @@ from .config import AuditConfig
 from .find_sae import AUTO, find_sae, model_names
 from .findings import Findings, few_prompts, one_blas_thread, shared_prompts, timed
 from .folder import Audit, load_audit, pairs_table, write_audit
-from .habit_table import habit_table, habits_to_count, pair_groups, texts_of, tokens_of
+from .habit_table import habit_table, habits_to_count, texts_of, tokens_of
 from .labels import distinctive_terms, group_terms, member_terms
 from .maps import map_places
 from .predict import RESPONSE_GEOMETRY, concept_table
@@ -349,7 +349,7 @@ def _conclude(
             habits = habit_table(
                 texts_of(pairs),
                 habits_to_count(config.habits, tokens=True),
-                groups=pair_groups(pairs),
+                groups=pairs.prompt_groups,
                 tokens=tokens_of(pairs),
                 rows=pairs.rows,
                 alpha=config.alpha,

@@ -18,7 +18,6 @@ from .habit_table import (
     Texts,
     habit_table,
     habits_to_count,
-    pair_groups,
     prompt_groups,
     texts_of,
     tokens_of,
@@ -29,6 +28,9 @@ from .text_folder import TextAudit, write_text_audit
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+_ROWS_AT_ONCE = 100
 
 
 def run_text_audit(
@@ -71,7 +73,7 @@ def run_text_audit(
             tokenizer = dated(tokenizer_of(config, None, tokenizer), template_now())
             pairs = read_pairs(raw, tokenizer, max_length=config.max_length, truncation=config.truncation)
             texts, tokens, rows = texts_of(pairs), tokens_of(pairs), pairs.rows
-            groups, left_out, fingerprint = pair_groups(pairs), dict(pairs.left_out), pairs.fingerprint
+            groups, left_out, fingerprint = pairs.prompt_groups, dict(pairs.left_out), pairs.fingerprint
             written = {"date": pairs.date, "chat_template": tokenizer.chat_template}
         else:
             texts, rows, left_out = raw_texts(raw)
@@ -132,7 +134,7 @@ def raw_texts(raw: "Dataset") -> tuple[Sequence[Texts], np.ndarray, dict[str, in
         return flatten_text(split["prompt"]), flatten_text(split["chosen"]), flatten_text(split["rejected"])
 
     def each() -> Iterator[Texts]:
-        for batch in kept.iter(batch_size=1000):
+        for batch in kept.iter(batch_size=_ROWS_AT_ONCE):
             for values in zip(*batch.values(), strict=True):
                 yield texts(dict(zip(batch, values, strict=True)))
 

@@ -9,7 +9,7 @@ import numpy as np
 from scipy import sparse
 from scipy import stats as distributions
 
-from ..audit.config import AuditConfig
+from ..audit.config import recorded
 from ..audit.prompt_view import delta_scale, prompt_scores, response_scores, top_pairs
 from ..audit.stats import half_masks, member_means, member_moments, stepped_up
 
@@ -58,7 +58,7 @@ def prompt_view_agreement(audit: Audit, read: Harvest, prompt_groups: np.ndarray
         return {"reason": "the audit has no prompt-conditioned view"}
     if any("features" not in about for about in contexts.values()):
         return {"reason": "the audit does not tell the features of its prompt contexts: audit again"}
-    config = AuditConfig(**audit.info["settings"])
+    config = recorded(audit.info["settings"])
     prompts = [np.asarray(contexts[f"A{k + 1}"]["features"], dtype=np.int64) for k in range(len(contexts))]
     responses = [np.asarray(ids, dtype=np.int64) for ids in audit.responses["features"].to_pylist()]
     scale = delta_scale(audit.harvest, config.pooling)

@@ -135,13 +135,19 @@ class Pairs:
     def prompt_groups(self) -> np.ndarray:
         """(n_pairs,) int64: a number for each prompt, by its tokens before truncation; pairs of one prompt share it.
 
-        Copies share it too, where truncation made them equal. A pair without a prompt has one of its own.
+        Copies share it too, where truncation made them equal. A pair without a prompt has one of its own, also where
+        the template writes a header or a system text of its own before the answer.
         """
         values, offsets = self._flat["prompt"]
         text = np.append(self.marks.content(values, offsets, response=False), False)
         empty = (np.add.reduceat(text, offsets[:-1], dtype=np.int64) == 0) | (np.diff(offsets) == 0)
         parts = (values[start:stop].tobytes() for start, stop in pairwise(offsets))
         hashes = np.array([_hash(part) for part in parts], dtype=np.int64)
+        if self.tokenizer is not None:
+            _, first, of, count = np.unique(hashes, return_index=True, return_inverse=True, return_counts=True)
+            shared = zip(first.tolist(), count.tolist(), strict=True)
+            blank = [n > 1 and not flatten_text(self.conversation(i)[0]).strip() for i, n in shared]
+            empty |= np.array(blank, dtype=bool)[of]
         hashes[empty] = np.array([_hash(str(row).encode()) for row in self.rows[empty]], dtype=np.int64)
         return joined(hashes, self.copies.group)
 
