@@ -20,8 +20,12 @@ from trl_anatomy.audit import run
 from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.folder import TABLES, load_audit, write_audit
 from trl_anatomy.audit.predict import predicted_shift
+from trl_anatomy.audit.reopen import reopen
+from trl_anatomy.audit.report import write_report
 from trl_anatomy.errors import AnatomyError
 from trl_anatomy.reading.fingerprint import layer_weights
+from trl_anatomy.shaping.policy import ConceptPolicy
+from trl_anatomy.shaping.settle import settle_policy
 
 
 @pytest.fixture(scope="module")
@@ -347,6 +351,39 @@ def test_a_run_from_files_to_page(setup):
     tables = {name: getattr(audit, name).to_pylist() for name in TABLES}
     again = run.run_audit(setup, dataset=raw, progress=False)
     assert {name: getattr(again, name).to_pylist() for name in TABLES} == tables
+
+
+def test_an_audit_of_an_earlier_version_is_read(setup, tmp_path):
+    """Without what audits have said since 0.1.0; harvests of then say nothing of what they pooled."""
+    made = replace(setup, pool_special_tokens=True, out=str(tmp_path / "old"))
+    path = run.run_audit(made, progress=False).path
+    info = json.loads((path / "audit.json").read_text())
+    since = {
+        "data": ("unread_columns", "looks_like_prompt", "date", "chat_template", "cut"),
+        "settings": ("sae_minutes", "chat_template_path", "habits", "pool_special_tokens"),
+    }
+    for part, names in since.items():
+        for name in names:
+            del info[part][name]
+    for name in ("too_few_prompts", "copies"):
+        del info[name]
+    del info["files"]["habits.parquet"]
+    (path / "habits.parquet").unlink()
+    (path / "audit.json").write_text(json.dumps(info))
+    for file in (path / "harvest").glob("codes-*"):
+        file.unlink()
+
+    audit = load_audit(path)
+    assert (audit.habits, audit.date) == (None, None)
+    source = reopen(audit)
+    assert source.pairs.pool_special_tokens
+    assert audit.harvest.n_pairs == len(source.pairs) == 399
+    assert "pooled over special tokens" in write_report(audit, source.pairs).read_text()
+    rules = [{"explain_away": "bold", "with": "shape_reward"}, {"explain_away": "own", "with": "reweight_pairs"}]
+    concepts = {"bold": {"scorer": "text", "pattern": "bold"}, "own": {"scorer": "features", "cluster": "T1"}}
+    policy = ConceptPolicy.load({"concepts": concepts, "rules": rules})
+    plan = settle_policy(policy, source.trained, lambda: source.model, audit=audit)
+    assert plan.predicted.num_rows == audit.concepts.num_rows
 
 
 @pytest.mark.parametrize("change", ["dataset", "max_length", "sae", "model in memory"])

@@ -406,6 +406,7 @@ def _begin(
     resolved: "Resolved", audit: "Audit | None", start: Start, dataset: Dataset, date: str
 ) -> "tuple[Begun, np.ndarray | None]":
     """The policy before its scores, and where the last user turns begin, if a rule asks."""
+    from ..audit.config import recorded
     from ..reading.spans import read_pairs, turn_starts
     from ..shaping.settle import begin_policy
 
@@ -416,6 +417,8 @@ def _begin(
         max_length=start.config.max_length,
         truncation=start.truncation,
         num_proc=start.config.dataset_num_proc,
+        # As the audit pooled, and as `plan` does with it
+        pool_special_tokens=audit is not None and recorded(audit.info["settings"]).pool_special_tokens,
         keep_blank=True,
     )
     grows = getattr(start.config, "chat_template_path", None) is not None
