@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from audit_files import config_for, write_inputs
+from datasets import Dataset
 from reading_world import build_tokenizer, dataset, tiny_model, tiny_sae
 from test_unfinished import Ended, counted
 
@@ -20,6 +22,7 @@ from trl_anatomy.reading.forward import read_spans
 from trl_anatomy.reading.harvest import Harvest, harvest
 from trl_anatomy.reading.sae import SAE
 from trl_anatomy.reading.score import score_pairs
+from trl_anatomy.reading.scorers.direction import DirectionScorer
 from trl_anatomy.reading.scorers.features import FeaturesScorer
 from trl_anatomy.reading.spans import SPANS, Pairs, read_pairs
 from trl_anatomy.shaping.policy import ConceptPolicy
@@ -75,6 +78,26 @@ def test_concepts_of_latents_are_scored_without_a_pass(
         np.testing.assert_allclose(found.rejected[name], expected.rejected[name], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found.tokens["several"], expected.tokens["several"], rtol=1e-4, atol=1e-5)
     assert expected.chosen["several"].any()
+
+
+@pytest.mark.parametrize("blank", [[0], [13], [2, 3, 9]])
+def test_only_pairs_with_a_blank_response_are_read_again(blank: list[int], tmp_path: Path) -> None:
+    model, sae = tiny_model(), sae_of()
+    rows = [{**row, "rejected": " "} if i in blank else row for i, row in enumerate(dataset("explicit", 14).to_list())]
+    trained = read_pairs(Dataset.from_list(rows), build_tokenizer(), max_length=None, keep_blank=True)
+    assert np.flatnonzero(trained.blank).tolist() == blank
+    codes = read(model, sae, trained.audited, tmp_path).codes
+    scorers = {"a": FeaturesScorer(sae, [3, 9, 1], 1), "b": DirectionScorer(torch.ones(32), 2)}
+    for wanted in (["a"], ["a", "b"]):
+        some = {name: scorers[name] for name in wanted}
+        expected = score_pairs(trained, some, model, tokens=["a"], progress=False)
+        passes = counted(model)
+        found = score_pairs(trained, some, model, tokens=["a"], progress=False, codes=codes, batch_tokens=1)
+        assert len(passes) == (len(blank) if wanted == ["a"] else 14)
+        for name in wanted:
+            np.testing.assert_allclose(found.chosen[name], expected.chosen[name], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(found.rejected[name], expected.rejected[name], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.tokens["a"], expected.tokens["a"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("other", ["sae", "layer", "model"])

@@ -128,8 +128,8 @@ def habit_table(
     groups = prompt_groups(texts) if groups is None else groups
     values = np.empty((2, len(texts), len(habits)))
     with Progress(len(texts), "Counting habits", "pairs", show=progress) as bar:
-        for i, (_, *sides) in enumerate(texts):
-            values[:, i] = measure(sides, habits)
+        for i, (_, *both) in enumerate(texts):
+            values[:, i] = measure(both, habits)
             bar.update()
     if tokens is not None and TOKENS in habits:
         values[:, :, list(habits).index(TOKENS)] = tokens.T

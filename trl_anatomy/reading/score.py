@@ -186,21 +186,27 @@ class Scoring:
         return fits and self._whole(name)
 
     def take_codes(self, codes: TokenCodes, model: nn.Module) -> None:
-        """Score concepts of SAE latents from the codes of a harvest, where it has kept them; nothing is stored."""
+        """Score concepts of SAE latents from the codes of a harvest, where it has kept them.
+
+        A harvest leaves out the pairs with a blank response: these stay missing.
+        """
         known = {
             name: scorer
             for name, scorer in self.missing.items()
             if isinstance(scorer, FeaturesScorer) and codes.fits(scorer.sae, scorer.layer, model)
         }
-        if not known or not codes.has(range(len(self.pairs))):
+        blank = np.zeros(len(self.pairs), bool) if self.pairs.blank is None else self.pairs.blank
+        there = np.flatnonzero(~blank)
+        if not known or not codes.has(range(len(there))):
             return
-        for pair in range(len(self.pairs)):
-            bounds = codes.bounds(pair)
+        for place, pair in enumerate(there.tolist()):
+            bounds = codes.bounds(place)
             for name, scorer in known.items():
-                activations = torch.from_numpy(codes.of(pair, scorer.features))
+                activations = torch.from_numpy(codes.of(place, scorer.features))
                 coded = {name: scorer.of_codes()}
                 self.take([pair], {scorer.layer: activations}, bounds, (slice(1, None, 3), slice(2, None, 3)), coded)
-        self.missing = {name: scorer for name, scorer in self.missing.items() if name not in known}
+        if not blank.any():  # nothing of them is stored, then
+            self.missing = {name: scorer for name, scorer in self.missing.items() if name not in known}
         self.layers = sorted({scorer.layer for scorer in self.missing.values()})
 
     def take(
