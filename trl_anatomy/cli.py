@@ -1,6 +1,6 @@
 """The command line: `trl-anatomy audit | plan | predict | dpo | reward | fit | compare | report | sae | demo`.
 
-Exit codes: 0 done; 2 bad input, told in one sentence on standard error; 1 anything unexpected, with its traceback;
+Exit codes: 0 done; 2 bad input, one sentence on standard error; 1 anything unexpected, with its traceback;
 130 interrupted (start the same command again: finished parts are kept).
 """
 
@@ -1113,7 +1113,7 @@ def _demo(argv: list[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "audit": (_audit, "Read a preference dataset: what it will teach, where, and how surely."),
     "plan": (_plan, "Show what each rule of a policy would touch, before any training."),
-    "predict": (_predict, "Foretell what a `dpo` recipe will change, from the first step of it."),
+    "predict": (_predict, "Predict what a `dpo` recipe will change from its first optimizer step."),
     "dpo": (_dpo, "Train with DPO: the flags and YAML of `trl dpo`, plus a concept policy."),
     "reward": (_reward, "Train a reward model: the flags and YAML of `trl reward`, plus a concept policy."),
     "fit": (_fit, "Learn a concept from labelled text, judge it on held-out text, and store it for policies."),

@@ -2,7 +2,7 @@
 
 
 class AnatomyError(ValueError):
-    """Bad input, told in one sentence that names the place and the remedy.
+    """Bad input, as one sentence that names the place and the remedy.
 
     Raised before long work starts. The command line prints its message without a traceback and exits with status 2.
     """

@@ -83,7 +83,7 @@ def find_sae(
             sae = load_sae(listed.source, device=device)
             fit = check_fit(model, sae, pairs, check_sae(sae, model))
             if fit.verdict != REFUSE:
-                return sae, fit, _told(f"The SAE is {listed.source}, published for {listed.of}", fit)
+                return sae, fit, _origin(f"The SAE is {listed.source}, published for {listed.of}", fit)
             problem = f"on these pairs, {fit.reason}."
         except AnatomyError as error:
             problem = str(error)
@@ -118,7 +118,7 @@ def find_sae(
     )
     sae = load_sae(folder, device=device)
     fit = check_fit(model, sae, pairs, layer)
-    return sae, fit, _told(f"{unreached}The SAE was trained on these pairs", fit)
+    return sae, fit, _origin(f"{unreached}The SAE was trained on these pairs", fit)
 
 
 def _command(config: "AuditConfig", layer: int) -> str:
@@ -130,5 +130,5 @@ def _command(config: "AuditConfig", layer: int) -> str:
     return shlex.join(["trl-anatomy", "sae", *(str(w) for name, value in words.items() for w in (f"--{name}", value))])
 
 
-def _told(origin: str, fit: "SAEFit") -> str:
+def _origin(origin: str, fit: "SAEFit") -> str:
     return f"{origin}; its verdict is {fit.verdict}: {fit.reason}."

@@ -24,6 +24,7 @@ _STEPS = {
     "prompt_view": "Testing prompts",
     "labels": "Reading terms",
     "predict": "Estimating shifts",
+    "problems": "Looking for problems of the data",
 }
 
 # With fewer prompts, errors between prompts can not be estimated, and nothing is claimed.

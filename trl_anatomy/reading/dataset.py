@@ -155,8 +155,8 @@ def _unread(name: str, path: Path, error: Exception) -> str:
     files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
     if problem := _json_problem(file for file in files if _kind(file) == "json"):
         return problem
-    told: BaseException = error.__cause__ if str(error).startswith("An error occurred") and error.__cause__ else error
-    return f"dataset {name}: cannot be loaded ({(str(told).strip().splitlines() or [type(told).__name__])[0]})."
+    cause: BaseException = error.__cause__ if str(error).startswith("An error occurred") and error.__cause__ else error
+    return f"dataset {name}: cannot be loaded ({(str(cause).strip().splitlines() or [type(cause).__name__])[0]})."
 
 
 def _json_problem(files: Iterable[Path]) -> str | None:

@@ -80,10 +80,10 @@ class Progress:
         """What is shown where there is no terminal."""
         gone = time.monotonic() - self._began
         made = self._spent - self._skipped
-        told = f"{self.what}:{self._count()} {_clock(gone)} gone"
+        text = f"{self.what}:{self._count()} {_clock(gone)} gone"
         if made <= 0:
-            return told
-        return f"{told}, about {_clock(gone * max(0.0, self._work - self._spent) / made)} left"
+            return text
+        return f"{text}, about {_clock(gone * max(0.0, self._work - self._spent) / made)} left"
 
     def _beat(self) -> None:
         while not self._ended.wait(0.5):

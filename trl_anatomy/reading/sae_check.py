@@ -121,15 +121,15 @@ def judge(
     'do not use'
     """
     least = min(value for value in explained.values() if value is not None)
-    told = [f"it explains {least:.0%} of the variance" + (" at least" if len(set(explained.values())) > 1 else "")]
+    parts = [f"it explains {least:.0%} of the variance" + (" at least" if len(set(explained.values())) > 1 else "")]
     if lost is not None:
-        told.append(f"its reconstruction loses {lost:.0%} of the cross-entropy that the layer carries")
+        parts.append(f"its reconstruction loses {lost:.0%} of the cross-entropy that the layer carries")
     if silent > MOST_SILENT:
-        told.append(f"{silent:.0%} of its latents fire nowhere")
+        parts.append(f"{silent:.0%} of its latents fire nowhere")
     off = card_l0 is not None and not card_l0 / L0_FACTOR <= l0 <= card_l0 * L0_FACTOR
     if off:
-        told.append(f"{l0:.0f} latents fire per token where its card says {card_l0:g}")
-    reason = ", and ".join(told)
+        parts.append(f"{l0:.0f} latents fire per token where its card says {card_l0:g}")
+    reason = ", and ".join(parts)
     share = -1.0 if lost is None else lost
     if not least >= LEAST_VARIANCE[0] or share > MOST_LOST[0]:
         return REFUSE, reason

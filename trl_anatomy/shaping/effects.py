@@ -180,7 +180,7 @@ def _row(
 
 
 def _effect(plain: float, after: float, sign: str | None) -> str:
-    """What becomes of a gap, in a few words; `sign` None for a concept without a rule, or with rules of both signs."""
+    """The effect on a gap, in a few words; `sign` None for a concept without a rule, or with rules of both signs."""
     if abs(after - plain) <= _NEAR:
         return "unchanged"
     if sign is None:

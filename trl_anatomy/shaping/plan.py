@@ -68,7 +68,7 @@ class PolicyPlan:
             scores; `chosen`, `rejected`: share of responses with a hit, else None;
             `predicted`, `predicted_under_policy`: mean score gap, chosen minus rejected, of plain training and of the
             kept pairs by their pull; None where the pairs do not tell it;
-            `effect`: what becomes of it, in a few words.
+            `effect`: on that gap, in a few words.
         predicted: a row per concept of the audit: `concept`, `label`, `predicted`, `predicted_under_policy`; None
             without an audit that has concepts.
         counts: `rows` (raw), `pairs` (scored), `pairs_kept`; `untouched`: rows that train though no rule could read
