@@ -68,6 +68,29 @@ def test_an_empty_thought_of_the_template_is_its_own_and_a_real_one_is_text() ->
     assert text_of(tokenizer, pairs, 0, "rejected") == "Let me see.Yes."
 
 
+@pytest.mark.parametrize("field", ["thinking", "reasoning_content", "content"])
+@pytest.mark.parametrize("template", ["gptoss", "qwen3", "glm4moe"])
+def test_the_name_of_a_channel_before_a_thought_is_not_pooled(template: str, field: str) -> None:
+    tokenizer = tokenizer_of(template, "<think>", "</think>")
+    answer = said("assistant", "Yes.") | {field: "Hm."}
+    rows = [{"prompt": [said("user", "Why?")], "chosen": [answer], "rejected": [said("assistant", "No.")]}]
+    pairs = read_pairs(Dataset.from_list(rows), tokenizer, max_length=None)
+    pooled = text_of(tokenizer, pairs, 0, "chosen")
+    assert "".join(pooled.replace("<think>", "").replace("</think>", "").split()) in ("Hm.Yes.", "Hm.", "Yes.")
+
+
+@pytest.mark.parametrize("opens", ["<think>\n", "<think>", "Let me see: "])
+def test_what_a_template_opens_for_generation_alone_takes_no_end_of_an_answer(opens: str) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<end>' + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: " + opens.replace("\n", "\\n") + "' }}{% endif %}"
+    )
+    pairs = read_pairs(Dataset.from_list(chat_rows(2)), tokenizer, max_length=None)
+    row = chat_rows(2)[0]
+    assert text_of(tokenizer, pairs, 0, "chosen").strip() == row["chosen"][0]["content"]
+
+
 @pytest.mark.parametrize("template", ["qwen3", "llama3_2", "gptoss"])
 def test_roles_and_ends_of_turns_within_an_answer_are_not_pooled(template: str) -> None:
     tokenizer = tokenizer_of(template)

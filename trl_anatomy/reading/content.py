@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from .written import THOUGHTS
+
 # Contents of probing messages. No two begin or end alike, so that what they share in a rendering is the template's.
 _PROBES = ("0", "Zq")
 _SENTINELS = ("qqoneqq", "qqtwoqq", "qqthreeqq", "qqfourqq", "qqfiveqq")
@@ -73,7 +75,8 @@ def find_marks(tokenizer: Any) -> Marks:
     if getattr(tokenizer, "chat_template", None) is None:
         return Marks(special)
     opening, closing = _around_answers(tokenizer)
-    return Marks(special, opening, closing, tuple(dict.fromkeys(_headers(tokenizer, text_tokenizer, special))))
+    headers = [*_headers(tokenizer, text_tokenizer, special), _around_thoughts(tokenizer, special)]
+    return Marks(special, opening, closing, tuple(dict.fromkeys(run for run in headers if len(run) > 1)))
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
@@ -85,17 +88,31 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
 
 def _around_answers(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What all answers begin and end with, cut from the prompt as TRL does."""
-    asked = [{"role": "user", "content": "q"}]
-    prompt = _render(tokenizer, asked, add_generation_prompt=True, tokenize=True)
-    answers = []
-    for text in _PROBES:
-        ids = _render(tokenizer, [*asked, {"role": "assistant", "content": text}], tokenize=True)
-        if prompt is None or ids is None:
-            return (), ()
-        answers.append(ids[len(prompt) :])
+    answers = _answers(tokenizer, [{"role": "assistant", "content": text} for text in _PROBES])
     opening = _common(*answers)
     closing = _common(*(answer[: len(opening) - 1 : -1] if opening else answer[::-1] for answer in answers))
     return tuple(opening), tuple(closing[::-1])
+
+
+def _around_thoughts(tokenizer: Any, special: frozenset[int]) -> tuple[int, ...]:
+    """What stands before a thought, as far as its last special token: a tag after that is written by the model."""
+    opening = _common(
+        *_answers(tokenizer, [{"role": "assistant", "content": "0", **dict.fromkeys(THOUGHTS, t)} for t in _PROBES])
+    )
+    last = max((k for k, token in enumerate(opening, 1) if token in special), default=0)
+    return tuple(opening[:last])
+
+
+def _answers(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+    """Tokens of two answers to one prompt, without those that the prompt has before both; empty where refused."""
+    asked = [{"role": "user", "content": "q"}]
+    prompt = _render(tokenizer, asked, add_generation_prompt=True, tokenize=True)
+    whole = [_render(tokenizer, [*asked, message], tokenize=True) for message in messages]
+    if prompt is None or any(ids is None for ids in whole):
+        return [], []
+    # Some templates open a thought for generation alone, and no answer has it.
+    n_shared = max(len(_common(prompt, ids)) for ids in whole)
+    return whole[0][n_shared:], whole[1][n_shared:]
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> list[int]:
@@ -126,7 +143,7 @@ def _headers(tokenizer: Any, text_tokenizer: Any, special: frozenset[int]) -> It
         text = _render(tokenizer, messages, add_generation_prompt=generation, tokenize=False)
         for piece in _between(text or ""):
             ids = text_tokenizer(piece, add_special_tokens=False)["input_ids"]
-            if len(ids) > 1 and added & set(ids):
+            if added & set(ids):
                 yield tuple(ids)
 
 
