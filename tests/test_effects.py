@@ -33,7 +33,8 @@ def sides(hits: Hits) -> tuple[np.ndarray, np.ndarray]:
 
 def pairs_of(n: int, **columns: list[Any]) -> Pairs:
     raw = Dataset.from_dict({"prompt": ["p"] * n, "chosen": ["yes"] * n, "rejected": ["no"] * n, **columns})
-    ids = {f"{span}_ids": [[1, 2]] * n for span in ("prompt", "chosen", "rejected")}
+    # Each with tokens of its own: copies of a pair would count once in the interval of a strength.
+    ids = {f"{span}_ids": [[1, 2 + i] for i in range(n)] for span in ("prompt", "chosen", "rejected")}
     return Pairs(Dataset.from_dict({**ids, "row": list(range(n))}), raw, None, "keep_start", 0, None, {})
 
 

@@ -256,7 +256,7 @@ def test_from_rows_and_yaml_to_offsets(folder: Path) -> None:
     )
     scores = score_pairs(pairs, found.scorers(model=model), model, progress=False)
     plan = plan_policy(found, pairs, scores)
-    assert plan.counts == {"rows": 12, "pairs": 11, "pairs_kept": 9}
+    assert plan.counts == {"rows": 12, "pairs": 11, "pairs_kept": 9, "untouched": 1}
     assert plan.keep[4]
     assert plan.chosen_offset[4] == plan.rejected_offset[4] == 0
 
@@ -267,7 +267,8 @@ def test_from_rows_and_yaml_to_offsets(folder: Path) -> None:
         for side, response in enumerate((chosen, rejected)):
             with torch.no_grad():
                 states = model(torch.tensor([prompt + response]), output_hidden_states=True).hidden_states
-            by_hand[side, i] = (states[2][0, len(prompt) :] @ direction).mean()  # 0 is the embeddings
+            # 0 is the embeddings; the end token, which is the last, is not pooled
+            by_hand[side, i] = (states[2][0, len(prompt) : -1] @ direction).mean()
     kept = plan.keep[pairs.rows]
     by_hand = (by_hand - by_hand[:, kept].mean()) / by_hand[:, kept].std()
     for offsets, score in zip((plan.chosen_offset, plan.rejected_offset), by_hand, strict=True):

@@ -218,7 +218,8 @@ def test_a_dataset_scores_span_by_span_in_one_pass(make: Make) -> None:
         for before, response, scores in ((prompt, chosen, found.chosen), (other, rejected, found.rejected)):
             with torch.no_grad():
                 states = plain(torch.tensor([before + response]), output_hidden_states=True).hidden_states[LAYER + 1][0]
-            wanted = scorer.score_tokens(states[len(before) :].float())[-1]
+            n_text = len(response) - (response[-1] == pairs.tokenizer.eos_token_id)  # an end token is not pooled
+            wanted = scorer.score_tokens(states[len(before) : len(before) + n_text].float())[-1]
             assert scores["c"][i] == pytest.approx(float(wanted), rel=1e-3, abs=1e-3)
 
 

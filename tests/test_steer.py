@@ -141,7 +141,8 @@ def test_gate_and_fraction(tiny_model_dir: Path, tmp_path: Path) -> None:
         with torch.no_grad():  # the fraction goes by the score gap: largest projection over the response
             h: dict[int, Tensor] = {}
             decoded(trainer.ref_model, batch["input_ids"], batch["attention_mask"], lambda i, x: h.setdefault(i, x))
-            projected = (h[1] @ vector(2)).masked_fill(batch["completion_mask"] == 0, -torch.inf).max(1).values
+            read = (batch["completion_mask"] != 0) & (batch["input_ids"] != trainer.processing_class.eos_token_id)
+            projected = (h[1] @ vector(2)).masked_fill(~read, -torch.inf).max(1).values  # an end token is not scored
         gap = projected[:8] - projected[8:]
         top = gap.topk(4).indices
         alpha = torch.zeros(16, dtype=torch.float64)

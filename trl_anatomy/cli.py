@@ -144,12 +144,13 @@ def _audit(argv: list[str]) -> int:
         "without a model, in seconds: trl-anatomy audit --dataset D",
     )
     config, flags = _strict_parse(parser, argv)
+    with redirect_stdout(sys.stderr):  # some libraries print notes, which would spoil the JSON
+        _check_labeller(flags)
     if config.sae == NO_SAE or not (config.sae or config.model):
         config.sae = ""
         return _audit_text(config, flags)
     config.sae = config.sae or AUTO
-    with redirect_stdout(sys.stderr):  # some libraries print notes, which would spoil the JSON
-        _check_labeller(flags)
+    with redirect_stdout(sys.stderr):
         summary = dry_run(config) if flags.dry_run else None
         audit = None if flags.dry_run else run_audit(config)
         if audit is not None and is_main_process() and flags.label_model is not None:

@@ -22,6 +22,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from trl_anatomy.reading.habits import HABITS
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = ROOT / "docs" / "studies.svg"
@@ -288,6 +290,25 @@ def null_figure(found: dict[str, Any]) -> str:
         return svg(figure)
 
 
+def habits_figure(found: dict[str, Any]) -> str:
+    """Share of responses on either side, of the three surest habits of each real set."""
+    rows: list[tuple[str, float, float]] = []
+    for name, kept in found["sets"].items():
+        rates = {habit: row for habit, row in kept["differ"].items() if HABITS[habit].kind == "rate"}
+        surest = sorted(rates, key=lambda habit: -abs(rates[habit]["z"]))[:3]
+        rows += [(f"{name}: {habit}", rates[habit]["chosen"], rates[habit]["rejected"]) for habit in surest]
+    with drawn(7.6, 0.21 * len(rows) + 0.8) as (figure, axes):
+        names, *sides = zip(*rows, strict=True)
+        axes.hlines(range(len(rows)), *([100 * share for share in side] for side in sides), color="#9ca3af", lw=1)
+        for side, colour, label in zip(sides, ("#15803d", "#b91c1c"), ("chosen", "rejected"), strict=True):
+            axes.plot([100 * share for share in side], range(len(rows)), "o", color=colour, markersize=4, label=label)
+        axes.set_yticks(range(len(rows)), names, fontsize=7)
+        axes.invert_yaxis()
+        axes.set_xlabel("percent of responses")
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+        return svg(figure)
+
+
 def picture() -> str:
     """The README's: what was predicted and seen, what the verbs take out, and what is known of that before."""
     with drawn(13, 3.8, 3, width_ratios=[1, 1.1, 0.9]) as (figure, (left, middle, right)):
@@ -314,6 +335,12 @@ FIGURES: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
         "verbs",
         "A dot is one habit of one world; the bar is the median. Rules nearest to 1 are on top.",
         verbs_figure,
+    ),
+    (
+        "Named habits of real pairs",
+        "habits",
+        "The three surest habits of each set, as the audit counts them without a model; the control set shows none.",
+        habits_figure,
     ),
     (
         "The style matrix",

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import AnatomyError
-from .processing import prompt_ids
+from .processing import prompt_ids, text_tokenizer
 from .spans import split_row
 
 # Two answers, of which no text begins with both: what a prompt keeps before one of them is its own.
@@ -107,7 +107,8 @@ def encode_prompt(processing_class: Any, prompt: Prompt) -> list[int]:
 
     A prompt that carries its tokens has those. Others are tokenised as `DPOTrainer` does it: alone, with the generation
     prompt, and with an answer; what differs between the two is left out, such as the thought that the template of
-    DeepSeek-R1 opens for generation alone.
+    DeepSeek-R1 opens for generation alone, or a blank at the end of a text, which becomes a part of the answer's first
+    token. A text that ends otherwise is taken as it stands: which answers would change its last token is not known.
 
     Raises:
         AnatomyError: the tokenizer or its template refuses the prompt.
@@ -120,6 +121,9 @@ def encode_prompt(processing_class: Any, prompt: Prompt) -> list[int]:
     try:
         messages, tools, kwargs = _asked(prompt)
         alone = prompt_ids(processing_class, messages, tools=tools, **kwargs)
+        if isinstance(messages, str) and not messages[-1:].isspace():
+            end = text_tokenizer(processing_class).eos_token_id
+            return alone[:-1] if alone[-1:] == [end] else alone
         kwargs["add_generation_prompt"] = False
         answered = [
             prompt_ids(processing_class, _with_answer(messages, answer), tools=tools, **kwargs) for answer in _ANSWERS
