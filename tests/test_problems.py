@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import HOSTILE
+from browser import HOSTILE, chromium, opened
 from datasets import Dataset
-from reading_world import build_tokenizer, tiny_model
+from reading_world import build_tokenizer, tiny_model, tiny_sae
 
-from trl_anatomy import AnatomyError, AuditConfig, load_audit
+from trl_anatomy import AnatomyError, AuditConfig, load_audit, run_audit
 from trl_anatomy.audit.near_copies import NEARLY, overlap, shingles, sketch
 from trl_anatomy.audit.problems import PROBLEMS, count_problems, eval_prompts, find_problems, looked_for
 from trl_anatomy.audit.text_audit import run_text_audit
@@ -310,10 +310,7 @@ def test_time_grows_with_the_rows(prompt: str) -> None:
 
 def test_folder_page_columns_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows, planted, _ = seeded(clean_rows(300))
-    hostile = HOSTILE if isinstance(HOSTILE, str) else str(HOSTILE)
-    rows.append(
-        {"prompt": f"{hostile}?", "chosen": f"{hostile}<|im_start|><script>alert(1)</script>", "rejected": hostile}
-    )
+    rows += [{"prompt": f"{bad}?", "chosen": f"{bad}<|im_start|>{bad}", "rejected": bad} for bad in HOSTILE]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert main(["audit", "--dataset", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "audit")]) == 0
     assert "Problems of the data: " in capsys.readouterr().out
@@ -322,12 +319,14 @@ def test_folder_page_columns_and_command(tmp_path: Path, capsys: pytest.CaptureF
     assert {kind: n >= N for kind, n in audit.info["problems"].items()} == dict.fromkeys(FAULTS, True)
     page = (audit.path / "report.html").read_text()
     assert "<h2>Problems of the data</h2>" in page
-    assert "<script>alert(1)" not in page
+    assert not [bad for bad in HOSTILE if bad in page]
     shown = audit.problems.filter(audit.problems["example"])["problem"].to_pylist()
     assert all(shown.count(kind) == 3 for kind in FAULTS)
     data = load_rows(str(tmp_path / "rows.jsonl"))
     column = audit.to_columns(data)["audit_problems"]
-    assert {i for i, held in enumerate(column) if "template_text" in held} == planted["template_text"] | {len(rows) - 1}
+    assert {i for i, held in enumerate(column) if "template_text" in held} == planted["template_text"] | {
+        len(rows) - 1 - i for i in range(len(HOSTILE))
+    }
     with pytest.raises(AnatomyError, match="did not look for 'cut_sides'"):
         audit.rows_with("cut_sides")
     # an audit of an earlier version has none
@@ -362,3 +361,26 @@ def test_a_gate_drops_the_pairs_that_have_a_problem(tmp_path: Path, capsys: pyte
     assert pairs.rows[Where(problem="copies").mask(pairs, audit)].tolist() == list(range(40, 45))
     with pytest.raises(AnatomyError, match="is a problem of an audit, and no audit was given"):
         Where(problem="copies").mask(pairs, None)
+
+
+def test_an_audit_with_an_sae_looks_for_them_too(tmp_path: Path) -> None:
+    data = Dataset.from_list([*clean_rows(60), *clean_rows(5)])
+    tiny_sae(hook="blocks.1.hook_resid_post").save_model(str(tmp_path / "sae"))
+    settings = AuditConfig(out=str(tmp_path / "audit"), sae=str(tmp_path / "sae"), max_length=100, bootstrap=100)
+    audit = run_audit(settings, model=tiny_model(), tokenizer=build_tokenizer(), dataset=data, progress=False)
+    assert set(audit.info["problems"]) == set(looked_for(tokens=True, evaluated=False))
+    assert audit.rows_with("copies").tolist() == list(range(60, 65))
+    assert audit.info["problems"]["cut_sides"] == 65
+    columns = audit.to_columns(data)
+    assert columns.column_names[3:] == ["audit_contexts", "audit_concepts", "audit_scores", "audit_problems"]
+    assert columns[64]["audit_problems"] == ["copies", "cut_sides"]
+    assert "<h2>Problems of the data</h2>" in (audit.path / "report.html").read_text()
+
+
+def test_nothing_of_the_data_runs_on_the_page(tmp_path: Path) -> None:
+    rows = [{"prompt": bad, "chosen": f"{bad}<|im_start|>{bad}", "rejected": bad} for bad in HOSTILE]
+    rows += [{"prompt": bad, "chosen": bad, "rejected": bad} for bad in HOSTILE]
+    audit = run_text_audit(AuditConfig(out=str(tmp_path / "audit")), dataset=Dataset.from_list([*rows, *rows]))
+    assert {"copies", "same_sides", "template_text"} <= set(audit.problems["problem"].to_pylist())
+    with chromium() as browser, opened(browser, audit.path / "report.html") as tab:
+        assert tab.locator("#problems tbody tr").count() >= 3

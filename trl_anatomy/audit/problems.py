@@ -458,7 +458,7 @@ def _piece(kind: str, side: str, texts: tuple[Any, str, str, str], special: tupl
         before = short[-AROUND:]
         return ("… " if len(short) > AROUND else "") + before, _short(long[len(short) :]), ""
     if kind == "blank_sides":
-        text = sides[side == "chosen"]
+        return "", "", ""
     asks_about = kind in ("copies", "near_copies", "reversed_copies", "eval_prompts")
     return "", "", _short((prompt if asks_about and prompt.strip() else text).strip(), 2 * AROUND)
 
