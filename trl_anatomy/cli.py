@@ -192,6 +192,7 @@ def _audit_text(config: AuditConfig, flags: Any) -> int:
 
 
 def _print_habits(audit: TextAudit) -> None:
+    from .audit.choice_words import choice_sentences
     from .audit.habit_table import LESS, MORE
     from .audit.habit_words import habit_sentences
     from .reading.storage import shown
@@ -199,6 +200,7 @@ def _print_habits(audit: TextAudit) -> None:
     _print_size(audit)
     rows = audit.habits.to_pylist()
     print("\n".join(habit_sentences(rows, audit.info["counts"]["n_prompts"])))
+    print("\n".join(choice_sentences(audit.info["choice"])))
     found = sorted((row for row in rows if row["verdict"] in (MORE, LESS)), key=lambda row: row["q"])
     if found:
         print(f"  {'habit':<17} {'chosen':>8} {'rejected':>8} {'difference':>11}  {'95 % interval':<20} {'q':>8}")
@@ -398,12 +400,15 @@ def _print_size(audit: Audit) -> None:
 
 
 def _print_audit(audit: Audit) -> None:
+    from .audit.choice_words import choice_sentences
     from .audit.habit_words import habit_sentences
     from .reading.storage import shown
 
     _print_size(audit)
     if audit.habits is not None:
         print("\n".join(habit_sentences(audit.habits.to_pylist(), audit.info["counts"]["n_prompts"])))
+        if "choice" in audit.info:
+            print("\n".join(choice_sentences(audit.info["choice"])))
     rows = sorted(audit.labelled(audit.concepts).to_pylist(), key=lambda row: -abs(row["predicted"]))
     taught = [row for row in rows if row["verdict"] in ("rises", "falls")]
     by_length = sum(row["verdict"] == "explained by length" for row in rows)

@@ -19,6 +19,7 @@ from ..errors import AnatomyError
 from ..reading import storage
 from ..reading.clock import is_date
 from ..reading.files import make_folder, misfit, remove_partial, write_atomically
+from .choice import SHAPE as CHOICE_SHAPE
 from .config import AuditConfig
 from .habit_table import HABIT_ROWS
 from .predict import CO_FIRING, CONCEPTS, RESPONSE_GEOMETRY
@@ -622,6 +623,7 @@ def _read_info(path: Path) -> dict[str, Any]:
     problem = misfit(info, shape) or misfit(info.get("contexts", {}), _CONTEXTS_SHAPE, "contexts")
     problem = problem or misfit(info.get("files", {}), {str: str}, "files")
     problem = problem or misfit(info.get("problems", {}), {str: int}, "problems")
+    problem = problem or ("choice" in info and misfit(info["choice"], CHOICE_SHAPE, "choice")) or None
     date = None if problem else info["data"].get("date")
     if date is not None and not is_date(date):
         problem = "data.date is no date in ISO 8601"

@@ -105,6 +105,7 @@ def habit_table(
     rows: np.ndarray | None = None,
     alpha: float = 0.05,
     progress: bool = True,
+    values: np.ndarray | None = None,
 ) -> pa.Table:
     """Count habits on both sides and test whether they differ.
 
@@ -121,18 +122,13 @@ def habit_table(
         rows: (n_pairs,) row of each pair in the dataset, for snippets; default 0, 1, ...
         alpha: q-value up to which a difference is called found.
         progress: show a progress bar.
+        values: `habit_values` of the same texts, where they are known already.
 
     Returns:
         Table of schema HABIT_ROWS in the order of `habits`. Rates are shares, `difference` is in their unit.
     """
+    values = habit_values(texts, habits, tokens, progress=progress) if values is None else values
     groups = prompt_groups(texts) if groups is None else groups
-    values = np.empty((2, len(texts), len(habits)))
-    with Progress(len(texts), "Counting habits", "pairs", show=progress) as bar:
-        for i, (_, *both) in enumerate(texts):
-            values[:, i] = measure(both, habits)
-            bar.update()
-    if tokens is not None and TOKENS in habits:
-        values[:, :, list(habits).index(TOKENS)] = tokens.T
     rows = np.arange(len(texts)) if rows is None else rows
     n_groups = len(np.unique(groups))
     few = n_groups < MIN_PROMPTS
@@ -166,6 +162,28 @@ def habit_table(
             entry |= dict(zip((name, f"{name}_low", f"{name}_high"), levels[k], strict=True))
         found.append(entry)
     return pa.Table.from_pylist(found, schema=HABIT_ROWS)
+
+
+def habit_values(
+    texts: Sequence[Texts],
+    habits: Mapping[str, Habit],
+    tokens: np.ndarray | None = None,
+    *,
+    progress: bool = True,
+) -> np.ndarray:
+    """(2, n_pairs, n_habits) float64: each habit of the chosen and of the rejected responses.
+
+    Args:
+        texts, habits, tokens, progress: as `habit_table` takes them.
+    """
+    values = np.empty((2, len(texts), len(habits)))
+    with Progress(len(texts), "Counting habits", "pairs", show=progress) as bar:
+        for i, (_, *both) in enumerate(texts):
+            values[:, i] = measure(both, habits)
+            bar.update()
+    if tokens is not None and TOKENS in habits:
+        values[:, :, list(habits).index(TOKENS)] = tokens.T
+    return values
 
 
 def _levels(

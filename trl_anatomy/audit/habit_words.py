@@ -65,8 +65,8 @@ def _told(habits: Sequence[Mapping[str, Any]], verdict: str) -> str:
     used = [told(habit) for habit in habits if habit["says"].startswith("use ")]
     others = [told(habit) for habit in habits if not habit["says"].startswith("use ")]
     if not used or not others:
-        return f"use {_listed(used)}" if used else _listed(others)
-    return f"{', '.join(others)}{',' if len(others) > 1 else ''} and use {_listed(used)}"
+        return f"use {listed(used)}" if used else listed(others)
+    return f"{', '.join(others)}{',' if len(others) > 1 else ''} and use {listed(used)}"
 
 
 def _against(habit: Mapping[str, Any], verdict: str, written: Any) -> str:
@@ -93,7 +93,7 @@ def percent(share: float) -> str:
     return f"{value:.1f} %" if 0 < value < 1 or 99 < value < 100 else f"{value:.0f} %"
 
 
-def _listed(parts: Sequence[str]) -> str:
+def listed(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 

@@ -19,12 +19,13 @@ from ..reading.remote_code import load_config, why_not_loaded
 from ..reading.sae_list import published_sae
 from ..reading.storage import is_url, local
 from . import stats
+from .choice import Counted, choice_of
 from .communities import find_communities
 from .config import AuditConfig
 from .find_sae import AUTO, find_sae, model_names
 from .findings import Findings, few_prompts, one_blas_thread, shared_prompts, timed
 from .folder import Audit, load_audit, pairs_table, write_audit
-from .habit_table import habit_table, habits_to_count, texts_of, tokens_of
+from .habit_table import habit_table, habit_values, habits_to_count, texts_of, tokens_of
 from .labels import distinctive_terms, group_terms, member_terms
 from .maps import map_places
 from .predict import RESPONSE_GEOMETRY, concept_table
@@ -346,18 +347,15 @@ def _conclude(
         findings = analyse_regions(read, config, pairs)
     else:
         with timed(timings, "habits"):
+            texts, names = texts_of(pairs), habits_to_count(config.habits, tokens=True)
+            values = habit_values(texts, names, tokens_of(pairs), progress=progress)
+            counted = Counted(values, names, pairs.prompt_groups)
             habits = habit_table(
-                texts_of(pairs),
-                habits_to_count(config.habits, tokens=True),
-                groups=pairs.prompt_groups,
-                tokens=tokens_of(pairs),
-                rows=pairs.rows,
-                alpha=config.alpha,
-                progress=progress,
+                texts, names, groups=counted.groups, rows=pairs.rows, alpha=config.alpha, values=values
             )
         with timed(timings, "problems"):
             problems = find_problems(raw, pairs=pairs, evaluated=evaluated)
-        findings = analyse(read, config, pairs.texts, pairs.prompt_groups, pairs.copies, pairs.cut)
+        findings = analyse(read, config, pairs.texts, pairs.prompt_groups, pairs.copies, pairs.cut, counted)
         with timed(timings, "samples"):
             table = findings.concepts
             of = dict(zip(table["concept"].to_pylist(), map(np.asarray, table["features"].to_pylist()), strict=True))
@@ -434,6 +432,7 @@ def analyse(
     prompt_groups: np.ndarray | None = None,
     copies: "Copies | None" = None,
     cut: Mapping[str, np.ndarray] | None = None,
+    counted: Counted | None = None,
 ) -> Findings:
     """Communities, contexts, tests and predicted shifts of a harvest. Needs no model.
 
@@ -442,6 +441,7 @@ def analyse(
         prompt_groups: (n_pairs,) int64, the same number for pairs of one prompt; default every pair its own.
         copies: which pairs are copies of others; they share a prompt group. Default: none.
         cut: "chosen" and "rejected" -> (n_pairs,) bool, responses that truncation cut short; default none.
+        counted: named habits of both sides, to tell what the choice is made of; without them that is not told.
     """
     timings: dict[str, float] = {}
     groups, note = shared_prompts(prompt_groups)
@@ -462,6 +462,10 @@ def analyse(
             concept_table(view.activity, communities, config, terms=terms, **evidence),
             concept_table(prompts.scores, responses, config, terms=response_terms, kind=RESPONSE_GEOMETRY, **evidence),
         ]
+    choice = {}
+    if counted is not None:
+        with timed(timings, "choice"):
+            choice = {"choice": choice_of(counted, view.activity.u, config.seed)}
     return Findings(
         hypotheses=pa.concat_tables([view.hypotheses, prompts.hypotheses]),
         concepts=pa.concat_tables(concepts),
@@ -478,6 +482,7 @@ def analyse(
             "copies": None if copies is None else copies.counts(),
             "contexts": contexts,
             "maps": map_places(view, prompts),
+            **choice,
             "length": length_of_sides(read.lengths["chosen"], read.lengths["rejected"], groups),
             "counts": {
                 "n_prompts": read.n_pairs if prompt_groups is None else len(np.unique(prompt_groups)),

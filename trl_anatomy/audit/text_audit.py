@@ -11,12 +11,14 @@ from ..errors import AnatomyError
 from ..reading.clock import dated, template_now
 from ..reading.habits import Habit
 from ..reading.storage import local
+from .choice import Counted, choice_of
 from .config import AuditConfig
 from .findings import timed
 from .habit_table import (
     LazyTexts,
     Texts,
     habit_table,
+    habit_values,
     habits_to_count,
     prompt_groups,
     texts_of,
@@ -80,7 +82,10 @@ def run_text_audit(
             tokens, groups, fingerprint = None, prompt_groups(texts), text_fingerprint(texts, rows)
             written = {}
     with timed(timings, "habits"):
-        table = habit_table(texts, counted, groups=groups, tokens=tokens, rows=rows, alpha=config.alpha)
+        values = habit_values(texts, counted, tokens)
+        table = habit_table(texts, counted, groups=groups, rows=rows, alpha=config.alpha, values=values)
+    with timed(timings, "choice"):
+        choice = choice_of(Counted(values, counted, groups), seed=config.seed)
     with timed(timings, "problems"):
         problems = find_problems(raw, pairs=pairs, evaluated=evaluated)
     unread, prompt = unread_columns(raw), prompt_column(raw)
@@ -102,6 +107,7 @@ def run_text_audit(
         },
         "settings": config.settings(),
         "notes": column_notes(unread, prompt),
+        "choice": choice,
         "counts": {"pairs": len(texts), "n_prompts": len(np.unique(groups))},
         "problems": count_problems(problems, looked_for(reads_tokens, evaluated is not None)),
         "timings": timings,

@@ -12,6 +12,7 @@ from ...reading.habits import HABITS
 from ..habit_table import LESS, MORE, TOO_FEW
 from ..habit_words import SHARE, habit_sentences
 from ..text_folder import TextAudit
+from .choice import choice_part
 from .problems import problems_section
 from .shell import number, render_page, render_part
 
@@ -31,7 +32,9 @@ _SETTINGS = (
 )
 
 
-def habits_section(habits: pa.Table, n_prompts: int, *, tokens: bool, heading: str = "h1") -> Markup:
+def habits_section(
+    habits: pa.Table, n_prompts: int, *, tokens: bool, heading: str = "h1", choice: Mapping[str, Any] | None = None
+) -> Markup:
     """The section on habits: sentences, the table with a drawing and snippets, what shows no difference.
 
     Args:
@@ -39,6 +42,7 @@ def habits_section(habits: pa.Table, n_prompts: int, *, tokens: bool, heading: s
         n_prompts: prompts of the pairs.
         tokens: whether the trained tokens were counted, not the dataset's text.
         heading: tag of its title.
+        choice: what the choice is made of (`choice.choice_of`); None in audits of earlier versions.
     """
     rows = [_shown(row) for row in habits.to_pylist()]
     found = sorted((row for row in rows if row["verdict"] in (MORE, LESS)), key=_order)
@@ -57,6 +61,7 @@ def habits_section(habits: pa.Table, n_prompts: int, *, tokens: bool, heading: s
         found=found,
         others=others,
         never=never,
+        choice="" if choice is None else choice_part(choice),
         few=any(row["verdict"] == TOO_FEW for row in rows),
         counted=counted,
         n_first=N_FIRST,
@@ -77,7 +82,9 @@ def render_text_page(audit: TextAudit) -> str:
         data_name=Path(info["data"]["name"]).name,
         model_name=Path(info["model"]["name"]).name,
         left_out=[f"{number(count)} {reason}" for reason, count in info["data"]["left_out"].items()],
-        habits=habits_section(audit.habits, info["counts"]["n_prompts"], tokens=audit.reads_tokens),
+        habits=habits_section(
+            audit.habits, info["counts"]["n_prompts"], tokens=audit.reads_tokens, choice=info.get("choice")
+        ),
         problems=problems_section(audit),
         snippet=habit_policy(audit.habits.to_pylist()),
         notes=info.get("notes", []),

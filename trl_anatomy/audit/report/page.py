@@ -134,7 +134,7 @@ def _view(audit: Audit, texts: RowTexts | None, samples: dict[int, dict[str, Any
     apart = [h for h in all_kept if h["view"] == "region" and h["q"] <= info["settings"]["alpha"]]
     habits = ""
     if audit.habits is not None:
-        habits = habits_section(audit.habits, info["counts"]["n_prompts"], tokens=True)
+        habits = habits_section(audit.habits, info["counts"]["n_prompts"], tokens=True, choice=info.get("choice"))
     return {
         "sft": sft,
         "habits": habits,
