@@ -68,7 +68,7 @@ def _rounded(value: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS), help="default: all")
-    parser.add_argument("--swaps", type=int, default=100, help="runs with swapped sides of each set")
+    parser.add_argument("--swaps", type=int, default=20, help="runs with swapped sides of each set")
     parser.add_argument("--results", default="benchmarks/results/choice.json")
     args = parser.parse_args()
     shared = Path(os.environ.get("TRL_ANATOMY_SHARED", Path(__file__).parents[3] / "shared"))
