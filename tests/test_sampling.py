@@ -189,6 +189,16 @@ def test_prompts_that_training_cuts_are_left_out_with_their_number(tmp_path: Pat
         assert prompts == [row["prompt"] for row in rows[4:]]
 
 
+def test_where_training_cuts_every_prompt_the_error_says_so(tmp_path: Path) -> None:
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+    audit = chat_audit(tmp_path, template, chat_rows(), max_length=6, truncation="keep_end")
+    with pytest.raises(AnatomyError, match=r"training cuts off the beginning of all \(max_length 6\); give prompts"):
+        prompts_for(audit, None, 100, 0)
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps([{"prompt": [said("user", "Why?")]}]))
+    assert prompts_for(audit, str(own), 100, 0) == [[said("user", "Why?")]]
+
+
 def endless(model: Any, tokenizer: Any, end: float) -> Any:
     """A model that writes letters, and ends by chance, the likelier the larger `end`."""
     letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "abcdefgh"]

@@ -68,7 +68,14 @@ def prompts_for(audit: Audit, path: str | None, n_prompts: int, seed: int) -> li
     for row in rows:
         if prompt := prompt_of(raw[row]):
             unique.setdefault(_digest(prompt), row)
-    if left_out := len(cut - unique.keys()):
+    left_out = len(cut - unique.keys())
+    if left_out and not unique:
+        raise AnatomyError(
+            f"{audit.name} holds no prompt to sample responses to: training cuts off the beginning of all (max_length "
+            f"{audit.info['settings']['max_length']}); give prompts of your own, or audit and train at a greater "
+            "max_length."
+        )
+    if left_out:
         warnings.warn(
             f"{left_out} prompts of {audit.name} are left out: training cuts off their beginning (max_length "
             f"{audit.info['settings']['max_length']}), so they are never asked whole.",
