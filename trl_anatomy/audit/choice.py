@@ -97,7 +97,8 @@ def choice_of(counted: Counted, concepts: np.ndarray | None = None, seed: int = 
     names = list(counted.habits)
     n_columns = len(names) + (0 if concepts is None else concepts.shape[1])
     rows = drawn_rows(counted.groups, min(MOST_PAIRS, MOST_VALUES // max(1, n_columns)), seed)
-    gaps, groups = counted.gaps()[rows], counted.groups[rows]
+    groups = counted.groups[rows]
+    gaps = Counted(counted.values[:, rows], counted.habits, groups).gaps()
     folds = fold_of(groups, seed)
     matrices = {LENGTH: gaps[:, [names.index(next(name for name in LENGTHS if name in names))]], HABITS: gaps}
     if concepts is not None and concepts.shape[1]:
