@@ -85,6 +85,7 @@ def make_sae(config: SAEConfig, *, progress: bool = True) -> "dict[Path, SAEFit 
     """
     from ..reading.files import write_atomically
     from ..reading.locate import decoder_layers, hidden_size
+    from ..reading.processing import text_tokenizer
     from ..reading.ranks import Ranks
     from ..reading.sae import check_sae, load_sae
     from ..reading.sae_check import check_fit
@@ -101,10 +102,10 @@ def make_sae(config: SAEConfig, *, progress: bool = True) -> "dict[Path, SAEFit 
     audit = config.audit()
     tokenizer = load_tokenizer(config.model, audit)
     pairs = _pairs(audit, tokenizer) if config.dataset else None
-    text_tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    pad = text_tokenizer.pad_token_id
-    texts = [ids for name in config.text for ids in _text_tokens(audit, name, text_tokenizer)]
-    sequences = sequences_of(pairs, texts, text_tokenizer.eos_token_id if pad is None else pad)
+    reader = text_tokenizer(tokenizer)
+    pad = reader.pad_token_id
+    texts = [ids for name in config.text for ids in _text_tokens(audit, name, reader)]
+    sequences = sequences_of(pairs, texts, reader.eos_token_id if pad is None else pad)
     model = load_model(audit)
     layers = config.layer or [default_layer(len(decoder_layers(model)))]
     named: dict[str, Any] = {

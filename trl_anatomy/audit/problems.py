@@ -14,6 +14,7 @@ from ..errors import AnatomyError
 from ..reading.copies import Copies
 from ..reading.habits.counts import language
 from ..reading.habits.parts import Parts
+from ..reading.token_text import special_texts
 from .near_copies import near_copies, plain
 
 if TYPE_CHECKING:
@@ -335,9 +336,8 @@ def _span(match: re.Match[str] | None) -> Span | None:
 
 def _special_texts(pairs: "Pairs | None") -> tuple[str, ...]:
     """Special tokens that no text holds by chance."""
-    tokenizer = None if pairs is None else pairs.tokenizer
-    known = getattr(tokenizer, "all_special_tokens", [])
-    return tuple(mark for mark in known if len(mark) >= 5 and not mark.isalnum())
+    known = {} if pairs is None else special_texts(pairs.tokenizer)
+    return tuple(mark for mark in known.values() if len(mark) >= 5 and not mark.isalnum())
 
 
 def _other_language(asked: Any, sides: list[str]) -> list[bool]:

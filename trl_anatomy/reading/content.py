@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from .processing import text_tokenizer
+from .token_text import special_texts
 from .written import THOUGHTS
 
 # Contents of probing messages. No two begin or end alike, so that what they share in a rendering is the template's.
@@ -70,20 +72,18 @@ def find_marks(tokenizer: Any) -> Marks:
     Args:
         tokenizer: a tokenizer with or without a template, or a processor; it is not changed.
     """
-    text_tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    special = special_ids(text_tokenizer)
+    reader = text_tokenizer(tokenizer)
+    special = special_ids(reader)
     if getattr(tokenizer, "chat_template", None) is None:
         return Marks(special)
     opening, closing = _around_answers(tokenizer)
-    headers = [*_headers(tokenizer, text_tokenizer, special), _around_thoughts(tokenizer, special)]
+    headers = [*_headers(tokenizer, reader, special), _around_thoughts(tokenizer, special)]
     return Marks(special, opening, closing, tuple(dict.fromkeys(run for run in headers if len(run) > 1)))
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Ids that a tokenizer calls special: its named ones, and added tokens that are marked so."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    marked = (token for token, entry in added.items() if getattr(entry, "special", False))
-    return frozenset(int(token) for token in (*getattr(tokenizer, "all_special_ids", ()), *marked))
+    """Ids of `special_texts`."""
+    return frozenset(special_texts(tokenizer))
 
 
 def _around_answers(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -121,7 +121,7 @@ def _common(a: Sequence[int], b: Sequence[int]) -> list[int]:
     return list(a[:n])
 
 
-def _headers(tokenizer: Any, text_tokenizer: Any, special: frozenset[int]) -> Iterator[tuple[int, ...]]:
+def _headers(tokenizer: Any, reader: Any, special: frozenset[int]) -> Iterator[tuple[int, ...]]:
     """Runs between the texts of messages that hold a special or an added token: others may be text elsewhere."""
     one, two, three, four, thought = _SENTINELS
     turns = [
@@ -138,11 +138,11 @@ def _headers(tokenizer: Any, text_tokenizer: Any, special: frozenset[int]) -> It
         (turns[:3], True),
         ([turns[0], thinking], False),
     ]
-    added = set(getattr(text_tokenizer, "added_tokens_decoder", {})) | special
+    added = set(getattr(reader, "added_tokens_decoder", {})) | special
     for messages, generation in conversations:
         text = _render(tokenizer, messages, add_generation_prompt=generation, tokenize=False)
         for piece in _between(text or ""):
-            ids = text_tokenizer(piece, add_special_tokens=False)["input_ids"]
+            ids = reader(piece, add_special_tokens=False)["input_ids"]
             if added & set(ids):
                 yield tuple(ids)
 

@@ -642,7 +642,8 @@ def _write_manifest(
     file: Path, manifest: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]], *, send: bool = True
 ) -> None:
     shards = [entries[name] for name in sorted(entries)]
-    write_atomically(file, json.dumps({**manifest, "shards": shards}, indent=1).encode(), send=send)
+    # Without indent: it is written after every shard, and Python's own encoder leaves cycles behind, gone only in time
+    write_atomically(file, json.dumps({**manifest, "shards": shards}).encode(), send=send)
 
 
 def _read_manifest(file: Path) -> dict[str, Any] | None:

@@ -366,8 +366,7 @@ class Pairs:
     @cached_property
     def _frame(self) -> Frame:
         """What the chat template writes around messages; of plain text, the special tokens alone."""
-        ids = [values for values, _ in (self._flat[span] for span in SPANS)]
-        specials = special_tokens(self.tokenizer, np.concatenate(ids))
+        specials = special_tokens(self.tokenizer, (values for values, _ in self._flat.values()))
         if self._plain:
             return Frame(specials=specials)
         made_by, truncation = self.processing_class or self.tokenizer, self.truncation

@@ -60,6 +60,14 @@ def decode_all(tokenizer: Any, ids: Sequence[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
+def special_texts(tokenizer: Any) -> dict[int, str]:
+    """Id -> text of the tokens that a tokenizer calls special: its named ones, and added tokens that are marked so."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).items()
+    found = {int(i): str(token) for i, token in added if getattr(token, "special", False)}
+    named = (getattr(tokenizer, f"all_special_{what}", ()) for what in ("ids", "tokens"))
+    return found | {int(i): str(text) for i, text in zip(*named, strict=True)}
+
+
 def tokens_of(characters: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     """Which tokens hold a marked character.
 

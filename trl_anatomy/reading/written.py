@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from .token_text import special_texts
+
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """Fields of a message that hold a thought, by the names that chat templates use."""
 
@@ -146,13 +148,13 @@ def joined_bounds(spans: Spans, bounds: np.ndarray) -> np.ndarray:
     return found
 
 
-def special_tokens(tokenizer: Any, ids: np.ndarray | None = None) -> re.Pattern[str] | None:
-    """Pattern of the special tokens of a tokenizer, of those among some ids if these are given."""
-    known = {int(i): str(t) for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items() if t.special}
-    known |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=False))
-    if ids is not None:
-        known = {i: known[i] for i in set(known) & set(np.unique(ids).tolist())}
-    return _any_of(known.values())
+def special_tokens(tokenizer: Any, ids: Iterable[np.ndarray]) -> re.Pattern[str] | None:
+    """Pattern of the special tokens of a tokenizer that are among some ids, which may be many."""
+    known = special_texts(tokenizer)
+    seen = np.zeros(max(known, default=0) + 1, dtype=bool)
+    for part in ids:
+        seen[part[part < len(seen)]] = True
+    return _any_of(text for i, text in known.items() if seen[i])
 
 
 def learn_frame(
