@@ -309,6 +309,24 @@ def habits_figure(found: dict[str, Any]) -> str:
         return svg(figure)
 
 
+def choice_figure(found: dict[str, Any]) -> str:
+    """Held-out accuracy of the choice in each real set, from length alone and from all named habits."""
+    names = list(found["sets"])
+    with drawn(7.6, 0.36 * len(names) + 0.9) as (figure, axes):
+        for offset, (source, colour) in enumerate((("length", "#6b7280"), ("habits", "#c2410c"))):
+            rows = [next(row for row in found["sets"][name]["sources"] if row["source"] == source) for name in names]
+            at = [y + 0.24 * (offset - 0.5) for y in range(len(names))]
+            low, high = ([100 * row[f"accuracy_{end}"] for row in rows] for end in ("low", "high"))
+            axes.hlines(at, low, high, color=colour, linewidth=1.2)
+            axes.plot([100 * row["accuracy"] for row in rows], at, "o", color=colour, markersize=4, label=source)
+        axes.axvline(50, color="#9ca3af", linewidth=0.8, zorder=0)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlabel("choices told, percent of held-out pairs, with 95 % intervals")
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+        return svg(figure)
+
+
 def picture() -> str:
     """The README's: what was predicted and seen, what the verbs take out, and what is known of that before."""
     with drawn(13, 3.8, 3, width_ratios=[1, 1.1, 0.9]) as (figure, (left, middle, right)):
@@ -341,6 +359,12 @@ FIGURES: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
         "habits",
         "The three surest habits of each set, as the audit counts them without a model; the control set shows none.",
         habits_figure,
+    ),
+    (
+        "What the choice is made of",
+        "choice",
+        "How often length alone, and all named habits, tell the chosen response of a held-out pair.",
+        choice_figure,
     ),
     (
         "The style matrix",
