@@ -88,6 +88,11 @@ def test_a_training_that_would_take_too_long_is_not_begun(inputs):
     assert not (inputs / "other" / "sae").exists()
 
 
+def test_none_names_the_audit_that_needs_none(inputs):
+    with pytest.raises(AnatomyError, match="call run_text_audit"):
+        run_audit(config(inputs, sae="none"), progress=False)
+
+
 def test_a_dry_run_says_which_sae_would_be_used(inputs):
     shown = dry_run(config(inputs))
     assert (shown["sae"], shown["d_sae"]) == ("one trained on these pairs", None)

@@ -21,7 +21,7 @@ from ..reading.storage import is_url, local
 from . import stats
 from .choice import Counted, choice_of
 from .communities import find_communities
-from .config import AuditConfig
+from .config import NO_SAE, AuditConfig
 from .find_sae import AUTO, find_sae, model_names
 from .findings import Findings, few_prompts, one_blas_thread, shared_prompts, timed
 from .folder import Audit, load_audit, pairs_table, write_audit
@@ -137,6 +137,8 @@ def _device(config: AuditConfig) -> str:
 
 
 def _require(config: AuditConfig, model: Any, dataset: Any) -> None:
+    if config.sae == NO_SAE:
+        raise AnatomyError("audit setting sae: none counts habits alone; call run_text_audit with sae left empty.")
     missing = [name for name, given in (("model", model), ("dataset", dataset), ("sae", None)) if given is None]
     missing = [name for name in missing if not getattr(config, name)]
     if missing:
