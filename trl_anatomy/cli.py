@@ -214,7 +214,7 @@ def _print_habits(audit: TextAudit) -> None:
         if audit.reads_tokens
         else "the dataset's text; --model M --sae none counts what is trained on"
     )
-    print(f"Counted: {read}. What no list names needs --model and --sae.")
+    print(f"Counted: {read}. What no list names needs --model M.")
     print(f"Report: {shown(audit.path / 'report.html')}")
 
 
