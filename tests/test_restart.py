@@ -82,7 +82,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(root: Path) -> dict[str, str]:
     assert ended(in_a_process(lambda: run.run_audit(config_for(root, "straight"), progress=False) and None)) == 0
     found = digests(root / "straight" / "audit")
-    tables = ("audit.json", "concepts.parquet", "habits.parquet", "hypotheses.parquet", "pairs.parquet")
+    tables = ("audit.json", *(f"{name}.parquet" for name in ("concepts", "habits", "hypotheses", "pairs", "problems")))
     tables += ("samples.parquet",)
     shards = [f"harvest/{kind}-{i:05d}.safetensors" for kind in ("codes", "shard") for i in range(5)]
     assert sorted(found) == sorted([*tables, "labels.json", "report.html", "harvest/manifest.json", *shards])
