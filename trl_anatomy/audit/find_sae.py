@@ -81,7 +81,7 @@ def find_sae(
     if listed is not None:
         try:
             sae = load_sae(listed.source, device=device)
-            fit = check_fit(model, sae, pairs, check_sae(sae, model))
+            fit = check_fit(model, sae, pairs, check_sae(sae, model), progress=progress)
             if fit.verdict != REFUSE:
                 return sae, fit, _origin(f"The SAE is {listed.source}, published for {listed.of}", fit)
             problem = f"on these pairs, {fit.reason}."
@@ -117,7 +117,7 @@ def find_sae(
         progress=progress,
     )
     sae = load_sae(folder, device=device)
-    fit = check_fit(model, sae, pairs, layer)
+    fit = check_fit(model, sae, pairs, layer, progress=progress)
     return sae, fit, _origin(f"{unreached}The SAE was trained on these pairs", fit)
 
 

@@ -143,7 +143,7 @@ def make_sae(config: SAEConfig, *, progress: bool = True) -> "dict[Path, SAEFit 
     fits: dict[Path, SAEFit | None] = {}
     for layer, folder in folders.items():
         sae = load_sae(folder, device=model.device)
-        fits[folder] = None if pairs is None else check_fit(model, sae, pairs, layer)
+        fits[folder] = None if pairs is None else check_fit(model, sae, pairs, layer, progress=progress)
         write_atomically(folder / "README.md", _card(config, layer, settings, n_learned, fits[folder]).encode())
     return fits
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .forward import frozen, in_halves, length_sorted_batches, read_spans
 from .locate import layer_module
+from .progress import Progress
 from .sae import SAE
 from .sae_training import OUTLIER
 from .spans import SPANS, Pairs
@@ -53,7 +54,9 @@ class SAEFit:
     n_tokens: int
 
 
-def check_fit(model: nn.Module, sae: SAE, pairs: Pairs, layer: int, *, batch_tokens: int = 4096) -> SAEFit:
+def check_fit(
+    model: nn.Module, sae: SAE, pairs: Pairs, layer: int, *, batch_tokens: int = 4096, progress: bool = True
+) -> SAEFit:
     """Read up to `CHECK_PAIRS` evenly spaced pairs and judge the SAE by them.
 
     First tokens are left out, as in training an SAE. Variance is about the mean over all tokens read.
@@ -63,7 +66,13 @@ def check_fit(model: nn.Module, sae: SAE, pairs: Pairs, layer: int, *, batch_tok
         sae: the SAE; layer: the layer it reads, from 0 (`check_sae`).
         pairs: the pairs to be audited.
         batch_tokens: padded tokens of one forward pass.
+        progress: show how long it takes.
     """
+    with Progress(None, "Judging the SAE", show=progress):
+        return _check_fit(model, sae, pairs, layer, batch_tokens)
+
+
+def _check_fit(model: nn.Module, sae: SAE, pairs: Pairs, layer: int, batch_tokens: int) -> SAEFit:
     some = np.unique(np.linspace(0, len(pairs) - 1, min(CHECK_PAIRS, len(pairs))).astype(int)).tolist()
     hidden: dict[str, list[Tensor]] = {span: [] for span in SPANS}
 
