@@ -52,6 +52,16 @@ def test_texts_beside_the_pairs(root, capsys):
     assert n_more > n_less
 
 
+def test_a_training_bounded_by_minutes_goes_on_as_it_began(root, capsys):
+    words = ["--out", str(root / "minutes"), "--latents", "64", "--k", "4", "--minutes", "0.05"]
+    code, told = run(capsys, root, *words)
+    assert code == 0, told.err
+    made = (root / "minutes" / "sae_weights.safetensors").read_bytes()
+    code, told = run(capsys, root, *words)  # the speed is another now, the training the same
+    assert code == 0, told.err
+    assert (root / "minutes" / "sae_weights.safetensors").read_bytes() == made
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -277,6 +277,8 @@ def test_bad_input_ends_in_one_sentence(model, tmp_path):
         with pytest.raises(AnatomyError, match=told) as raised:
             call()
         assert "\n" not in str(raised.value)
+    # What was refused leaves the folder free.
+    train_saes(model, texts(), [1], good, tmp_path / "b", progress=False)
     train_saes(model, texts(), [1], good, tmp_path / "c", progress=False)
     with pytest.raises(AnatomyError, match=r"another training of an SAE \(recipe differ\)"):
         train_saes(model, texts(), [1], recipe(32, TOKENS, d_sae=64, k=4), tmp_path / "c", progress=False)

@@ -164,10 +164,7 @@ class Audit:
         Raises:
             AnatomyError: the file is damaged.
         """
-        file, hashes = self.path / HABIT_FILE, self.info.get("files", {})
-        if HABIT_FILE not in hashes or not storage.fetch(file, hashes[HABIT_FILE]):
-            return None
-        return read_table(file, HABIT_ROWS, hashes)
+        return self._optional_table(HABIT_FILE, HABIT_ROWS)
 
     @cached_property
     def problems(self) -> pa.Table | None:
@@ -176,10 +173,14 @@ class Audit:
         Raises:
             AnatomyError: the file is damaged.
         """
-        file, hashes = self.path / PROBLEM_FILE, self.info.get("files", {})
-        if PROBLEM_FILE not in hashes or not storage.fetch(file, hashes[PROBLEM_FILE]):
+        return self._optional_table(PROBLEM_FILE, PROBLEM_ROWS)
+
+    def _optional_table(self, name: str, schema: pa.Schema) -> pa.Table | None:
+        """A table that folders of earlier versions do not have; None without it."""
+        file, hashes = self.path / name, self.info.get("files", {})
+        if name not in hashes or not storage.fetch(file, hashes[name]):
             return None
-        return read_table(file, PROBLEM_ROWS, hashes)
+        return read_table(file, schema, hashes)
 
     def rows_with(self, problem: str) -> np.ndarray:
         """Rows of the raw dataset that have a problem such as "copies", ascending; none is fine.

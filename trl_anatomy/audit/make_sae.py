@@ -89,7 +89,15 @@ def make_sae(config: SAEConfig, *, progress: bool = True) -> "dict[Path, SAEFit 
     from ..reading.ranks import Ranks
     from ..reading.sae import check_sae, load_sae
     from ..reading.sae_check import check_fit
-    from ..reading.sae_training import continued_lr, default_layer, default_tokens, recipe, sequences_of, train_saes
+    from ..reading.sae_training import (
+        continued_lr,
+        default_layer,
+        default_tokens,
+        recipe,
+        sequences_of,
+        stored_tokens,
+        train_saes,
+    )
 
     if not config.model:
         raise AnatomyError("sae: no model given.")
@@ -127,7 +135,8 @@ def make_sae(config: SAEConfig, *, progress: bool = True) -> "dict[Path, SAEFit 
     tokens = config.tokens or default_tokens(n_learned)
     if config.minutes is not None:
         probe = recipe(hidden_size(model), default_tokens(n_learned), **named)
-        tokens = _affordable(model, sequences, layers, probe, config)
+        begun = stored_tokens(Path(config.out))
+        tokens = _affordable(model, sequences, layers, probe, config) if begun is None else begun
     settings = recipe(hidden_size(model), tokens, seed=config.seed, **named)
     folders = train_saes(
         model,

@@ -19,7 +19,7 @@ from .spans import SPANS, Pairs
 FITS, CONTINUE, REFUSE = "fits", "continue training it", "do not use"
 CHECK_PAIRS = 64
 LOSS_PAIRS = 24  # pairs whose cross-entropy is read: three forwards with logits
-# Thresholds, set on a 135M chat model (docs/sae.md): its SAE has .80 and .06; one of the layer before .., see there.
+# Set on a 135M chat model: the figures are in docs/sae.md.
 LEAST_VARIANCE = (0.4, 0.7)  # below the first: do not use; below the second: continue training it
 MOST_LOST = (0.5, 0.2)  # above the first: do not use; above the second: continue training it
 MOST_SILENT = 0.9  # latents that fire on none of these tokens; more hints at another model

@@ -250,6 +250,8 @@ def train_saes(
     if _finished(out, made_from):
         return folders
     run = _Run(model, sequences, layers, settings, out / STATE, batch_tokens, buffer_bytes, init)
+    # Only what can be trained is written down: a folder of input that was refused stays free for better input.
+    write_atomically(out / SETTINGS, json.dumps(made_from, indent=2).encode())
     run.train(progress)
     figures = {layer: run.save(layer, folder, model_name) for layer, folder in folders.items()}
     write_atomically(out / SETTINGS, json.dumps(without_nan({**made_from, "figures": figures}), indent=2).encode())
@@ -271,25 +273,38 @@ def _check_init(init: SAE, settings: SAERecipe, layers: Sequence[int]) -> None:
 
 
 def _finished(out: Path, made_from: Mapping[str, Any]) -> bool:
-    """Whether this very training has ended in `out`; writes down what it is where the folder is new.
+    """Whether this very training has ended in `out`.
 
     Raises:
         AnatomyError: the folder holds another training.
     """
-    file = out / SETTINGS
-    if not file.is_file():
-        write_atomically(file, json.dumps(made_from, indent=2).encode())
+    found = _stored(out)
+    if found is None:
         return False
-    try:
-        found = json.loads(file.read_text())
-    except ValueError:
-        found = {}
     differs = [name for name, value in made_from.items() if found.get(name) != value]
     if differs:
         raise AnatomyError(
             f"{out}: this folder holds another training of an SAE ({', '.join(differs)} differ): name another folder."
         )
     return "figures" in found
+
+
+def _stored(out: Path) -> dict[str, Any] | None:
+    """What a training wrote down of itself in `out`; None where none began."""
+    file = out / SETTINGS
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text())
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def stored_tokens(out: Path) -> int | None:
+    """Tokens of the training that began in `out`, so that one bounded by minutes goes on as it began; None without."""
+    tokens = ((_stored(out) or {}).get("recipe") or {}).get("tokens")
+    return tokens if isinstance(tokens, int) else None
 
 
 def rounds(n_learned: np.ndarray, most: int, seed: int) -> Iterator[list[int]]:
@@ -375,11 +390,13 @@ class _Run:
                     held = batch
                 if not self._trainers:
                     self._begin(activations)
+                orders = {layer: self._order(number, len(activations[layer])) for layer in self._layers}
                 for step in range(first_step, min(map(len, activations.values())) // BATCH):
                     if self._steps == self._n_steps:
                         return
                     for layer in self._layers:
-                        self._step(layer, activations[layer], number, step)
+                        rows = orders[layer][step * BATCH : (step + 1) * BATCH]
+                        self._step(layer, activations[layer][rows])
                     self._steps += 1
                     bar.note = self._progress()
                     bar.update(BATCH)
@@ -484,18 +501,19 @@ class _Run:
         trainer.activation_scaler.scaling_factor = self._scale(layer)
         return trainer
 
-    def _step(self, layer: int, activations: Tensor, number: int, step: int) -> None:
-        """One step on the next tokens of a shuffled round."""
-        order = torch.randperm(len(activations), generator=torch.Generator().manual_seed(self._order_seed(number)))
+    def _step(self, layer: int, batch: Tensor) -> None:
+        """One step on some tokens (n, d_in)."""
         trainer = self._trainers[layer]
-        made = trainer.step(activations[order[step * BATCH : (step + 1) * BATCH]].float())
+        made = trainer.step(batch.float())
         trainer.n_training_steps += 1
         with torch.no_grad():
             error, spread = (made.sae_in - made.sae_out).pow(2).sum(), (made.sae_in - made.sae_in.mean(0)).pow(2).sum()
             self._explained[layer] = float(1 - error / spread)
 
-    def _order_seed(self, number: int) -> int:
-        return int(np.random.SeedSequence([self._settings.seed, number]).generate_state(1)[0])
+    def _order(self, number: int, n: int) -> Tensor:
+        """(n,) seeded order of the tokens of a round."""
+        seed = int(np.random.SeedSequence([self._settings.seed, number]).generate_state(1)[0])
+        return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
     def _progress(self) -> str:
         parts = []
