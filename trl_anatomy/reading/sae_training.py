@@ -144,9 +144,9 @@ def recipe(
 ) -> SAERecipe:
     """Settings by rule, from width and token budget.
 
-    Latents: 8 times the width, 16 times from 100 million tokens on. k: 32 at a width of 576, times the width's ratio to
-    the power .7, as a power of two: 128 at 4,096, as published. Learning rate: 2e-4 · sqrt(16,384 / latents), the usual
-    scaling, and 2.5 times that below 20 million tokens, where few steps have to do.
+    Latents: 8 times the width, 16 times from 100 million tokens on. k: twice the square root of the width, 48 at 576
+    and, as published, 128 at 4,096. Learning rate: 2e-4 · sqrt(16,384 / latents), the usual scaling, and 2.5 times that
+    below 20 million tokens, where few steps have to do.
 
     Args:
         d_in: width of the model; tokens: budget; others: instead of the rule.
@@ -155,7 +155,7 @@ def recipe(
         AnatomyError: an unknown architecture, k above the number of latents, a budget of too few steps.
 
     >>> recipe(576, 3_000_000).d_sae, recipe(576, 3_000_000).k, recipe(4096, 10**9).d_sae, recipe(4096, 10**9).k
-    (4608, 32, 65536, 128)
+    (4608, 48, 65536, 128)
     """
     if architecture not in ARCHITECTURES:
         raise AnatomyError(f"architecture is {architecture!r}; allowed: {', '.join(ARCHITECTURES)}.")
@@ -166,7 +166,7 @@ def recipe(
         )
     d_sae = d_in * (8 if tokens < 100_000_000 else 16) if d_sae is None else d_sae
     if k is None:
-        k = min(d_sae, 2 ** max(1, round(math.log2(32) + 0.7 * math.log2(d_in / 576))))
+        k = min(d_sae, round(2 * math.sqrt(d_in)))
     if not 0 < k <= d_sae:
         raise AnatomyError(f"k is {k}; allowed: 1 to {d_sae}, the number of latents.")
     if lr is None:
