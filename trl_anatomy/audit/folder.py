@@ -21,6 +21,8 @@ from ..reading.clock import is_date
 from ..reading.files import make_folder, misfit, remove_partial, write_atomically
 from .choice import SHAPE as CHOICE_SHAPE
 from .config import AuditConfig
+from .finding_list import FINDINGS
+from .finding_list import SHAPE as FINDINGS_SHAPE
 from .habit_table import HABIT_ROWS
 from .predict import CO_FIRING, CONCEPTS, RESPONSE_GEOMETRY
 from .problems import PROBLEM_ROWS, rows_with
@@ -58,6 +60,7 @@ TABLES = {"hypotheses": HYPOTHESES, "concepts": CONCEPTS, "pairs": PAIRS}
 SAMPLE_FILE = "samples.parquet"
 HABIT_FILE = "habits.parquet"
 PROBLEM_FILE = "problems.parquet"
+FINDING_FILE = "findings.parquet"
 # What a reader may rely on in audit.json; there is more in it.
 _INFO_SHAPE = {
     "format": int,
@@ -174,6 +177,15 @@ class Audit:
             AnatomyError: the file is damaged.
         """
         return self._optional_table(PROBLEM_FILE, PROBLEM_ROWS)
+
+    @cached_property
+    def findings(self) -> pa.Table | None:
+        """The fewest findings that say what the pairs say: schema `finding_list.FINDINGS`. None where there is none.
+
+        Raises:
+            AnatomyError: the file is damaged.
+        """
+        return self._optional_table(FINDING_FILE, FINDINGS)
 
     def _optional_table(self, name: str, schema: pa.Schema) -> pa.Table | None:
         """A table that folders of earlier versions do not have; None without it."""
@@ -426,6 +438,7 @@ def write_audit(
     samples: pa.Table | None = None,
     habits: pa.Table | None = None,
     problems: pa.Table | None = None,
+    findings: pa.Table | None = None,
 ) -> Audit:
     """Write the tables and `audit.json` of an audit.
 
@@ -442,7 +455,8 @@ def write_audit(
     info["counts"] = {**info.get("counts", {}), **{name: table.num_rows for name, table in counted.items()}}
     storage.remove(path / INFO)
     files = {f"{name}.parquet": table for name, table in tables.items()}
-    for name, more in ((SAMPLE_FILE, samples), (HABIT_FILE, habits), (PROBLEM_FILE, problems)):
+    optional = {SAMPLE_FILE: samples, HABIT_FILE: habits, PROBLEM_FILE: problems, FINDING_FILE: findings}
+    for name, more in optional.items():
         storage.remove(path / name)
         if more is not None:
             files[name] = more
@@ -625,6 +639,7 @@ def _read_info(path: Path) -> dict[str, Any]:
     problem = problem or misfit(info.get("files", {}), {str: str}, "files")
     problem = problem or misfit(info.get("problems", {}), {str: int}, "problems")
     problem = problem or ("choice" in info and misfit(info["choice"], CHOICE_SHAPE, "choice")) or None
+    problem = problem or ("findings" in info and misfit(info["findings"], FINDINGS_SHAPE, "findings")) or None
     date = None if problem else info["data"].get("date")
     if date is not None and not is_date(date):
         problem = "data.date is no date in ISO 8601"

@@ -10,7 +10,18 @@ import pyarrow as pa
 from ..errors import AnatomyError
 from ..reading import storage
 from ..reading.files import make_folder, remove_partial, write_atomically
-from .folder import FORMAT, HABIT_FILE, INFO, PROBLEM_FILE, SAMPLE_FILE, TABLES, Audit, read_table, table_bytes
+from .folder import (
+    FINDING_FILE,
+    FORMAT,
+    HABIT_FILE,
+    INFO,
+    PROBLEM_FILE,
+    SAMPLE_FILE,
+    TABLES,
+    Audit,
+    read_table,
+    table_bytes,
+)
 from .habit_table import HABIT_ROWS
 
 if TYPE_CHECKING:
@@ -102,9 +113,13 @@ class TextAudit(Audit):
 
 
 def write_text_audit(
-    path: str | Path, info: Mapping[str, Any], habits: pa.Table, problems: pa.Table | None = None
+    path: str | Path,
+    info: Mapping[str, Any],
+    habits: pa.Table,
+    problems: pa.Table | None = None,
+    findings: pa.Table | None = None,
 ) -> TextAudit:
-    """Write `habits.parquet`, `problems.parquet` and `audit.json`, which comes last.
+    """Write `habits.parquet`, `problems.parquet`, `findings.parquet` and `audit.json`, which comes last.
 
     Tables of an earlier audit in the folder go away.
     """
@@ -115,7 +130,7 @@ def write_text_audit(
     for name in (*(f"{table}.parquet" for table in TABLES), SAMPLE_FILE):
         storage.remove(path / name)
     files = {}
-    for name, table in ((HABIT_FILE, habits), (PROBLEM_FILE, problems)):
+    for name, table in ((HABIT_FILE, habits), (PROBLEM_FILE, problems), (FINDING_FILE, findings)):
         storage.remove(path / name)
         if table is not None:
             content, files[name] = table_bytes(table)
