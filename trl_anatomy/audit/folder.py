@@ -24,7 +24,7 @@ from .config import AuditConfig
 from .finding_list import FINDINGS
 from .finding_list import SHAPE as FINDINGS_SHAPE
 from .habit_table import HABIT_ROWS
-from .predict import CO_FIRING, CONCEPTS, RESPONSE_GEOMETRY
+from .predict import CO_FIRING, CONCEPTS, LATER, RESPONSE_GEOMETRY
 from .problems import PROBLEM_ROWS, rows_with
 from .prompt_view import response_scores
 from .samples import SAMPLES
@@ -522,6 +522,8 @@ def read_table(file: Path, schema: pa.Schema, hashes: Mapping[str, str], n_rows:
             f"{name}: truncated or damaged ({reason}). Run the audit again; it resumes from the harvest."
         ) from error
     for column in schema:
+        if column.name in LATER and column.name not in table.column_names:
+            table = table.append_column(column, pa.nulls(table.num_rows, column.type))
         if column.name not in table.column_names or not _same_type(table.schema.field(column.name).type, column.type):
             found = table.schema.field(column.name).type if column.name in table.column_names else "nothing"
             raise AnatomyError(
@@ -539,7 +541,8 @@ def read_table(file: Path, schema: pa.Schema, hashes: Mapping[str, str], n_rows:
             "resumes from the harvest."
         )
     # Numbers that there are not are null: a p-value without permutations, the rank of what was not kept.
-    columns = [column.name for column in schema if not (pa.types.is_floating(column.type) or column.name == "rank")]
+    may = {*LATER, "rank"}
+    columns = [column.name for column in schema if not (pa.types.is_floating(column.type) or column.name in may)]
     empty = [name for name in columns if _has_null(table[name].combine_chunks())]
     if empty:
         raise AnatomyError(f"{name}: column {empty[0]!r} lacks values. Run the audit again.")

@@ -25,6 +25,18 @@ NO_PAIRS = "no pairs"
 # A sum of disparities of this size is rounding left over from copies that cancel.
 CANCELLED = 1e-9
 
+# What a label rests on (`concept_labels.py`).
+EVIDENCE = pa.struct(
+    [
+        ("tokens", pa.list_(pa.string())),
+        ("promoted", pa.list_(pa.string())),
+        ("place", pa.string()),
+        ("habit", pa.string()),
+        ("correlation", pa.float64()),
+    ]
+)
+# Null where no tokens were read for labels, and in audits of earlier versions.
+LABELLED = pa.schema([("label_score", pa.float64()), ("label_rule", pa.string()), ("evidence", EVIDENCE)])
 CONCEPTS = pa.schema(
     [
         ("concept", pa.string()),
@@ -47,8 +59,11 @@ CONCEPTS = pa.schema(
         ("verdict", pa.string()),
         ("terms", pa.list_(pa.string())),
         ("telling_rows", pa.list_(pa.int64())),
+        *LABELLED,
     ]
 )
+# Columns that audits of earlier versions do not have: read as null.
+LATER = tuple(LABELLED.names)
 
 
 def predicted_shift(u: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -155,6 +170,7 @@ def concept_table(
             "verdict": verdicts,
             "terms": [list(t) for t in terms] if terms is not None else [[] for _ in communities],
             "telling_rows": [telling_rows(scores, m, predicted[m], size, n_telling) for m in range(len(communities))],
+            **{field.name: pa.nulls(len(communities), field.type) for field in LABELLED},
         },
         schema=CONCEPTS,
     )

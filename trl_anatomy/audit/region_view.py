@@ -18,7 +18,7 @@ from .communities import find_communities
 from .config import AuditConfig
 from .findings import Findings, few_prompts, one_blas_thread, shared_prompts, timed
 from .labels import member_terms
-from .predict import CO_FIRING, CONCEPTS, LETTERS, NO_PAIRS, telling_rows
+from .predict import CO_FIRING, CONCEPTS, LABELLED, LETTERS, NO_PAIRS, telling_rows
 from .prompt_view import TOP_SHARE, find_geometry, first_of, prompt_scores, top_pairs
 from .views import Activity, activity, hypothesis_table
 
@@ -187,6 +187,7 @@ def _concepts(scores: Activity, communities: list[np.ndarray], terms: list[list[
         "verdict": [NO_PAIRS] * len(communities),
         "terms": terms,
         "telling_rows": [telling_rows(scores, m, 1.0, size) for m in range(len(communities))],
+        **{field.name: pa.nulls(len(communities), field.type) for field in LABELLED},
     }
     nothing = [float("nan")] * len(communities)
     return pa.table({name: known.get(name, nothing) for name in CONCEPTS.names}, schema=CONCEPTS)
