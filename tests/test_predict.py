@@ -87,7 +87,8 @@ def test_odds_shift_stays_within_what_rates_can_do():
 
 def test_what_every_pair_says_alike_is_no_lack_of_evidence(world):
     """A mark that a pipeline leaves in every chosen response and in no other: the clearest habit that there can be."""
-    scores = replace(views.activity(world, COMMUNITIES), u=np.ones((world.n_pairs, 1)), support=np.array([5]))
+    one = {"u": np.ones((world.n_pairs, 1)), "support": np.array([5]), "shown": None, "shown_above": None}
+    scores = replace(views.activity(world, COMMUNITIES), **one)
     for side, verdict in ((1.0, "rises"), (-0.25, "falls"), (0.0, "too few pairs to tell")):
         shown = side * scores.u
         told = replace(scores, u=shown, by_count=shown, v=shown)

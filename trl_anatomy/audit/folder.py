@@ -28,6 +28,7 @@ from .predict import CO_FIRING, CONCEPTS, LATER, RESPONSE_GEOMETRY
 from .problems import PROBLEM_ROWS, rows_with
 from .prompt_view import response_scores
 from .samples import SAMPLES
+from .shown import CONTEXT_RATES
 from .titles import Label, read_labels
 from .trace import VIEWS, hypotheses_of, to_columns, trace
 from .views import HYPOTHESES, ROWS, Activity, Disparity, activity, row_norms
@@ -56,6 +57,8 @@ PAIRS = pa.schema(
         ("scores", pa.list_(pa.float32())),
     ]
 )
+# Columns that tables of earlier versions do not have: they are read as null.
+LATER_COLUMNS = frozenset({*LATER, *CONTEXT_RATES})
 TABLES = {"hypotheses": HYPOTHESES, "concepts": CONCEPTS, "pairs": PAIRS}
 SAMPLE_FILE = "samples.parquet"
 HABIT_FILE = "habits.parquet"
@@ -346,7 +349,9 @@ class Audit:
     @cached_property
     def activity(self) -> Activity:
         """Disparity, activity and intensity of every pair, computed again from the harvest."""
-        return activity(self.harvest, self.communities, self.info["settings"]["tau"])
+        found = self.concepts["shown_above"].to_numpy()
+        known = None if np.isnan(found).any() else found
+        return activity(self.harvest, self.communities, self.info["settings"]["tau"], shown_above=known)
 
     @cached_property
     def response_scores(self) -> Disparity:
@@ -508,7 +513,10 @@ def load_audit(path: str | Path) -> Audit:
 
 
 def read_table(file: Path, schema: pa.Schema, hashes: Mapping[str, str], n_rows: int | None = None) -> pa.Table:
-    """A table of the folder: whole, of its schema, without nulls, and the one that `audit.json` was written for."""
+    """A table of the folder: whole, of its schema, and the one that `audit.json` was written for.
+
+    Nulls stand for numbers that there are not, and for what earlier versions did not write (`LATER_COLUMNS`).
+    """
     name = storage.shown(file)
     if not storage.fetch(file, hashes.get(file.name)):
         raise AnatomyError(f"{name}: missing. Run the audit again; it resumes from the harvest.")
@@ -522,7 +530,7 @@ def read_table(file: Path, schema: pa.Schema, hashes: Mapping[str, str], n_rows:
             f"{name}: truncated or damaged ({reason}). Run the audit again; it resumes from the harvest."
         ) from error
     for column in schema:
-        if column.name in LATER and column.name not in table.column_names:
+        if column.name in LATER_COLUMNS and column.name not in table.column_names:
             table = table.append_column(column, pa.nulls(table.num_rows, column.type))
         if column.name not in table.column_names or not _same_type(table.schema.field(column.name).type, column.type):
             found = table.schema.field(column.name).type if column.name in table.column_names else "nothing"
@@ -541,7 +549,7 @@ def read_table(file: Path, schema: pa.Schema, hashes: Mapping[str, str], n_rows:
             "resumes from the harvest."
         )
     # Numbers that there are not are null: a p-value without permutations, the rank of what was not kept.
-    may = {*LATER, "rank"}
+    may = {*LATER_COLUMNS, "rank"}
     columns = [column.name for column in schema if not (pa.types.is_floating(column.type) or column.name in may)]
     empty = [name for name in columns if _has_null(table[name].combine_chunks())]
     if empty:

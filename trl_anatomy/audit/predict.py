@@ -10,6 +10,7 @@ from scipy import stats as distributions
 from . import stats
 from .config import AuditConfig
 from .findings import few_prompts
+from .shown import RATES, rates
 from .views import Activity, Disparity
 
 # Kinds of concepts, and the letters of their names.
@@ -59,11 +60,13 @@ CONCEPTS = pa.schema(
         ("verdict", pa.string()),
         ("terms", pa.list_(pa.string())),
         ("telling_rows", pa.list_(pa.int64())),
+        *((name, pa.float64()) for name in RATES),
+        ("shown_above", pa.float64()),
         *LABELLED,
     ]
 )
 # Columns that audits of earlier versions do not have: read as null.
-LATER = tuple(LABELLED.names)
+LATER = (*RATES, "shown_above", *LABELLED.names)
 
 
 def predicted_shift(u: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -110,6 +113,8 @@ def concept_table(
       nor truncation explains it (`_explained`), "explained by length" where one does; else "no evidence".
     - telling_rows: rows of the raw dataset that show the shift best: largest u on the side of the shift, then least
       difference in the other concepts, then shortest.
+    - rate_chosen, rate_rejected: share of the responses of that side that show the concept; shown_above: the share of
+      its features beyond which one does (`shown.split_points`). Null without `Disparity.shown`.
 
     Args:
         terms: distinctive terms of each concept, for its label.
@@ -148,6 +153,9 @@ def concept_table(
         else:
             verdicts.append(NO_EVIDENCE)
     labels = [" · ".join(list(t)[:4]) for t in terms] if terms is not None else [""] * len(communities)
+    unknown = np.full(len(communities), np.nan)
+    shown = (unknown, unknown) if scores.shown is None else rates(scores.shown, scores.lengths)
+    shown_above = unknown if scores.shown_above is None else scores.shown_above
     return pa.table(
         {
             "concept": [f"{LETTERS[kind]}{m + 1}" for m in range(len(communities))],
@@ -170,6 +178,8 @@ def concept_table(
             "verdict": verdicts,
             "terms": [list(t) for t in terms] if terms is not None else [[] for _ in communities],
             "telling_rows": [telling_rows(scores, m, predicted[m], size, n_telling) for m in range(len(communities))],
+            **{name: pa.array(rate, from_pandas=True) for name, rate in zip(RATES, shown, strict=True)},
+            "shown_above": pa.array(shown_above, from_pandas=True),
             **{field.name: pa.nulls(len(communities), field.type) for field in LABELLED},
         },
         schema=CONCEPTS,

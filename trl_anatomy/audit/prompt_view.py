@@ -11,7 +11,7 @@ from scipy import sparse
 from ..reading.files import scratch_array
 from .clusters import STD_FLOOR, ColumnMoments, geometry_clusters
 from .config import AuditConfig
-from .views import Disparity, cluster_sums, hypothesis_table, log_length_ratio
+from .views import Disparity, cluster_sums, first_of, hypothesis_table, log_length_ratio
 
 if TYPE_CHECKING:
     from ..reading.harvest import Harvest, Shard
@@ -157,13 +157,6 @@ def find_geometry(harvest: "Harvest", config: AuditConfig, distinct: np.ndarray 
             )
     std = moments["responses"].std if distinct is None else scale.std
     return Geometry(clusters["prompts"], clusters["responses"], np.maximum(std, STD_FLOOR), used, tuple(notes))
-
-
-def first_of(copies: np.ndarray) -> np.ndarray:
-    """(n,) bool: the first pair of each set of copies."""
-    first = np.zeros(len(copies), dtype=bool)
-    first[np.unique(copies, return_index=True)[1]] = True
-    return first
 
 
 def _sample(

@@ -19,8 +19,9 @@ from .config import AuditConfig
 from .findings import Findings, few_prompts, one_blas_thread, shared_prompts, timed
 from .labels import member_terms
 from .predict import CO_FIRING, CONCEPTS, LABELLED, LETTERS, NO_PAIRS, telling_rows
-from .prompt_view import TOP_SHARE, find_geometry, first_of, prompt_scores, top_pairs
-from .views import Activity, activity, hypothesis_table
+from .prompt_view import TOP_SHARE, find_geometry, prompt_scores, top_pairs
+from .shown import RATES, rates
+from .views import Activity, activity, first_of, hypothesis_table
 
 if TYPE_CHECKING:
     from ..reading.harvest import Harvest
@@ -112,7 +113,7 @@ def analyse_regions(read: "Harvest", config: AuditConfig, rows: "Pairs") -> "Fin
         found = find_communities(read, config, distinct)
         communities, sizes = found.features, found.sizes
     with timed(timings, "view"):
-        scores = activity(read, communities, config.tau)
+        scores = activity(read, communities, config.tau, distinct=distinct)
         fit = np.array([len(c) >= sizes.min_concept for c in communities], dtype=bool)
         hypotheses = region_table(scores, members, config, fit=fit, groups=groups, copies=copies)
     with timed(timings, "labels"):
@@ -175,6 +176,7 @@ def _regions(
 def _concepts(scores: Activity, communities: list[np.ndarray], terms: list[list[str]]) -> pa.Table:
     """A row per concept: schema CONCEPTS without any predicted shift (NaN)."""
     size = np.abs(scores.u).sum(axis=1)
+    assert scores.shown is not None
     known: dict[str, Any] = {
         "concept": [f"{LETTERS[CO_FIRING]}{m + 1}" for m in range(len(communities))],
         "kind": [CO_FIRING] * len(communities),
@@ -188,6 +190,11 @@ def _concepts(scores: Activity, communities: list[np.ndarray], terms: list[list[
         "terms": terms,
         "telling_rows": [telling_rows(scores, m, 1.0, size) for m in range(len(communities))],
         **{field.name: pa.nulls(len(communities), field.type) for field in LABELLED},
+        "shown_above": scores.shown_above,
+        **{
+            name: pa.array(rate, from_pandas=True)
+            for name, rate in zip(RATES, rates(scores.shown, scores.lengths), strict=True)
+        },
     }
     nothing = [float("nan")] * len(communities)
     return pa.table({name: known.get(name, nothing) for name in CONCEPTS.names}, schema=CONCEPTS)

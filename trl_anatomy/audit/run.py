@@ -30,9 +30,9 @@ from .labels import distinctive_terms, group_terms, member_terms
 from .maps import map_places
 from .predict import RESPONSE_GEOMETRY, concept_table
 from .problems import count_problems, eval_prompts, find_problems, looked_for
-from .prompt_view import PromptView, first_of, prompt_view
+from .prompt_view import PromptView, prompt_view
 from .samples import sample_rows, sample_table
-from .views import FeatureView, feature_view
+from .views import FeatureView, feature_view, first_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

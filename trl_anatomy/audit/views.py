@@ -13,6 +13,7 @@ from . import stats
 from .clusters import spherical_kmeans
 from .config import AuditConfig
 from .findings import few_prompts
+from .shown import CONTEXT_RATES, context_rates, shown_where, split_points
 
 if TYPE_CHECKING:
     from ..reading.harvest import Harvest
@@ -46,6 +47,7 @@ HYPOTHESES = pa.schema(
         ("kept", pa.bool_()),
         ("lean", pa.string()),
         ("rank", pa.int32()),
+        *((name, pa.float64()) for name in CONTEXT_RATES),
     ]
 )
 
@@ -141,6 +143,10 @@ class Disparity:
         by_count: (n, K) float32, `u` if the tokens on which a feature fires were counted on the length of the shorter
             response on both sides: what fires equally often on both sides is 0, however long they are. None where it
             was not asked for.
+        shown: of chosen and of rejected, (n, K) bool: which responses show the concept (`shown`). None of concepts that
+            are no sets of firing features.
+        shown_above: (K,) float64, the share of its features beyond which a response shows the concept; None with
+            `shown`.
     """
 
     rows: np.ndarray
@@ -149,6 +155,8 @@ class Disparity:
     lengths: dict[str, np.ndarray]
     support: np.ndarray
     by_count: np.ndarray | None = field(default=None, kw_only=True)
+    shown: tuple[np.ndarray, np.ndarray] | None = field(default=None, kw_only=True)
+    shown_above: np.ndarray | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -162,6 +170,13 @@ class Activity(Disparity):
 
     s: np.ndarray
     v: np.ndarray
+
+
+def first_of(copies: np.ndarray) -> np.ndarray:
+    """(n,) bool: the first pair of each set of copies."""
+    first = np.zeros(len(copies), dtype=bool)
+    first[np.unique(copies, return_index=True)[1]] = True
+    return first
 
 
 def log_length_ratio(lengths: dict[str, np.ndarray]) -> np.ndarray:
@@ -181,17 +196,28 @@ def by_shorter(frequency: sparse.csr_array, length: np.ndarray, other: np.ndarra
     return sparse.csr_array((share, frequency.indices, frequency.indptr), shape=frequency.shape)
 
 
-def activity(harvest: "Harvest", communities: Sequence[np.ndarray], tau: float = 0.01) -> Activity:
+def activity(
+    harvest: "Harvest",
+    communities: Sequence[np.ndarray],
+    tau: float = 0.01,
+    *,
+    distinct: np.ndarray | None = None,
+    shown_above: np.ndarray | None = None,
+) -> Activity:
     """Disparity, symmetric activity and intensity of every concept in every pair, shard by shard.
 
+    Args:
+        distinct: (n,) bool, one pair of each set of copies, from which split points are found; default all.
+        shown_above: (K,) split points that an audit has found already, instead of finding them.
     Source: method.md section 4.
     """
-    shape = (harvest.n_pairs, len(communities))
+    shape, sizes = (harvest.n_pairs, len(communities)), np.array([len(c) for c in communities], dtype=np.int64)
     folder = getattr(harvest, "path", None)
     # Columns of u are what statistics take, rows of s and v what groups and lists pairs.
     u = scratch_array(shape, np.float64, folder, order="F")
     by_count = scratch_array(shape, np.float32, folder, order="F")
     s, v = (scratch_array(shape, np.float32, folder) for _ in range(2))
+    fires = [scratch_array(shape, np.min_scalar_type(sizes.max(initial=0)), folder) for _ in range(2)]
     rows, support, start = [], np.zeros(len(communities), dtype=np.int64), 0
     lengths: dict[str, list[np.ndarray]] = {"prompt": [], "chosen": [], "rejected": []}
     for shard in harvest.shards():
@@ -207,12 +233,18 @@ def activity(harvest: "Harvest", communities: Sequence[np.ndarray], tau: float =
         support += ((in_chosen > 0) | (in_rejected > 0)).sum(axis=0)
         u[here] = (in_chosen - in_rejected) / _sizes(communities)
         by_count[here] = (counted_chosen - counted_rejected) / _sizes(communities)
+        fires[0][here], fires[1][here] = in_chosen, in_rejected
         s[here] = of_chosen + of_rejected
         v[here] = of_chosen - of_rejected
         rows.append(np.asarray(shard.rows, dtype=np.int64))
         for span in lengths:
             lengths[span].append(np.asarray(shard.lengths[span], dtype=np.int64))
     tokens = {span: np.concatenate(parts) for span, parts in lengths.items()}
+    if shown_above is None:
+        split = split_points((fires[0], fires[1]), sizes, (tokens["chosen"], tokens["rejected"]), distinct)
+    else:
+        split = np.rint(shown_above * sizes).astype(np.int64)
+    shown = [shown_where(side, split, scratch_array(shape, np.bool_, folder)) for side in fires]
     return Activity(
         rows=np.concatenate(rows),
         u=u,
@@ -222,6 +254,8 @@ def activity(harvest: "Harvest", communities: Sequence[np.ndarray], tau: float =
         lengths=tokens,
         support=support,
         by_count=by_count,
+        shown=(shown[0], shown[1]),
+        shown_above=split / np.maximum(1, sizes),
     )
 
 
@@ -242,6 +276,12 @@ class FeatureView:
     hypotheses: pa.Table
     settings_used: dict[str, Any]
     notes: tuple[str, ...]
+
+    @property
+    def shown(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of chosen and of rejected, (n, K) bool: which responses show each concept T1, T2, ..."""
+        assert self.activity.shown is not None
+        return self.activity.shown
 
 
 def row_norms(s: np.ndarray) -> np.ndarray:
@@ -307,7 +347,7 @@ def feature_view(
     Source: method.md section 4.
     """
     least = config.min_concept if min_concept is None else min_concept
-    scores = activity(harvest, communities, config.tau)
+    scores = activity(harvest, communities, config.tau, distinct=None if copies is None else first_of(copies))
     contexts, notes = find_contexts(scores.s, config, copies)
     sizes = np.array([len(c) for c in communities], dtype=np.int64)
     table = compare_contexts(scores, contexts, sizes, least, config, groups, copies)
@@ -363,7 +403,9 @@ def hypothesis_table(
     there, with `mean_in` near zero. Kept is what both halves agree on and of which half or more is left by `by_count`:
     else the lengths of the responses may be all there is. With fewer than 20 prompts nothing is kept. `rank` counts
     kept hypotheses of that side from 1. `p_permutation` is family-wise, over all cells of the view in contexts of
-    `min_context` pairs or more; null for the others or if none was asked for.
+    `min_context` pairs or more; null for the others or if none was asked for. `rate_chosen_in` and its like are shares
+    of the responses of a side that show the concept, inside the context and in the rest of the pool; null without
+    `Disparity.shown`.
 
     Args:
         members: (n_contexts, n) of ones and zeros, within the pool; contexts may overlap.
@@ -428,4 +470,8 @@ def hypothesis_table(
     columns["lean"] = np.where(cell["delta"][order] > 0, "chosen", "rejected").tolist()
     columns["p_permutation"] = pa.array(swapped[order], from_pandas=True)
     columns["rank"] = pa.array(rank[order], mask=~kept[order])
+    shown = None if scores.shown is None else context_rates(scores.shown, scores.lengths, members, pool)
+    for name in CONTEXT_RATES:
+        rate = np.full(len(k), np.nan) if shown is None else shown[name][k, m][order]
+        columns[name] = pa.array(rate, from_pandas=True)
     return pa.table({name: columns[name] for name in HYPOTHESES.names}, schema=HYPOTHESES)
