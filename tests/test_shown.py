@@ -108,5 +108,5 @@ def test_a_folder_holds_the_rates_and_opens_without_them(world, tmp_path):
     old = load_audit(tmp_path)
     assert old.concepts["rate_chosen"].null_count == old.concepts.num_rows > 0
     assert old.hypotheses["rate_rejected_in"].null_count == old.hypotheses.num_rows > 0
-    assert set(old.concepts.schema) == set(audit.concepts.schema)
+    assert set(old.concepts.column_names) == set(audit.concepts.column_names)
     np.testing.assert_array_equal(old.activity.shown_above, again.activity.shown_above)
