@@ -338,7 +338,7 @@ def test_a_run_from_files_to_page(setup):
     best = max(audit.concepts.to_pylist(), key=lambda c: c["predicted"])
     assert best["verdict"] == "rises"
     assert best["terms"][0] in ("bold", "**")
-    assert "What it will teach" in (audit.path / "report.html").read_text()
+    assert "What sets chosen and rejected responses apart" in (audit.path / "report.html").read_text()
 
     # The pairs are checked against those of a trainer, and a second run says the same.
     from trl_anatomy.reading.spans import read_pairs

@@ -99,14 +99,14 @@ def test_nothing_of_the_data_runs_anywhere(browser, audit, page):
             tab.locator("img, iframe, svg[onload], base, form, a[href^='javascript'], [onerror], [onfocus]").count()
             == 0
         )
-        assert tab.title() == f"What {Path(HOSTILE[1]).name} will teach"
+        assert tab.title() == f"What sets the sides of {Path(HOSTILE[1]).name} apart"
 
 
 def test_first_screen_needs_no_script(browser, page):
     with opened(browser, page, java_script_enabled=False) as tab:
         tab.evaluate = lambda *_: None if _ == ("window.ran",) else []  # there is no script to ask
-        assert tab.inner_text("h1") == "What it will teach"
-        assert "A model trained on these pairs will show more of" in tab.inner_text("#found")
+        assert tab.inner_text("h1") == "What sets chosen and rejected responses apart"
+        assert "The pairs lean towards" in tab.inner_text("#first")
         assert "explain_away: habit_" in tab.inner_text("#rule")
         assert tab.is_visible("noscript p")
         assert not tab.is_visible("#explore")

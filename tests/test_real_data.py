@@ -63,7 +63,7 @@ def test_the_audit_finds_the_planted_refusals(world):
     assert strongest["predicted"] < 0
     assert strongest["q"] < 0.05
     page = (world["audit"] / "report.html").read_text()
-    assert "What it will teach" in page
+    assert "What sets chosen and rejected responses apart" in page
     assert strongest["concept"] in page
 
 

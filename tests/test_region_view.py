@@ -246,7 +246,7 @@ def test_the_command_audits_sft_data(trained: dict[str, Path], capsys: pytest.Ca
     assert set(audit.hypotheses["view"].to_pylist()) <= {"region"}
     page = (out / "report.html").read_text()
     assert "no pairs" in page
-    assert "What it will teach" not in page
+    assert "What sets chosen and rejected responses apart" not in page
     row = audit.hypotheses.to_pylist()[0]
     traced = audit.trace("region", row["context"], row["concept"])
     assert traced.num_rows == row["n_in"]

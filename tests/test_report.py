@@ -13,6 +13,7 @@ import yaml
 from audit_world import make_audit, make_world, raw_dataset
 from scipy.stats import ttest_1samp
 
+from trl_anatomy.audit.concept_words import shown_in
 from trl_anatomy.audit.config import AuditConfig, recorded
 from trl_anatomy.audit.folder import load_audit
 from trl_anatomy.audit.labels import distinctive_terms, group_terms
@@ -80,17 +81,23 @@ def page(audit, dataset):
     return write_report(audit, dataset).read_text(encoding="utf-8")
 
 
-def test_first_screen_says_what_it_will_teach(audit, page):
+def test_first_screen_says_which_way_the_pairs_lean(audit, page):
+    """It used to say what a model will show; an audit reads pairs alone, and models of this size often do otherwise."""
     text = " ".join(" ".join(Reader(page).text).split())
     assert "2,000 pairs of 4,000 rows (left out: 2,000 empty response)" in text
-    assert "2 concepts are predicted to rise , 1 to fall" in text
+    assert "2 concepts are shown more in chosen responses, 1 more in rejected ones" in text
     assert "no evidence" in text
-    assert re.search(r"will show more of T\d .* and T\d .*, and less of T\d .*brilliant", text)
+    assert re.search(r"The pairs lean towards T\d .* and T\d .*, and away from T\d .*brilliant", text)
+    assert "163 of 299 reported concepts that moved went the way the pairs lean" in text
+    assert not re.search(r"(model|it|they|data|pairs) will (show|teach|learn)|predicted to", text)
     shifts = [c for c in audit.concepts.to_pylist() if c["verdict"] in ("rises", "falls")]
     order = [c["concept"] for c in sorted(shifts, key=lambda c: -abs(c["predicted"]))]
     assert re.findall(r'<section class="card" id="(T\d+)"', page) == order
     for concept in shifts:
-        assert f"{concept['concept']} {concept['verdict']} by {points(abs(concept['predicted']), False)} points" in text
+        lean = "more in chosen" if concept["verdict"] == "rises" else "more in rejected"
+        card = text.split(f"{concept['concept']} {concept['label']} {lean}")[1]
+        assert card.startswith(f" It is {shown_in(concept)}.")
+        assert f"fire in a response: {points(concept['predicted'])} points, 95 % interval" in card[:250]
         assert f"row {concept['telling_rows'][0]}" in text
 
 
@@ -218,8 +225,8 @@ def test_prompt_hypotheses_are_listed_with_their_words(audit, page):
         words = " · ".join(audit.info["contexts"][h["context"]]["terms"][:4])
         assert f"When the prompt is about {h['context']} {words}" in text
         label = audit.responses.to_pylist()[int(h["concept"][1:]) - 1]["label"]
-        side = "more" if h["lean"] == "chosen" else "less"
-        assert f"the response is taught {side} {h['concept']} {label or 'no distinctive words'}" in text
+        side = "towards" if h["lean"] == "chosen" else "away from"
+        assert f"the pairs lean {side} {h['concept']} {label or 'no distinctive words'}" in text
         assert f"{deviations(h['mean_in'])} here, {deviations(h['mean_out'])} elsewhere" in text
     assert f"{len(kept)} of " in text
 
@@ -250,14 +257,14 @@ def test_permutation_p_values_are_shown_where_asked_for(audit, page, tmp_path):
 
 def test_no_evidence_is_said_plainly(tmp_path):
     page = render(make_audit(tmp_path, make_world(seed=5, null=True)))
-    assert "<b>No evidence</b> that these pairs teach any of 112 concepts" in page
-    assert "No evidence that any concept is taught differently" in page
+    assert "<b>No evidence</b> that the sides differ in any of 112 concepts" in page
+    assert "No evidence that any concept leans differently" in page
     assert "predicted to" not in page
 
 
 def test_too_few_pairs_is_said_plainly(tmp_path):
     page = render(make_audit(tmp_path, make_world(n=30)))
-    assert "<b>Too few pairs to tell</b> what they teach" in page
+    assert "<b>Too few pairs to tell</b>: no concept differs" in page
     assert "there are not enough for two contexts" in page
 
 
@@ -280,9 +287,9 @@ def test_too_few_prompts_are_told_first(tmp_path, capsys, n, told):
     assert shown.startswith(f"Too few prompts to tell: {told}")
     assert f"No claim about any of {audit.concepts.num_rows} concepts." in shown
     page = render(audit)
-    first = page.split("What it will teach</h1>")[1].lstrip()
-    assert first.startswith(f'<p class="lead"><b>Too few prompts to tell: {told}')
-    assert "will show" not in page
+    first = page.split("What sets chosen and rejected responses apart</h1>")[1].lstrip()
+    assert first.startswith(f"<p>Too few prompts to tell: {told}")
+    assert "lean towards" not in page
     assert "No evidence</b>" not in page
 
 
@@ -414,7 +421,7 @@ def test_concepts_without_a_card_have_a_row(audit, dataset, monkeypatch):
     monkeypatch.setattr(page_module, "N_ROWS", 1)
     monkeypatch.setattr(page_module, "N_EACH", 1)
     page = render(audit, dataset)
-    assert "1 smaller shift<" in page  # the first table holds the largest of each direction
+    assert "1 smaller difference<" in page  # the first table holds the largest of each direction
     first = page.split("<tbody>")[1].split("</tbody>")[0]
     shown = set(re.findall(r'data-concept="(T\d+)"', first))
     assert {c["verdict"] for c in audit.concepts.to_pylist() if c["concept"] in shown} == {"rises", "falls"}

@@ -15,17 +15,19 @@ WIDTH, LEAST = 200.0, 0.4
 MOST_ODDS = 100.0
 
 
-def choice_part(choice: Mapping[str, Any]) -> Markup:
-    """The part of a page on `choice.choice_of`."""
+def choice_part(choice: Mapping[str, Any], *, listed: bool = False) -> Markup:
+    """The part of a page on `choice.choice_of`.
+
+    Args:
+        listed: whether the page lists findings, which say what carries the choice.
+    """
+    carried = [] if listed else choice["carried_by"]
     return render_part(
         "choice.html",
         __package__,
-        heading="h2",
         sentences=choice_sentences(choice),
         sources=[_shown(entry) for entry in choice["sources"]],
-        carried=[
-            {**row, "folded": folded_names(row["with_it"]), "times": _odds(row["odds"])} for row in choice["carried_by"]
-        ],
+        carried=[{**row, "folded": folded_names(row["with_it"]), "times": _odds(row["odds"])} for row in carried],
         width=WIDTH,
         middle=_place(0.5),
         pairs=choice["pairs"],

@@ -33,6 +33,20 @@
   const words = (text) => el("span", { class: "terms", dir: "auto" }, text || "no distinctive words");
   const told = (item) => (item.told ? el("p", { class: "dim", dir: "auto" }, item.told) : "");
   const significant = (h) => h.kept && h.q !== null && h.q <= data.alpha;
+  const leans = (verdict) => data.leans[verdict] || verdict;
+  const share = (value) => {
+    if (value === null) return "n/a";
+    const percent = 100 * value;
+    return ((percent > 0 && percent < 1) || (percent > 99 && percent < 100) ? percent.toFixed(1) : percent.toFixed(0)) + " %";
+  };
+  // Audits of earlier versions do not know in how many responses a concept is shown.
+  const rated = [...concepts.values()].some((c) => c.rate_chosen !== null);
+  const shownIn = (c) => (c.rate_chosen === null ? "" : `shown in ${share(c.rate_chosen)} of chosen and ${share(c.rate_rejected)} of rejected responses; `);
+  const where = (h, place) => {
+    const rates = ["chosen", "rejected"].map((side) => h[`rate_${side}_${place}`]);
+    return rates[0] === null || rates[1] === null ? null : `${share(rates[0])} / ${share(rates[1])}`;
+  };
+  const corrected = (low, high, q) => (low * high > 0 && q !== null && q > data.alpha ? `, ${data.not_significant}` : "");
   const tone = (verdict) => (verdict === "rises" ? "rise" : verdict === "falls" ? "fall" : "quiet");
 
   function snippet(concept, context) {
@@ -84,19 +98,20 @@
   const COLUMNS = {
     concepts: [
       { key: "concept", title: "Concept", value: (c) => c.concept, cell: (c) => [el("b", null, c.concept), " ", words(c.label)] },
-      { key: "verdict", title: "verdict", value: (c) => c.verdict, cell: (c) => [el("span", { class: tone(c.verdict) }, c.verdict)] },
-      { key: "predicted", title: "predicted shift", n: true, value: (c) => c.predicted, cell: (c) => [el("b", null, amount(c.concept, c.predicted))] },
+      { key: "verdict", title: "verdict", value: (c) => c.verdict, cell: (c) => [el("span", { class: tone(c.verdict) }, leans(c.verdict))] },
+      ...(rated ? ["chosen", "rejected"].map((side) => ({ key: side, title: side, n: true, value: (c) => c["rate_" + side], cell: (c) => [share(c["rate_" + side])] })) : []),
+      { key: "predicted", title: "lean, points of its features", n: true, value: (c) => c.predicted, cell: (c) => [el("b", null, amount(c.concept, c.predicted))] },
       { key: "size", title: "95 % interval, by size", n: true, value: (c) => Math.abs(c.predicted || 0), cell: (c) => [amount(c.concept, c.ci_low) + " … " + amount(c.concept, c.ci_high)] },
       { key: "length_adjusted", title: "at equal length", n: true, value: (c) => c.length_adjusted, cell: (c) => [amount(c.concept, c.length_adjusted)] },
-      { key: "q", title: "q", n: true, value: (c) => c.q, cell: (c) => [chance(c.q)] },
+      { key: "q", title: "q", n: true, value: (c) => c.q, cell: (c) => [chance(c.q), el("span", { class: "dim" }, corrected(c.ci_low, c.ci_high, c.q))] },
       { key: "differ", title: "pairs that differ", n: true, value: (c) => c.differ, cell: (c) => [count(c.differ)] },
     ],
     hypotheses: [
       { key: "context", title: "Where", value: (h) => h.context, cell: (h) => [el("b", null, h.context), " ", words(about(h.context))] },
       { key: "concept", title: "Concept", value: (h) => h.concept, cell: (h) => [el("b", null, h.concept), " ", words(concepts.get(h.concept)?.label)] },
       { key: "lean", title: "leans to", value: (h) => h.lean, cell: (h) => [el("span", { class: h.lean === "chosen" ? "rise" : "fall" }, h.lean)] },
-      { key: "mean_in", title: "here", n: true, value: (h) => h.mean_in, cell: (h) => [amount(h.concept, h.mean_in)] },
-      { key: "mean_out", title: "elsewhere", n: true, value: (h) => h.mean_out, cell: (h) => [amount(h.concept, h.mean_out)] },
+      { key: "mean_in", title: rated ? "here, chosen / rejected" : "here", n: true, value: (h) => h.mean_in, cell: (h) => [where(h, "in") || amount(h.concept, h.mean_in)] },
+      { key: "mean_out", title: "elsewhere", n: true, value: (h) => h.mean_out, cell: (h) => [where(h, "out") || amount(h.concept, h.mean_out)] },
       { key: "delta", title: "difference", n: true, value: (h) => h.delta, cell: (h) => [el("b", null, amount(h.concept, h.delta))] },
       { key: "q", title: "q", n: true, value: (h) => h.q, cell: (h) => [chance(h.q)] },
       { key: "n_in", title: "pairs", n: true, value: (h) => h.n_in, cell: (h) => [count(h.n_in)] },
@@ -119,7 +134,7 @@
     const other = asked.filter((word) => !NAME.test(word)).map((word) => word.toLowerCase());
     const fit = (has, text) => names.every(has) && (!other.length || other.every((word) => text().includes(word)));
     if (view === "concepts") {
-      return [...concepts.values()].filter((c) => fit((name) => c.concept === name, () => `${c.label} ${c.words} ${c.verdict} ${c.kind}`.toLowerCase()));
+      return [...concepts.values()].filter((c) => fit((name) => c.concept === name, () => `${c.label} ${c.words} ${leans(c.verdict)} ${c.kind}`.toLowerCase()));
     }
     if (view === "hypotheses") {
       return hypotheses.filter((h) => fit((name) => h.context === name || h.concept === name,
@@ -216,8 +231,8 @@
       const found = hypotheses.filter((h) => h.concept === id && significant(h));
       place.replaceChildren(
         el("h3", { class: "title" }, id, " ", words(concept.label)), told(concept),
-        el("p", null, el("b", { class: tone(concept.verdict) }, concept.verdict),
-          `: ${amount(id, concept.predicted)} (95 % ${amount(id, concept.ci_low)} … ${amount(id, concept.ci_high)}), q ${chance(concept.q)}. `
+        el("p", null, el("b", { class: tone(concept.verdict) }, leans(concept.verdict)),
+          `: ${shownIn(concept)}lean ${amount(id, concept.predicted)}${id.startsWith("T") ? " points of its features" : ""} (95 % ${amount(id, concept.ci_low)} … ${amount(id, concept.ci_high)}), q ${chance(concept.q)}${corrected(concept.ci_low, concept.ci_high, concept.q)}. `
           + `At equal length ${amount(id, concept.length_adjusted)}. Differs in ${count(concept.differ)} pairs; ${count(concept.n_features)} features.`),
         el("p", null, "Telling pairs: ", ...(concept.telling_rows.length ? rowLinks(concept.telling_rows, id) : ["none"]), ". ",
           ...(id.startsWith("T") ? [link("All its pairs", { view: "pairs", q: id, sort: "" }), ". "] : []),
@@ -232,16 +247,17 @@
           : id.startsWith("A") ? "Pairs whose prompt is about this. " : "Pairs that show alike concepts. ",
         `${count(context.pairs)} pairs. `, link("Its pairs", { view: "pairs", q: id, sort: "" }), ". ",
         link("Hypotheses", { view: "hypotheses", q: id, sort: "" }), "."),
-        el("h3", null, "What is taught differently here"), ...hypothesisList(found, id));
+        el("h3", null, "What leans differently here"), ...hypothesisList(found, id));
     } else if (hypothesis) {
       const h = hypothesis, c = concepts.get(h.concept);
       place.replaceChildren(
         el("h3", { class: "title" }, link(h.context, { sel: h.context }), " → ", link(h.concept, { sel: h.concept })),
         el("p", null, h.context.startsWith("A") ? "When the prompt is about " : "In pairs like ", words(about(h.context)),
-          `, the response is taught ${h.lean === "chosen" ? "more" : "less"} of `, words(c?.label), " than elsewhere."),
-        el("p", null, `${amount(h.concept, h.mean_in)} here, ${amount(h.concept, h.mean_out)} elsewhere; difference ${amount(h.concept, h.delta)} `
+          `, the pairs lean ${h.lean === "chosen" ? "towards" : "away from"} `, words(c?.label), " more than elsewhere."),
+        where(h, "in") ? el("p", null, `Share of chosen / rejected responses that show it: ${where(h, "in")} here, ${where(h, "out") || "n/a"} elsewhere.`) : "",
+        el("p", null, `${h.concept.startsWith("T") ? "Lean in points of its features: " : "Lean: "}${amount(h.concept, h.mean_in)} here, ${amount(h.concept, h.mean_out)} elsewhere; difference ${amount(h.concept, h.delta)} `
           + `(95 % ${amount(h.concept, h.ci_low)} … ${amount(h.concept, h.ci_high)}), q ${chance(h.q)}, ${count(h.n_in)} pairs. `
-          + (significant(h) ? "Alike in both halves of the rows." : "No evidence: not kept, or above the false discovery rate.")),
+          + (significant(h) ? "Alike in both halves of the rows." : `No evidence: ${h.q !== null && h.q > data.alpha ? data.not_significant : "not alike in both halves of the rows"}.`)),
         el("p", null, link("The pairs behind it", { view: "pairs", q: h.concept.startsWith("T") ? `${h.context} ${h.concept}` : h.context, sort: "" }),
           ...(c && c.telling_rows.length ? ["; telling pairs of the concept: ", ...rowLinks(c.telling_rows, h.concept)] : []), "."),
         ...snippetBox("Policy to explain it away there", snippet(h.concept, h.context)));
@@ -306,7 +322,7 @@
     const tip = el("div", { class: "tip", role: "status" });
     place.after(tip);
     const tell = (p) => tip.replaceChildren(el("b", null, p.id), " ", words(kind === "concepts" ? p.item.label : p.item.terms.join(" · ")),
-      el("span", { class: "dim" }, kind === "concepts" ? ` ${p.item.verdict} ${amount(p.id, p.item.predicted)}` : ` ${count(p.item.pairs)} pairs`));
+      el("span", { class: "dim" }, kind === "concepts" ? ` ${leans(p.item.verdict)} ${amount(p.id, p.item.predicted)}` : ` ${count(p.item.pairs)} pairs`));
     place.on("plotly_hover", (event) => tell(found.points[event.points[0].pointIndex]));
     place.on("plotly_unhover", () => tip.replaceChildren());
     let moved = 0;

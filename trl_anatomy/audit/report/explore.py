@@ -7,7 +7,9 @@ import numpy as np
 import pyarrow.compute as pc
 
 from ...reading.progress import Progress
+from ..concept_words import LEANS, NOT_SIGNIFICANT
 from ..folder import Audit
+from ..shown import CONTEXT_RATES, RATES
 from .texts import RowTexts
 
 N_PAIRS = 10_000  # pairs carried; the folder holds all
@@ -15,7 +17,20 @@ N_HYPOTHESES = 5_000  # hypotheses carried
 TEXT = 12_000_000  # characters of text carried, samples apart
 CUTS = (4000, 2000, 1000, 500, 250)  # characters of a text carried: the first of these that fits
 
-HYPOTHESIS = ("context", "concept", "lean", "mean_in", "mean_out", "delta", "ci_low", "ci_high", "q", "n_in", "kept")
+HYPOTHESIS = (
+    "context",
+    "concept",
+    "lean",
+    "mean_in",
+    "mean_out",
+    "delta",
+    "ci_low",
+    "ci_high",
+    "q",
+    "n_in",
+    "kept",
+    *CONTEXT_RATES,
+)
 CONCEPT = (
     "concept",
     "kind",
@@ -29,6 +44,7 @@ CONCEPT = (
     "differ",
     "n_features",
     "telling_rows",
+    *RATES,
 )
 _NAMED = ("told", "words")
 PAIR = ("row", "contexts", "concepts", "scores")
@@ -57,6 +73,8 @@ def explore_data(audit: Audit, snippets: dict[str, str]) -> dict[str, Any]:
     return {
         "n_pairs": audit.pairs.num_rows,
         "alpha": audit.info["settings"]["alpha"],
+        "leans": LEANS,
+        "not_significant": NOT_SIGNIFICANT,
         "n_hypotheses": tested.num_rows,
         "concepts": {
             "columns": (*CONCEPT, *_NAMED),

@@ -1,24 +1,28 @@
 """Audit -> report.html: one file, every text of the data escaped, no script but its own."""
 
-import json
 import math
-import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import AnatomyError
 from ...reading.files import write_atomically
-from ...reading.storage import local, url_of
+from ...reading.storage import local
+from ..concept_words import HELD, LEANS, NOT_SIGNIFICANT, lean_sentence, only_uncorrected, rates_of, shown_in
 from ..findings import data_notes
 from ..folder import REPORT, Audit
+from ..habit_words import habit_sentences
 from ..labels import neuronpedia_url
 from ..predict import BY_LENGTH, FALLS, NO_EVIDENCE, RISES, TOO_FEW
 from ..text_folder import TextAudit
+from .choice import choice_part
+from .drawing import SIDES, WIDTH, place
 from .explore import excerpt, explore_data, marked, pair_data, sample_views
-from .habits import habits_section, render_text_page
+from .first import first_screen
+from .habits import habits_section
+from .policies import snippet
 from .problems import problems_section
 from .shell import number, render_page
+from .text_page import render_text_page
 from .texts import RowTexts
 
 if TYPE_CHECKING:
@@ -27,11 +31,10 @@ if TYPE_CHECKING:
     from ...reading.spans import Pairs
 
 N_ROWS = 8  # concepts in the first table
-N_NAMED = 2  # concepts a side in the first sentence
 N_CARDS = 30  # concepts with a telling pair, contexts and a snippet
 N_CONTEXTS = 5  # contexts named in a card
 N_LATENTS = 8  # latents of a concept linked to Neuronpedia
-N_HYPOTHESES = 15  # hypotheses listed a side
+N_HYPOTHESES = 5  # hypotheses listed a side of each view: twenty at most, the table has the rest
 N_REGIONS = 30  # regions of SFT data that are listed
 N_EACH = 3  # of these at least that rise, and that fall
 SHORT = 420  # characters of a text shown before it is folded
@@ -75,7 +78,7 @@ def render(audit: Audit, raw_dataset: "Dataset | Pairs | None" = None) -> str:
     if texts is not None and len(texts.raw) != n_rows:
         raise AnatomyError(f"{audit.name}: the audited dataset has {n_rows} rows, found one of {len(texts.raw)}.")
     if audit.info["settings"].get("data_kind") == "sft":  # regions are listed, and there are no pairs to explore
-        return render_page("page.html", __package__, [], {}, **_view(audit, texts, {}))
+        return render_page("regions.html", __package__, [], {}, **_view(audit, texts, {}))
     samples = sample_views(audit)
     snippets = {
         "all": snippet(audit, CONCEPT),
@@ -100,7 +103,13 @@ def _view(audit: Audit, texts: RowTexts | None, samples: dict[int, dict[str, Any
     by_length = [c for c in by_shift if c["verdict"] == BY_LENGTH]
     few = [c for c in by_shift if c["verdict"] == TOO_FEW]
     scale = _scale([c[key] for c in concepts for key in ("ci_low", "ci_high")])
+    alpha = info["settings"]["alpha"]
     for concept in concepts:
+        rates = rates_of(concept)
+        concept["rates"] = None if rates is None else dict(zip(SIDES, rates, strict=True))
+        concept["places"] = None if rates is None else {side: _dot(rate) for side, rate in concept["rates"].items()}
+        concept["shown_in"], concept["leans"] = shown_in(concept), LEANS.get(concept["verdict"], "")
+        concept["uncorrected"] = only_uncorrected(concept["ci_low"], concept["ci_high"], concept["q"], alpha)
         concept["bar"] = _bar(concept, scale)
         low, high = concept["length_adjusted_low"], concept["length_adjusted_high"]
         known = not any(value is None or math.isnan(value) for value in (low, high))
@@ -113,14 +122,17 @@ def _view(audit: Audit, texts: RowTexts | None, samples: dict[int, dict[str, Any
     for hypothesis in all_kept:
         hypothesis["about"] = audit.about(hypothesis["context"])
         hypothesis["label"] = by_name[hypothesis["concept"]]["label"]
+        for key, where in (("here", "_in"), ("elsewhere", "_out")):
+            rates = rates_of(hypothesis, where)
+            hypothesis[key] = None if rates is None else dict(zip(SIDES, rates, strict=True))
     kept = [h for h in all_kept if h["view"] == "feature"]
-    prompted = [h for h in all_kept if h["view"] == "prompt" and h["q"] <= info["settings"]["alpha"]]
+    prompted = [h for h in all_kept if h["view"] == "prompt" and h["q"] <= alpha]
     shown = {lean: [h for h in prompted if h["lean"] == lean][:N_HYPOTHESES] for lean in ("chosen", "rejected")}
     for hypothesis in [*shown["chosen"], *shown["rejected"]]:
         hypothesis["snippet"] = snippet(audit, hypothesis["concept"], gate=f"{{prompts: {hypothesis['context']}}}")
     neuronpedia_id = info["sae"].get("neuronpedia_id")
     for concept in found:
-        mine = [h for h in kept if h["concept"] == concept["concept"] and h["q"] <= info["settings"]["alpha"]]
+        mine = [h for h in kept if h["concept"] == concept["concept"] and h["q"] <= alpha]
         side = "chosen" if concept["verdict"] == RISES else "rejected"
         concept["contexts"] = [h for h in mine if h["lean"] == side][:N_CONTEXTS]
         concept["against"] = [h for h in mine if h["lean"] != side][:N_CONTEXTS]
@@ -131,12 +143,19 @@ def _view(audit: Audit, texts: RowTexts | None, samples: dict[int, dict[str, Any
         concept["card"] = concept in found[:N_CARDS]
     first = _first(found)
     sft = info["settings"].get("data_kind") == "sft"
-    apart = [h for h in all_kept if h["view"] == "region" and h["q"] <= info["settings"]["alpha"]]
-    habits = ""
+    apart = [h for h in all_kept if h["view"] == "region" and h["q"] <= alpha]
+    notes, few_prompts = data_notes(info), bool(info.get("too_few_prompts"))
+    cards = found[:N_CARDS]
+    habits, sentences = "", [lean_sentence(found)] if found else []
+    listed = audit.findings is not None and audit.findings.num_rows > 0
     if audit.habits is not None:
-        habits = habits_section(audit.habits, info["counts"]["n_prompts"], tokens=True, choice=info.get("choice"))
+        habits = habits_section(audit.habits, alpha, tokens=True, listed=listed)
+        sentences = habit_sentences(audit.habits.to_pylist(), info["counts"]["n_prompts"])
     return {
-        "sft": sft,
+        "first": ""
+        if sft
+        else first_screen(audit, sentences, notes=notes, samples=samples, cards=[c["concept"] for c in cards]),
+        "choice": choice_part(info["choice"], listed=listed) if "choice" in info else "",
         "habits": habits,
         "problems": problems_section(audit),
         "regions": _regions(audit, apart, by_name, texts) if sft else [],
@@ -153,29 +172,32 @@ def _view(audit: Audit, texts: RowTexts | None, samples: dict[int, dict[str, Any
         "n_only_length": sum(c["only_length"] for c in found),
         "length": info.get("length"),  # audits of earlier versions have none
         "found": found,
-        "first": first,
+        "first_concepts": first,
         "more": [c for c in found if c not in first],
-        "named": {verdict: _named(found, verdict) for verdict in (RISES, FALLS)},
-        "cards": found[:N_CARDS],
+        "cards": cards,
+        "rated": any(concept["rates"] for concept in concepts),
+        "not_significant": NOT_SIGNIFICANT,
+        "held": HELD,
         "unsure": unsure,
         "by_length": by_length,
         "few": few,
         "scale": scale,
         "half": HALF,
+        "width": WIDTH,
         "leaning": {
-            lean: [h for h in kept if h["lean"] == lean and h["q"] <= info["settings"]["alpha"]][:N_HYPOTHESES]
+            lean: [h for h in kept if h["lean"] == lean and h["q"] <= alpha][:N_HYPOTHESES]
             for lean in ("chosen", "rejected")
         },
         "prompted": shown,
         "n_prompted": len(prompted),
-        "n_significant": sum(h["q"] <= info["settings"]["alpha"] for h in kept),
+        "n_significant": sum(h["q"] <= alpha for h in kept),
         "settings": {
             **info["settings"],
             **{f"{key} (used)": value for key, value in info.get("settings_used", {}).items()},
         },
         "notes": info.get("notes", []),
-        "first_notes": data_notes(info),
-        "too_few": bool(info.get("too_few_prompts")),
+        "first_notes": notes,
+        "too_few": few_prompts,
         "has_names": any(label.name is not None for label in audit.labels.values()),
     }
 
@@ -206,6 +228,11 @@ def _example(concept: dict[str, Any], texts: RowTexts | None) -> dict[str, Any] 
     return {"row": row, "prompt": prompt, "response": response}
 
 
+def _dot(rate: float) -> dict[str, float | None]:
+    """A rate's dot, without an interval of its own."""
+    return {"at": place(rate), "low": None, "high": None}
+
+
 def _scale(values: list[float]) -> float:
     """Right end of the axis: the largest interval end, rounded up to 5 points."""
     largest = max((abs(v) for v in values if v is not None and not math.isnan(v)), default=0.0)
@@ -229,12 +256,6 @@ def _bar(concept: dict[str, Any], scale: float) -> dict[str, float] | None:
         "high": place(concept["ci_high"]),
         "adjusted": -1.0 if adjusted is None or math.isnan(adjusted) else place(adjusted),
     }
-
-
-def _named(found: list[dict[str, Any]], verdict: str) -> list[dict[str, Any]]:
-    """The largest shifts of a direction, of those with the same words the first only: a sentence says nothing twice."""
-    by_words = {tuple(c["terms"][:4]): c for c in reversed(found) if c["verdict"] == verdict}
-    return [c for c in found if by_words.get(tuple(c["terms"][:4])) is c][:N_NAMED]
 
 
 def _first(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -268,28 +289,3 @@ def _pair(concept: dict[str, Any], texts: RowTexts | None, samples: dict[int, di
         pair["all"] = {key: [(text, 0)] for key, text in sides.items()}
         pair["short"] = {key: [(f"{text[:SHORT]} …", 0)] for key, text in sides.items() if len(text) > SHORT}
     return pair
-
-
-def snippet(audit: Audit, concept: str, contexts: list[str] | None = None, gate: str | None = None) -> str:
-    """A policy that explains a concept away, ready to copy.
-
-    Args:
-        contexts: the context in which it holds most comes first; it becomes a comment.
-        gate: what the rule's `where` says; without it the rule acts everywhere.
-    """
-    # From the root: a policy sees relative paths from its own folder, and this text may be put into any.
-    place = audit.name if url_of(audit.path) is not None else os.path.abspath(audit.path)
-    # A JSON string is a YAML string, whatever the path holds.
-    path = json.dumps(re.sub(r"[\x00-\x1f]", "", place), ensure_ascii=False)
-    name = f"habit_{concept.lower()}"
-    rule = f"explain_away: {name}, with: shape_reward, strength: auto"
-    lines = [
-        "version: 1",
-        "concepts:",
-        f"  {name}: {{scorer: features, audit: {path}, cluster: {concept}}}",
-        "rules:",
-        f"  - {{{rule}, where: {gate}}}" if gate else f"  - {{{rule}}}",
-    ]
-    if contexts:
-        lines += ["  # only where it holds most:", f"  # - {{{rule}, where: {{data: {contexts[0]}}}}}"]
-    return "\n".join(lines) + "\n"

@@ -10,10 +10,10 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..habit_words import percent
+from ..habit_words import SHARE, percent
 
 # Control characters but newline and tab, lone surrogates, and signs that change the direction of what follows.
 _ACTIVE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
@@ -30,7 +30,7 @@ def render_page(
     inline handler, no `eval`.
 
     Args:
-        template: file of the template; it places `head` in its head and `tail` before the end of its body.
+        template: file of the template, which extends shell.html.
         package: where template and scripts lie.
         scripts: files of `package`, run in this order after common.js.
         data: id of an element -> what it holds as JSON, for the scripts.
@@ -106,7 +106,10 @@ def _plotly() -> str:
 
 @cache
 def _template(package: str, name: str) -> Any:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    shared = FunctionLoader(lambda name: _read(__package__, name))  # what a template extends, and macros
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=shared
+    )
     environment.filters |= {
         "points": points,
         "deviations": deviations,
@@ -171,6 +174,17 @@ def amount_difference(value: float | None) -> str:
         return "n/a"
     text = f"{value:+,.0f}" if abs(value) >= 100 else f"{value:+.1f}"
     return text.replace("-", "−") if float(text.replace(",", "")) else "0.0"
+
+
+def written(value: float, unit: str) -> str:
+    """A rate or an amount with its unit.
+
+    >>> written(0.671, SHARE), written(153.4, "words"), written(2.04, "")
+    ('67 %', '153 words', '2.0')
+    """
+    if unit == SHARE:
+        return percent(value)
+    return f"{number(round(value)) if value >= 100 else format(value, '.1f')} {unit}".rstrip()
 
 
 def number(value: int) -> str:

@@ -10,11 +10,10 @@ from typing import Any
 from ...audit.findings import MIN_PROMPTS, too_few
 from ...audit.folder import write_atomically
 from ...audit.predict import FALLS, RISES
+from ...audit.report.drawing import WIDTH, place
 from ...audit.report.shell import render_page
 
 PAGE = "compare.html"
-# Length of the axis of rates, in the drawing's own units.
-WIDTH = 220.0
 _SIGN = {RISES: 1, FALLS: -1}
 
 
@@ -58,7 +57,7 @@ def render_comparison(result: Mapping[str, Any]) -> str:
         told=[_told(name, result["agreement"][name], concepts) for name in names],
         rates=[{**row, "moved": _apart(row["rates"]["before"], row["rates"][names[0]])} for row in held],
         n_never=len(result["rates"]) - len(held),
-        place=_place,
+        place=lambda rate: place(rate) or 0.0,
         width=WIDTH,
     )
 
@@ -97,8 +96,3 @@ def _told(name: str, figures: Mapping[str, Any], concepts: list[Mapping[str, Any
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _place(rate: float | None) -> float:
-    """Where a rate lies on the axis."""
-    return round(WIDTH * min(1.0, max(0.0, _number(rate))), 1) if math.isfinite(_number(rate)) else 0.0
