@@ -32,7 +32,7 @@ from hidden_world import policy, rule
 from huggingface_hub import constants
 from parity import EXACT
 from reading_world import build_tokenizer, dataset, tiny_model
-from test_audit_folder import word_pairs
+from test_audit_folder import word_pairs, write_start_model
 from test_fit import labelled
 from test_restart import ended, in_a_process
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -50,7 +50,8 @@ from trl_anatomy.checking import prediction as predicting
 from trl_anatomy.cli import main
 from trl_anatomy.reading import fit as fitting
 from trl_anatomy.reading import harvest as harvesting
-from trl_anatomy.reading import score, storage
+from trl_anatomy.reading import sae_check, score, storage
+from trl_anatomy.reading import sae_training as sae_trainings
 from trl_anatomy.reading.scorers.direction import DirectionScorer
 from trl_anatomy.reading.spans import read_pairs
 from trl_anatomy.trainers.checkpoints import flaw, last_whole
@@ -523,6 +524,30 @@ def scoring(root: Path) -> Work:
     return Work(do, result)
 
 
+def sae_training(root: Path, *words: str) -> Work:
+    """`sae`: from pairs to SAE, card and figures, its state kept after every step, in several rounds an epoch."""
+    write_start_model(root / "model")
+    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in word_pairs(1000)))
+
+    def do(folder: Path) -> None:
+        sae_trainings._SAVE_SECONDS, sae_trainings._SAVE_SHARE = 0.0, 0
+        sae_trainings.train_saes.__kwdefaults__["buffer_bytes"] = 1  # the smallest round there is
+        stages = (
+            (sae_trainings._Run, "_read", "reading activations"),
+            (sae_trainings._Run, "_step", "a step"),
+            (sae_trainings._Run, "_keep", "writing the state"),
+            (sae_trainings._Run, "save", "writing the SAE"),
+            (sae_check, "check_fit", "judging it"),
+        )
+        tell(folder, *stages)
+        given = ["sae", "--model", str(root / "model"), "--dataset", str(root / "pairs.jsonl"), "--device", "cpu"]
+        sizes = ["--tokens", "40960", "--latents", "64", "--k", "4", "--out", str(folder / "sae")]
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            assert main([*given, *sizes, *words]) == 0
+
+    return Work(do, lambda folder: hashed(folder, "*"))
+
+
 def training(root: Path, model_dir: Path, reward: bool = False, precompute: bool = False) -> Work:
     """Eight steps with a policy, a checkpoint after each; goes on from the last whole one."""
     Dataset.from_list(preference_rows(24)).save_to_disk(root / "pairs")
@@ -575,6 +600,8 @@ def works(model_dir: Path) -> dict[str, Callable[[Path], Work]]:
         "names": naming,
         "plan": planning,
         "scoring": scoring,
+        "sae": lambda root: sae_training(root, "--layer", "0", "1"),
+        "sae, jumprelu": lambda root: sae_training(root, "--architecture", "jumprelu"),
         "compare": compared,
         "predict": foretold,
         "fit": fitted,

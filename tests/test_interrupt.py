@@ -15,7 +15,9 @@ from trl_anatomy.errors import AnatomyError
 from trl_anatomy.reading.scorers.direction import DirectionScorer
 
 
-@pytest.mark.parametrize("name", ["page", "plan", "scoring", "predict", "fit", "training", "reward training"])
+@pytest.mark.parametrize(
+    "name", ["page", "plan", "scoring", "sae", "sae, jumprelu", "predict", "fit", "training", "reward training"]
+)
 def test_killed_at_random_moments(name: str, tmp_path: Path, tiny_model_dir: Path) -> None:
     record = interrupt(works(tiny_model_dir)[name](tmp_path), tmp_path, kills=2, seed=0, name=name)
     assert record.kills == 2

@@ -1,11 +1,21 @@
 """`trl-anatomy sae` from the command line: train, judge, texts, bad input."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
+import torch
+from interrupting import hashed
 from test_audit_folder import word_pairs, write_start_model
+from test_disk import with_files_of_at_most
+from test_restart import ended, in_a_process
+from transformers import AutoModelForCausalLM
 
+from trl_anatomy.audit.make_sae import SAEConfig, make_sae
 from trl_anatomy.cli import main
+from trl_anatomy.errors import AnatomyError
+from trl_anatomy.reading import sae_training
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +78,9 @@ def test_a_training_bounded_by_minutes_goes_on_as_it_began(root, capsys):
         (["--tokens", "50000", "--minutes", "2"], "give tokens or minutes"),
         (["--architecture", "gated"], "allowed: batchtopk"),
         (["--k", "900", "--latents", "64"], "k is 900"),
+        (["--k", "0"], "k is 0"),
+        (["--latents", "0"], "number of latents is 0"),
+        (["--lr", "-1"], "lr is -1"),
         (["--layer", "77"], "Layer 77 is out of range"),
         (["--text", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--minutes", "0.00001"], "minutes or more"),
@@ -77,3 +90,56 @@ def test_bad_input_is_one_sentence(root, capsys, words, told):
     code, printed = run(capsys, root, "--out", str(root / "bad"), *words)
     assert code == 2
     assert told in printed.err.strip().splitlines()[-1]
+
+
+def test_pairs_that_are_too_few(root, tmp_path, capsys):
+    """None, empty ones, and a single one: told by the command and by the function, and the folder stays free."""
+    empty = {"prompt": "", "chosen": "", "rejected": ""}
+    single = {"prompt": "tell me about a soup ", "chosen": "sea soup", "rejected": "sea"}
+    for name, rows in (("none", []), ("empty", [empty] * 3), ("single", [single])):
+        file, out = tmp_path / f"{name}.jsonl", tmp_path / name
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        words = ["sae", "--model", str(root / "model"), "--dataset", str(file), "--out", str(out), "--device", "cpu"]
+        assert main(words) == 2, name
+        told = capsys.readouterr().err.strip().splitlines()
+        assert "Traceback" not in "".join(told)
+        with pytest.raises(AnatomyError) as raised:
+            make_sae(SAEConfig(str(root / "model"), str(file), out=str(out), device="cpu"), progress=False)
+        assert str(raised.value) in told[-1]
+        assert "\n" not in str(raised.value)
+        assert not (out / "training.json").exists(), name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_whose_activations_are_not_finite(root, tmp_path, capsys, value):
+    shutil.copytree(root / "model", tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = value
+    model.save_pretrained(tmp_path / "model")
+    words = ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--tokens", "40960"]
+    code, told = run(capsys, root, *words)
+    assert code == 2
+    assert "activations of layer 1 are not finite" in told.err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(("size", "seconds"), [(300, 0.0), (30_000, 0.0), (10_000, 1e9)])
+def test_a_full_disk_is_told_and_what_was_trained_serves_the_next_run(root, tmp_path, monkeypatch, size, seconds):
+    """Full as the settings, the state of the training, or the SAE's weights are written; then there is room."""
+    monkeypatch.setattr(sae_training, "_SAVE_SECONDS", seconds)
+
+    def trained(out: Path) -> None:
+        given = {"tokens": 40960, "latents": 64, "k": 4, "device": "cpu"}
+        make_sae(SAEConfig(str(root / "model"), str(root / "pairs.jsonl"), out=str(out), **given), progress=False)
+
+    def full() -> None:
+        told = r"cannot be written \(File too large\)\. What was finished before is kept"
+        with pytest.raises(AnatomyError, match=told):
+            trained(tmp_path / "full")
+
+    assert with_files_of_at_most(size, full) == 0
+    assert not list((tmp_path / "full").rglob("*.partial"))
+    assert not (tmp_path / "full" / "cfg.json").exists()
+    for out in ("full", "whole"):
+        assert ended(in_a_process(lambda out=out: trained(tmp_path / out))) == 0
+    assert hashed(tmp_path / "full", "*") == hashed(tmp_path / "whole", "*")

@@ -1,13 +1,18 @@
 """SAEs trained on a model's own activations: data, schedule, threshold, resumption; and the judgement of an SAE."""
 
+import ctypes
 import json
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import sae_lens
 import torch
 from reading_world import build_tokenizer, dataset, tiny_model
+from test_restart import ended, in_a_process
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_anatomy.errors import AnatomyError
 from trl_anatomy.reading import sae_training
@@ -20,10 +25,10 @@ from trl_anatomy.reading.spans import read_pairs
 TOKENS = 40 * BATCH
 
 
-def texts(n: int = 60, length: int = 220, vocab: int = 330) -> Sequences:
+def texts(n: int = 60, length: int = 220, vocab: int = 330, seed: int = 1) -> Sequences:
     """Random sequences; a token is often followed by the same one."""
-    rng = np.random.default_rng(1)
-    next_token = rng.permutation(np.arange(3, vocab))
+    next_token = np.random.default_rng(1).permutation(np.arange(3, vocab))
+    rng = np.random.default_rng(seed)
     made = []
     for _ in range(n):
         ids = [1, *rng.integers(3, vocab, 2).tolist()]
@@ -43,6 +48,13 @@ def trained(model, tmp_path_factory):
     out = tmp_path_factory.mktemp("sae")
     settings = recipe(32, 150 * BATCH, d_sae=256, k=6, lr=3e-3)
     return train_saes(model, texts(), [2], settings, out, model_name="tiny", progress=False)[2], settings
+
+
+def hidden_of(model, layer, seeds):
+    """Seed, and the hidden states of a text drawn by it, without its first token."""
+    for seed in seeds:
+        ids = torch.tensor(texts(1, seed=seed).ids[0][None].astype(int))
+        yield seed, read_layers(model, [layer], input_ids=ids)[layer][0, 1:]
 
 
 def weights(folder):
@@ -70,9 +82,7 @@ def test_a_prompt_is_learned_once_and_first_tokens_never():
 
 def test_activations_are_those_of_a_plain_forward_without_first_tokens_and_outliers(model):
     sequences = texts(60)
-    run = sae_training._Run(
-        model, sequences, [1], recipe(32, TOKENS, d_sae=64, k=4), sae_training.Path(), 4096, 1 << 20
-    )
+    run = sae_training._Run(model, sequences, [1], recipe(32, TOKENS, d_sae=64, k=4), Path(), 4096, 1 << 20)
     some = sequences.select([3, 8])
     run._mean_norms[1] = 1e9
     expected = torch.cat(
@@ -95,12 +105,12 @@ def test_a_trained_sae_explains_held_out_tokens_with_k_latents_a_token(trained):
 
 
 def test_the_threshold_lets_k_latents_fire_per_token(model):
-    run = sae_training._Run(model, texts(), [2], recipe(32, TOKENS, d_sae=64, k=4), sae_training.Path(), 4096, 1 << 20)
+    run = sae_training._Run(model, texts(), [2], recipe(32, TOKENS, d_sae=64, k=4), Path(), 4096, 1 << 20)
     run._mean_norms[2] = 1.0
     sae = run._trainer(2).sae
     hidden = torch.randn(500, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        threshold = float(run._threshold(sae, hidden))
+        threshold = float(run._smallest_kept(sae, hidden))
         acts = (hidden.double() - sae.b_dec.double()) @ sae.W_enc.double() + sae.b_enc.double()
         acts = acts * sae.W_dec.double().norm(dim=-1)
     assert threshold == pytest.approx(float(acts.clamp(min=0).flatten().sort(descending=True).values[4 * 500 - 1]))
@@ -113,6 +123,23 @@ def test_other_architectures_by_name(model, tmp_path, architecture):
     assert sae.architecture == {"topk": "topk", "matryoshka": "jumprelu"}[architecture]
     codes = sae.encode(torch.randn(50, 32) * 5)
     assert architecture != "topk" or int((codes > 0).sum(dim=1).max()) <= 3
+
+
+def test_thresholds_of_a_jumprelu_sae_are_learned_and_let_k_latents_fire(model, tmp_path):
+    settings = recipe(32, 100 * BATCH, architecture="jumprelu", d_sae=128, k=6, lr=3e-3)
+    run = sae_training._Run(model, texts(), [2], settings, tmp_path / "state", 4096, 1 << 20)
+    run.train(progress=False)
+    assert run._l0[2] == pytest.approx(6, rel=0.2)  # the penalty alone, before thresholds are scaled
+    figures = run.save(2, tmp_path / "sae", "tiny")
+    assert figures["l0"] == pytest.approx(6, rel=0.01)
+    assert figures["variance_explained"] > 0.6
+    inner = sae_lens.SAE.load_from_disk(str(tmp_path / "sae"))
+    assert inner.cfg.architecture() == "jumprelu"
+    assert inner.threshold.std() > 0.01 * inner.threshold.mean() > 0  # each latent has its own
+    others = torch.cat([hidden for _, hidden in hidden_of(model, 2, range(900, 920))])
+    codes = inner.encode(others)
+    torch.testing.assert_close(codes, load_sae(tmp_path / "sae").encode(others), atol=1e-4, rtol=1e-4)
+    assert float((codes > 0).sum(dim=1).float().mean()) == pytest.approx(6, rel=0.1)
 
 
 def test_layers_share_the_forward_passes_and_are_trained_as_alone(model, tmp_path, monkeypatch):
@@ -129,9 +156,12 @@ def test_layers_share_the_forward_passes_and_are_trained_as_alone(model, tmp_pat
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("stop", [3, 17, 29])
-def test_an_interrupted_training_ends_in_the_same_weights(model, tmp_path, monkeypatch, stop):
-    settings = recipe(32, SHORTEST * BATCH, d_sae=64, k=4)
+@pytest.mark.parametrize(
+    ("stop", "architecture"),
+    [(3, "batchtopk"), (17, "batchtopk"), (29, "batchtopk"), (5, "jumprelu"), (23, "jumprelu"), (18, "topk")],
+)
+def test_an_interrupted_training_ends_in_the_same_weights(model, tmp_path, monkeypatch, stop, architecture):
+    settings = recipe(32, SHORTEST * BATCH, architecture=architecture, d_sae=64, k=4)
     size = 4 * BATCH * 32 * 4 * 2  # two rounds an epoch
     whole = train_saes(model, texts(), [1], settings, tmp_path / "whole", buffer_bytes=size, progress=False)
     monkeypatch.setattr(sae_training, "_SAVE_SECONDS", 0.0)
@@ -158,6 +188,37 @@ def test_an_interrupted_training_ends_in_the_same_weights(model, tmp_path, monke
     assert not steps  # finished: nothing is done again
 
 
+def peak_of_training(folder: Path, buffer_bytes: int) -> int:
+    """Bytes resident at most while two SAEs are trained in a process of its own, on more data than the buffer holds."""
+    sizes = {"hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=1, vocab_size=64)).bfloat16()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5] *= 1000  # an outlier, which is left out of what was read
+    rng = np.random.default_rng(0)
+    sequences = sequences_of(None, [rng.integers(0, 64, 200).tolist() for _ in range(450)], 0)
+    settings, sizes = recipe(256, 44 * BATCH, d_sae=32, k=4), {"batch_tokens": 1024, "buffer_bytes": buffer_bytes}
+
+    def work() -> None:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: every buffer is memory of its own, given back when it is freed
+        libc.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+        train_saes(model, sequences, [0, 1], settings, folder / "sae", progress=False, **sizes)
+        status = Path("/proc/self/status").read_text()
+        (folder / "peak").write_text(status.split("VmHWM:")[1].split()[0])
+
+    folder.mkdir()
+    assert ended(in_a_process(work)) == 0
+    return 1024 * int((folder / "peak").read_text())
+
+
+def test_memory_grows_with_the_buffer_and_by_no_more(tmp_path):
+    few, many = 8 << 20, 40 << 20
+    grown = peak_of_training(tmp_path / "many", many) - peak_of_training(tmp_path / "few", few)
+    assert 0.5 * (many - few) < grown < 1.2 * (many - few)
+
+
 def test_verdicts_on_right_and_wrong_saes(model, trained, tmp_path):
     pairs = read_pairs(dataset("conversational", 40), build_tokenizer(), max_length=None)
     own = sequences_of(pairs, [], pairs.pad_token_id)
@@ -177,10 +238,11 @@ def test_verdicts_on_right_and_wrong_saes(model, trained, tmp_path):
     assert check_fit(model, right, pairs, 2).verdict == REFUSE  # decoder rows of other latents
 
 
-def test_going_on_from_an_sae_starts_at_its_reconstruction(model, trained):
+@pytest.mark.parametrize("architecture", ["batchtopk", "jumprelu"])
+def test_going_on_from_an_sae_starts_at_its_reconstruction(model, trained, architecture):
     init = load_sae(trained[0])
-    settings = recipe(32, SHORTEST * BATCH, d_sae=256, k=6, lr=1e-4)
-    run = sae_training._Run(model, texts(), [2], settings, sae_training.Path(), 4096, 1 << 20, init)
+    settings = recipe(32, SHORTEST * BATCH, architecture=architecture, d_sae=256, k=6, lr=1e-4)
+    run = sae_training._Run(model, texts(), [2], settings, Path(), 4096, 1 << 20, init)
     hidden = run._read(texts().select([0, 1]))
     run._begin(hidden)
     scale = run._scale(2)
@@ -189,9 +251,11 @@ def test_going_on_from_an_sae_starts_at_its_reconstruction(model, trained):
     with torch.no_grad():
         pre = sae.process_sae_in(hidden[2] * scale) @ sae.W_enc + sae.b_enc
         # Where a latent fires, its activation, and so what is decoded of the same codes.
-        torch.testing.assert_close(
-            pre[codes > 0], (codes * init.decoder_rows(range(256)).norm(dim=1))[codes > 0], atol=1e-3, rtol=1e-3
-        )
+        norms = init.decoder_rows(range(256)).norm(dim=1) * (scale if architecture == "jumprelu" else 1.0)
+        torch.testing.assert_close(pre[codes > 0], (codes * norms)[codes > 0], atol=1e-3, rtol=1e-3)
+        if architecture == "jumprelu":
+            torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(256))
+            assert ((sae.encode(hidden[2] * scale) > 0) == (codes > 0)).float().mean() > 0.9999
         made = (pre * (codes > 0)) @ sae.W_dec / scale + sae.b_dec / scale
     torch.testing.assert_close(made, init.reconstruct(hidden[2]), atol=2e-3, rtol=1e-3)
 
@@ -270,7 +334,7 @@ def test_bad_input_ends_in_one_sentence(model, tmp_path):
         (lambda: train_saes(model, texts(), [9], good, tmp_path / "a", progress=False), "Layer 9 is out of range"),
         (lambda: recipe(32, TOKENS, d_sae=16, k=17), "k is 17"),
         (lambda: recipe(32, 500), "needs 32 at least"),
-        (lambda: recipe(32, TOKENS, architecture="gated"), "allowed: batchtopk, topk, matryoshka"),
+        (lambda: recipe(32, TOKENS, architecture="gated"), "allowed: batchtopk, topk, jumprelu, matryoshka"),
         (lambda: sequences_of(None, [[4]], 0), "no token to train an SAE on"),
         (lambda: train_saes(model, texts(2), [1], good, tmp_path / "b", progress=False), "tokens to train an SAE on"),
     ):

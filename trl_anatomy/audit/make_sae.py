@@ -48,7 +48,7 @@ class SAEConfig:
             "help": "SAE to go on from (folder or RELEASE:ID), such as the base model's: latents keep their numbers."
         },
     )
-    architecture: str = field(default="batchtopk", metadata={"help": "batchtopk, topk or matryoshka."})
+    architecture: str = field(default="batchtopk", metadata={"help": "batchtopk, topk, jumprelu or matryoshka."})
     latents: int | None = field(default=None, metadata={"help": "Number of latents. Default: by rule from the width."})
     k: int | None = field(default=None, metadata={"help": "Latents that fire per token. Default: by rule."})
     lr: float | None = field(default=None, metadata={"help": "Peak learning rate. Default: by rule."})

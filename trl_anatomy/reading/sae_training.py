@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from ..errors import AnatomyError
@@ -30,7 +31,7 @@ from .progress import Progress
 from .sae import SAE, load_sae
 from .spans import Pairs
 
-ARCHITECTURES = ("batchtopk", "topk", "matryoshka")
+ARCHITECTURES = ("batchtopk", "topk", "jumprelu", "matryoshka")
 DEPTH = 2 / 3  # of the model: where concepts of responses are read best
 LEAST_TOKENS, MOST_TOKENS = 300_000, 3_000_000
 OUTLIER = 6.0  # tokens whose norm exceeds this many mean norms are left out, as published (method.md section 2)
@@ -38,9 +39,13 @@ BATCH = 1024  # tokens of one step
 BUFFER_BYTES = 512 << 20
 HELD_OUT_TOKENS = 16_384
 KEPT = 0.9  # cosine of a decoder row above which a latent is called the same
+# Of JumpReLU: how near to its threshold an activation moves it (decoder rows begin at norm 1, tokens have sqrt(d_in)),
+# and by what share of L0's distance from k all thresholds are scaled after a step.
+BANDWIDTH, STEERING = 1.0, 0.03
 SHORTEST = 32  # steps below which nothing is learned
 STATE, SETTINGS = "state.safetensors", "training.json"
-SAVED = ("cfg.json", "sae_weights.safetensors")
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+_PART = 8192  # rows of the buffer that are copied at a time
 _ADAM = ("exp_avg", "exp_avg_sq", "step")
 _COUNTERS = ("act_freq_scores", "n_forward_passes_since_fired")
 _SAVE_SECONDS = 60.0
@@ -116,9 +121,12 @@ class SAERecipe:
     """How an SAE is trained. `recipe` fills in what is not given from width and token budget.
 
     Attributes:
-        architecture: ``batchtopk`` or ``matryoshka`` (both saved as JumpReLU), or ``topk``.
+        architecture: ``batchtopk`` or ``matryoshka`` (both saved as JumpReLU), ``jumprelu`` or ``topk``.
         d_sae: number of latents.
-        k: latents that fire per token; on average, but for ``topk``.
+        k: latents that fire per token; on average, but for ``topk``. A ``jumprelu`` SAE learns a threshold
+            for each latent under the penalty 2/k · (L0 - k)² of each token. Since tokens on which many latents fire
+            weigh most in that, every step also scales all thresholds by 1 + 0.03 · (L0 / k - 1), and saving by the
+            factor at which k latents fire per held-out token.
         lr: peak learning rate, after a warm-up of 5 % and before a linear decay over the last third.
         tokens: tokens of training, repeated ones included.
         seed: of weights and order.
@@ -152,7 +160,7 @@ def recipe(
         d_in: width of the model; tokens: budget; others: instead of the rule.
 
     Raises:
-        AnatomyError: an unknown architecture, k above the number of latents, a budget of too few steps.
+        AnatomyError: an unknown architecture, no latent, k above their number, a rate that is none, too few steps.
 
     >>> recipe(576, 3_000_000).d_sae, recipe(576, 3_000_000).k, recipe(4096, 10**9).d_sae, recipe(4096, 10**9).k
     (4608, 48, 65536, 128)
@@ -165,12 +173,16 @@ def recipe(
             f"{SHORTEST * BATCH} tokens or more."
         )
     d_sae = d_in * (8 if tokens < 100_000_000 else 16) if d_sae is None else d_sae
+    if d_sae < 1:
+        raise AnatomyError(f"The number of latents is {d_sae}; allowed: 1 or more.")
     if k is None:
         k = min(d_sae, round(2 * math.sqrt(d_in)))
     if not 0 < k <= d_sae:
         raise AnatomyError(f"k is {k}; allowed: 1 to {d_sae}, the number of latents.")
     if lr is None:
         lr = continued_lr(d_sae) * (2.5 if tokens < 20_000_000 else 1.0)
+    if not 0 < lr < math.inf:
+        raise AnatomyError(f"lr is {lr}; allowed: a number above 0.")
     return SAERecipe(architecture, d_sae, k, lr, tokens, seed)
 
 
@@ -234,9 +246,10 @@ def train_saes(
     for layer in layers:
         if not 0 <= layer < n_layers:
             raise AnatomyError(f"Layer {layer} is out of range: the model has {n_layers} layers, 0 to {n_layers - 1}.")
-    check_writable(out)
-    remove_partial(out)
     folders = {layer: out if len(layers) == 1 else out / f"layer_{layer}" for layer in layers}
+    check_writable(out)
+    for folder in {out, *folders.values()}:
+        remove_partial(folder)
     made_from = {
         "recipe": asdict(settings),
         "layers": layers,
@@ -248,6 +261,7 @@ def train_saes(
         made_from["init"] = init.fingerprint
         _check_init(init, settings, layers)
     if _finished(out, made_from):
+        (out / STATE).unlink(missing_ok=True)  # of a process that was killed as it finished
         return folders
     run = _Run(model, sequences, layers, settings, out / STATE, batch_tokens, buffer_bytes, init)
     # Only what can be trained is written down: a folder of input that was refused stays free for better input.
@@ -267,7 +281,7 @@ def _check_init(init: SAE, settings: SAERecipe, layers: Sequence[int]) -> None:
     elif init.centred:
         problem = "it reads a centred stream, on which training is not supported"
     elif init.d_sae != settings.d_sae or settings.architecture == "matryoshka":
-        problem = f"it has {init.d_sae} latents in one level; leave latents out, and choose batchtopk or topk"
+        problem = f"it has {init.d_sae} latents in one level; leave latents out, and choose batchtopk, topk or jumprelu"
     if problem is not None:
         raise AnatomyError(f"The SAE at {init.place} cannot be gone on from: {problem}.")
 
@@ -335,6 +349,18 @@ def rounds(n_learned: np.ndarray, most: int, seed: int) -> Iterator[list[int]]:
         epoch += 1
 
 
+def _only(rows: Tensor, keep: Tensor) -> Tensor:
+    """The rows (n, d) that are kept, moved together in their own memory: there may be no room for a copy."""
+    if keep.all():
+        return rows
+    n = 0
+    for part, kept in zip(rows.split(_PART), keep.split(_PART), strict=True):
+        some = part[kept]
+        rows[n : n + len(some)] = some
+        n += len(some)
+    return rows[:n]
+
+
 class _Run:
     """One training: the activations of each round, a sae-lens trainer a layer, and their state on disk."""
 
@@ -368,6 +394,7 @@ class _Run:
         self._trainers: dict[int, Any] = {}
         self._steps = 0  # taken
         self._explained = dict.fromkeys(self._layers, 0.0)  # share of the last batch's variance
+        self._l0 = dict.fromkeys(self._layers, 0.0)  # latents per token of it
 
     @property
     def _n_steps(self) -> int:
@@ -376,6 +403,8 @@ class _Run:
     def train(self, progress: bool) -> None:
         """Train to the end, from where the state on disk stands."""
         at, first_step = self._resume()
+        if self._steps == self._n_steps:
+            return
         steps, saved, cost = self._steps, time.monotonic(), 0.0
         held: list[int] = []
         activations: dict[int, Tensor] = {}
@@ -422,34 +451,43 @@ class _Run:
                     found[layer][starts[i] : starts[i + 1]] = states[sequences.learn_from[i] :].cpu()
                 bar.update(int(n_learned[i]))
         for layer in self._layers:
-            norms = found[layer].float().norm(dim=1)
+            norms = torch.cat([part.float().norm(dim=1) for part in found[layer].split(_PART)])
             if not torch.isfinite(norms).all():
                 raise AnatomyError(
                     f"The activations of layer {layer} are not finite: check the model's weights, or load it in "
                     "bfloat16 or float32."
                 )
             mean = self._mean_norms.setdefault(layer, float(norms.mean()))
-            usual = norms <= OUTLIER * mean
-            if not usual.all():
-                found[layer] = found[layer][usual]
+            found[layer] = _only(found[layer], norms <= OUTLIER * mean)
         return found
 
     def _begin(self, activations: Mapping[int, Tensor]) -> None:
         """Make the SAEs: decoder biases at the mean of the first activations, so that no latent has to learn it."""
         for layer in self._layers:
-            mean = activations[layer].float().mean(0)
+            mean = activations[layer].mean(0, dtype=torch.float32)
             self._trainers[layer] = self._trainer(layer)
+            sae, scale = self._trainers[layer].sae, self._scale(layer)
             if self._init is not None:
-                self._take_over(self._trainers[layer].sae, self._scale(layer))
+                self._take_over(sae, scale)
             else:
-                self._trainers[layer].sae.b_dec.data = mean * self._scale(layer)
+                sae.b_dec.data = mean * scale
+            if self._learns_thresholds and not sae.threshold.any():
+                some = activations[layer][: 16 * BATCH].to(sae.W_dec.device).float() * scale
+                with torch.no_grad():
+                    sae.threshold.fill_(self._smallest_kept(sae, some))
 
     @torch.no_grad()
     def _take_over(self, sae: Any, scale: float) -> None:
-        """Begin at the weights of `init`, decoder rows of norm 1 before scaling: its latents and their order."""
+        """Begin at the weights of `init`: its latents and their order.
+
+        Decoder rows get the norm 1 before scaling; after it where thresholds are learned, whose steps are of that size.
+        """
         assert self._init is not None
         rows, b_dec = self._init.rows(range(self._init.d_sae)), self._init.b_dec
         norm = rows.decoder.norm(dim=1).clamp(min=1e-8)
+        if self._learns_thresholds:
+            norm *= scale
+            sae.threshold.copy_(rows.threshold * norm)
         encoder = rows.encoder * norm[:, None]
         sae.W_enc.copy_(encoder.T / scale)
         sae.b_enc.copy_(rows.bias * norm + encoder @ b_dec)
@@ -471,18 +509,22 @@ class _Run:
         common: dict[str, Any] = {
             "d_in": self._d_in,
             "d_sae": settings.d_sae,
-            "k": settings.k,
             "device": device,
             "metadata": SAEMetadata(hook_name=f"blocks.{layer}.hook_resid_post"),
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             sae: Any
-            if settings.architecture == "topk":
-                sae = sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(**common))
+            if settings.architecture == "jumprelu":
+                common["target_l0"], common["jumprelu_sparsity_loss_mode"] = float(settings.k), "quadratic"
+                common["jumprelu_bandwidth"], common["jumprelu_init_threshold"] = BANDWIDTH, 0.0
+                sae = sae_lens.JumpReLUTrainingSAE(sae_lens.JumpReLUTrainingSAEConfig(**common, decoder_init_norm=1.0))
+            elif settings.architecture == "topk":
+                sae = sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(**common, k=settings.k))
             elif settings.architecture == "batchtopk":
-                sae = sae_lens.BatchTopKTrainingSAE(sae_lens.BatchTopKTrainingSAEConfig(**common))
+                sae = sae_lens.BatchTopKTrainingSAE(sae_lens.BatchTopKTrainingSAEConfig(**common, k=settings.k))
             else:
+                common["k"] = settings.k
                 widths = [settings.d_sae // 16, settings.d_sae // 4, settings.d_sae]
                 config = sae_lens.MatryoshkaBatchTopKTrainingSAEConfig(**common, matryoshka_widths=widths)
                 sae = sae_lens.MatryoshkaBatchTopKTrainingSAE(config)
@@ -509,6 +551,9 @@ class _Run:
         with torch.no_grad():
             error, spread = (made.sae_in - made.sae_out).pow(2).sum(), (made.sae_in - made.sae_in.mean(0)).pow(2).sum()
             self._explained[layer] = float(1 - error / spread)
+            self._l0[layer] = float((made.feature_acts > 0).sum() / len(batch))
+            if self._learns_thresholds:
+                trainer.sae.threshold *= 1 + STEERING * min(1.0, self._l0[layer] / self._settings.k - 1)
 
     def _order(self, number: int, n: int) -> Tensor:
         """(n,) seeded order of the tokens of a round."""
@@ -519,7 +564,10 @@ class _Run:
         parts = []
         for layer, trainer in self._trainers.items():
             dead = float(trainer.dead_neurons.float().mean())
-            parts.append(f"layer {layer}: {self._explained[layer]:.1%} of the variance, {dead:.1%} dead latents")
+            parts.append(
+                f"layer {layer}: {self._explained[layer]:.1%} of the variance, {self._l0[layer]:.1f} latents a token, "
+                f"{dead:.1%} dead latents"
+            )
         return ", ".join(parts)
 
     def _keep(self, number: int, step: int) -> None:
@@ -570,14 +618,17 @@ class _Run:
         sae.fold_activation_norm_scaling_factor(self._scale(layer))
         hidden = self._read(self._held_out)[layer].to(sae.W_dec.device).float()
         if hasattr(sae, "topk_threshold"):
-            sae.topk_threshold = self._threshold(sae, hidden).to(sae.topk_threshold)
+            sae.topk_threshold = self._smallest_kept(sae, hidden).to(sae.topk_threshold)
+        elif self._learns_thresholds:
+            thresholds = sae.threshold.clamp(min=1e-6)
+            sae.threshold.copy_(thresholds * self._smallest_kept(sae, hidden, thresholds))
         sae.cfg.metadata.model_name = model_name
+        # As sae-lens' save_inference_model, but whole or not at all; the settings last: without them it is no SAE.
+        weights = sae.state_dict()
+        sae.process_state_dict_for_saving_inference(weights)
         make_folder(folder)
-        partial = folder / f"saving.{os.getpid()}.partial"
-        sae.save_inference_model(partial)
-        for name in reversed(SAVED):  # the settings last: a folder without them is no SAE
-            os.replace(partial / name, folder / name)
-        partial.rmdir()
+        write_atomically(folder / WEIGHTS, save_tensors(weights))
+        write_atomically(folder / CONFIG, json.dumps(sae.cfg.get_inference_sae_cfg_dict()).encode())
         saved = load_sae(folder, device=sae.W_dec.device)  # what is judged is what a user loads
         error, fired, dead = 0.0, 0, torch.ones(saved.d_sae, dtype=torch.bool, device=hidden.device)
         for part in hidden.split(BATCH):
@@ -605,17 +656,28 @@ class _Run:
         write_atomically(folder / "latents.parquet", buffer.getvalue().to_pybytes())
         return {"mean_cosine": float(cosine.mean()), "kept_latents": float((cosine > KEPT).mean())}
 
-    def _threshold(self, sae: Any, hidden: Tensor) -> Tensor:
-        """() activation above which, on held-out tokens, k latents fire per token on average.
+    @property
+    def _learns_thresholds(self) -> bool:
+        return self._settings.architecture == "jumprelu"
+
+    def _smallest_kept(self, sae: Any, hidden: Tensor, units: Tensor | None = None) -> Tensor:
+        """() activation from which on k latents fire per token, on average over tokens.
 
         sae-lens keeps a moving average of the smallest activation in a batch, which starts at 0 and lags in short runs.
+
+        Args:
+            sae: that of sae-lens.
+            hidden: (n, d_in) float32, scaled as the SAE reads it.
+            units: (d_sae,) what each latent's activation is counted in, instead of 1.
         """
         kept = int(self._settings.k * len(hidden))
         largest = torch.empty(0, device=hidden.device)
         for part in hidden.split(BATCH):
             pre = sae.process_sae_in(part) @ sae.W_enc + sae.b_enc
-            if sae.cfg.rescale_acts_by_decoder_norm:
+            if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
                 pre = pre * sae.W_dec.norm(dim=-1)
+            if units is not None:
+                pre = pre / units
             largest = torch.cat([largest, pre[pre > 0]])
             if len(largest) > kept:
                 largest = largest.topk(kept).values
