@@ -4,13 +4,16 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from threadpoolctl import threadpool_limits
 
 from ..reading.progress import Progress
+
+if TYPE_CHECKING:
+    from .improbable import Improbable
 
 # The last digits of a product depend on how many threads share it, and torchrun leaves one to each process: with one
 # in any case, the number of processes changes nothing in an audit.
@@ -39,6 +42,7 @@ class Findings:
         hypotheses, concepts, pairs: the tables of the audit folder.
         info: settings_used, notes, contexts and counts of `audit.json`; of pairs also maps and length.
         timings: seconds of each step.
+        improbable: pairs whose label looks improbable; None where nothing tells that.
     """
 
     hypotheses: pa.Table
@@ -46,6 +50,7 @@ class Findings:
     pairs: pa.Table
     info: dict[str, Any]
     timings: dict[str, float]
+    improbable: "Improbable | None" = None
 
 
 def shared_prompts(prompt_groups: np.ndarray | None, what: str = "pair") -> tuple[np.ndarray | None, list[str]]:

@@ -25,7 +25,7 @@ from .finding_list import FINDINGS
 from .finding_list import SHAPE as FINDINGS_SHAPE
 from .habit_table import HABIT_ROWS
 from .predict import CO_FIRING, CONCEPTS, LATER, RESPONSE_GEOMETRY
-from .problems import PROBLEM_ROWS, rows_with
+from .problems import PROBLEM_ROWS, ranked, rows_with
 from .prompt_view import response_scores
 from .samples import SAMPLES
 from .shown import CONTEXT_RATES
@@ -64,6 +64,14 @@ SAMPLE_FILE = "samples.parquet"
 HABIT_FILE = "habits.parquet"
 PROBLEM_FILE = "problems.parquet"
 FINDING_FILE = "findings.parquet"
+# What makes an audit look for problems that not every audit looks for.
+_TO_LOOK = {
+    "eval_prompts": "audit again, with --eval_dataset.",
+    "same_after_cut": "audit again, with --model.",
+    "cut_sides": "audit again, with --model.",
+    "ties": "the dataset has no scores of both sides (score_chosen and score_rejected, say).",
+    "improbable_labels": "nothing tells these choices beyond chance, or an earlier version made the audit.",
+}
 # What a reader may rely on in audit.json; there is more in it.
 _INFO_SHAPE = {
     "format": int,
@@ -174,12 +182,13 @@ class Audit:
 
     @cached_property
     def problems(self) -> pa.Table | None:
-        """Rows that have problems: schema `problems.PROBLEM_ROWS`. None where the folder has none.
+        """Rows that have problems: schemas `problems.PROBLEM_ROWS` and `RANKED`. None where the folder has none.
 
         Raises:
             AnatomyError: the file is damaged.
         """
-        return self._optional_table(PROBLEM_FILE, PROBLEM_ROWS)
+        table = self._optional_table(PROBLEM_FILE, PROBLEM_ROWS)
+        return None if table is None else ranked(table)
 
     @cached_property
     def findings(self) -> pa.Table | None:
@@ -207,7 +216,7 @@ class Audit:
         if problem not in looked or self.problems is None:
             raise AnatomyError(
                 f"{self.name}: this audit did not look for {problem!r}, looked for: {', '.join(looked) or 'nothing'}; "
-                "audit again" + (", with --eval_dataset." if problem == "eval_prompts" else ".")
+                + _TO_LOOK.get(problem, "audit again.")
             )
         return rows_with(self.problems, problem)
 

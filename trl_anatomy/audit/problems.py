@@ -15,7 +15,9 @@ from ..reading.copies import Copies
 from ..reading.habits.counts import language
 from ..reading.habits.parts import Parts
 from ..reading.token_text import special_texts
+from .improbable import Improbable
 from .near_copies import near_copies, plain
+from .ties import find_ties
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from ..reading.spans import Pairs
     from .config import AuditConfig
 
-TOKENS, EVAL = "tokens", "eval"
+TOKENS, EVAL, SCORES, CHOICE = "tokens", "eval", "scores", "choice"
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Problem:
     Args:
         title: what rows of it are called, after their number.
         about: what is wrong with them, in one line.
-        needs: what it takes to tell: `TOKENS` (a tokenizer), `EVAL` (an evaluation set), or nothing.
+        needs: what it takes to tell: `TOKENS` (a tokenizer), `EVAL` (an evaluation set), `SCORES` (columns with scores
+            of both sides), `CHOICE` (habits that tell the choice beyond chance), or nothing.
     """
 
     title: str
@@ -62,7 +65,13 @@ PROBLEMS: Mapping[str, Problem] = {
     "other_language": Problem(
         "pairs in another language", "a response is in another language than its prompt, which asks for none"
     ),
+    "ties": Problem("ties", "the dataset's own scores of both sides are equal", SCORES),
     "eval_prompts": Problem("prompts of the evaluation set", "the prompt stands in the evaluation set too", EVAL),
+    "improbable_labels": Problem(
+        "pairs whose label looks improbable",
+        "given what decides most pairs, the other side would be chosen: look before you drop",
+        CHOICE,
+    ),
 }
 """The kinds of problems by name, in the order of the page."""
 
@@ -79,6 +88,9 @@ PROBLEM_ROWS = pa.schema(
         *((name, pa.string()) for name in ("before", "match", "after")),
     ]
 )
+# Of improbable labels: place in the list, probability of the label, what speaks against it. Audits of earlier versions
+# lack these; of other problems they are null, null and "".
+RANKED = pa.schema([("rank", pa.int32()), ("probability", pa.float64()), ("why", pa.string())])
 
 _SIDES = ("chosen", "rejected")
 # White space and signs without a shape are not seen.
@@ -143,14 +155,16 @@ Span = tuple[int, int]
 Finder = Callable[[str], Span | None]
 
 
-def looked_for(tokens: bool, evaluated: bool) -> list[str]:
+def looked_for(tokens: bool, evaluated: bool, scored: bool = False, told: bool = False) -> list[str]:
     """Names of the kinds that can be told.
 
     Args:
         tokens: whether a tokenizer was there.
         evaluated: whether an evaluation set was.
+        scored: whether columns with scores of both sides were (`ties.score_columns`).
+        told: whether habits or concepts tell the choice beyond chance (`improbable.improbable_labels`).
     """
-    there = {"": True, TOKENS: tokens, EVAL: evaluated}
+    there = {"": True, TOKENS: tokens, EVAL: evaluated, SCORES: scored, CHOICE: told}
     return [name for name, problem in PROBLEMS.items() if there[problem.needs]]
 
 
@@ -175,8 +189,41 @@ def problem_line(counts: Mapping[str, int]) -> str:
 
 
 def rows_with(table: pa.Table, problem: str) -> np.ndarray:
-    """(n,) int64 rows of the dataset that have a problem."""
-    return table.filter(pc.equal(table["problem"], problem))["row"].to_numpy()
+    """(n,) int64 rows of the dataset that have a problem, ascending."""
+    return np.sort(table.filter(pc.equal(table["problem"], problem))["row"].to_numpy())
+
+
+def with_improbable(table: pa.Table, found: Improbable | None, rows: np.ndarray, raw: "Dataset") -> pa.Table:
+    """A table of problems with the pairs whose label looks improbable, the least probable first; three are examples.
+
+    Args:
+        table: `find_problems` of the same dataset.
+        found: `improbable_labels`.
+        rows: (n_pairs,) row of each pair in the dataset.
+        raw: the dataset.
+    """
+    if found is None:
+        return table
+    entries = []
+    listed = zip(found.pairs.tolist(), found.probability.tolist(), found.why, strict=True)
+    for rank, (pair, probability, why) in enumerate(listed, start=1):
+        entry = {"problem": "improbable_labels", "row": int(rows[pair]), "side": "", "other_row": -1}
+        entry |= {"example": rank <= N_EXAMPLES, "before": "", "match": "", "after": ""}
+        if rank <= N_EXAMPLES:
+            ((_, prompt, chosen, _),) = _texts([raw.with_format(None)[entry["row"]]])
+            entry["after"] = _short((prompt if prompt.strip() else chosen).strip(), 2 * AROUND)
+        entries.append(entry | {"rank": rank, "probability": probability, "why": why})
+    return pa.concat_tables([table, pa.Table.from_pylist(entries, schema=table.schema)])
+
+
+def ranked(table: pa.Table) -> pa.Table:
+    """A table of problems that has the columns of `RANKED`; empty ones where an earlier version wrote none."""
+    for field in RANKED:
+        if field.name not in table.column_names:
+            n = table.num_rows
+            empty = pa.array([""] * n, pa.string()) if field.name == "why" else pa.nulls(n, field.type)
+            table = table.append_column(field, empty)
+    return table
 
 
 def eval_prompts(config: "AuditConfig") -> frozenset[int] | None:
@@ -218,15 +265,17 @@ def find_problems(raw: "Dataset", *, pairs: "Pairs | None" = None, evaluated: fr
         evaluated: keys of the prompts of an evaluation set (`eval_prompts`).
 
     Returns:
-        Table of schema PROBLEM_ROWS: a row for each kind and row of the dataset, kinds in the order of `PROBLEMS`;
-        three of each kind are examples, and carry text. `other_row` is -1 where no other row is meant.
+        Table of schemas PROBLEM_ROWS and RANKED: a row for each kind and row of the dataset, kinds in the order of
+        `PROBLEMS`; three of each kind are examples, and carry text. `other_row` is -1 where no other row is meant.
     """
     from ..reading.spans import PAIR_COLUMNS
 
     raw = (raw if pairs is None else pairs.raw).with_format(None)
+    tied = find_ties(raw)
     raw = raw.select_columns([column for column in PAIR_COLUMNS if column in raw.column_names])
     special = _special_texts(pairs)
     found: dict[str, list[tuple[int, str, int]]] = {kind: [] for kind in PROBLEMS}  # row, side, other row
+    found["ties"] = [(row, "", -1) for row in tied.tolist()]
     prompts, hashes = np.zeros(len(raw), np.int64), np.zeros((len(raw), 2), np.int64)
     blank = np.zeros(len(raw), bool)
     for row, (asked, prompt, *sides) in enumerate(_texts(raw)):
@@ -440,7 +489,7 @@ def _table(found: dict[str, list[tuple[int, str, int]]], raw: "Dataset", special
                 pieces = _piece(kind, side, texts, special)
             for name, value in zip(PROBLEM_ROWS.names, (kind, row, side, other, row in shown, *pieces), strict=True):
                 made[name].append(value)
-    return pa.table(made, schema=PROBLEM_ROWS)
+    return ranked(pa.table(made, schema=PROBLEM_ROWS))
 
 
 def _piece(kind: str, side: str, texts: tuple[Any, str, str, str], special: tuple[str, ...]) -> tuple[str, str, str]:
@@ -459,7 +508,7 @@ def _piece(kind: str, side: str, texts: tuple[Any, str, str, str], special: tupl
         return ("… " if len(short) > AROUND else "") + before, _short(long[len(short) :]), ""
     if kind == "blank_sides":
         return "", "", ""
-    asks_about = kind in ("copies", "near_copies", "reversed_copies", "eval_prompts")
+    asks_about = kind in ("copies", "near_copies", "reversed_copies", "eval_prompts", "ties")
     return "", "", _short((prompt if asks_about and prompt.strip() else text).strip(), 2 * AROUND)
 
 

@@ -26,12 +26,14 @@ from .find_sae import AUTO, find_sae, model_names
 from .findings import Findings, few_prompts, one_blas_thread, shared_prompts, timed
 from .folder import Audit, load_audit, pairs_table, write_audit
 from .habit_table import habit_table, habit_values, habits_to_count, texts_of, tokens_of
+from .improbable import improbable_labels
 from .labels import distinctive_terms, group_terms, member_terms
 from .maps import map_places
 from .predict import RESPONSE_GEOMETRY, concept_table
-from .problems import count_problems, eval_prompts, find_problems, looked_for
+from .problems import count_problems, eval_prompts, find_problems, looked_for, with_improbable
 from .prompt_view import PromptView, prompt_view
 from .samples import sample_rows, sample_table
+from .ties import can_tell_ties
 from .views import FeatureView, feature_view, first_of
 
 if TYPE_CHECKING:
@@ -47,6 +49,9 @@ if TYPE_CHECKING:
 LABEL_PAIRS = 20_000
 # Pairs of a prompt context whose text is read in any case.
 LABEL_MEMBERS = 30
+
+# What a concept is called in a sentence.
+_NAMED = ["concept", "terms"]
 
 _PACKAGES = ("trl", "transformers", "torch", "sae-lens", "datasets", "numpy", "scipy", "scikit-learn", "scikit-network")
 
@@ -344,7 +349,7 @@ def _conclude(
     from .region_view import analyse_regions
     from .report import write_report
 
-    samples, habits, problems = None, None, None
+    samples, habits, problems, kinds = None, None, None, []
     if config.data_kind == "sft":
         findings = analyse_regions(read, config, pairs)
     else:
@@ -358,6 +363,8 @@ def _conclude(
         with timed(timings, "problems"):
             problems = find_problems(raw, pairs=pairs, evaluated=evaluated)
         findings = analyse(read, config, pairs.texts, pairs.prompt_groups, pairs.copies, pairs.cut, counted)
+        problems = with_improbable(problems, findings.improbable, pairs.rows, raw)
+        kinds = looked_for(True, evaluated is not None, can_tell_ties(raw), findings.improbable is not None)
         with timed(timings, "samples"):
             table = findings.concepts
             of = dict(zip(table["concept"].to_pylist(), map(np.asarray, table["features"].to_pylist()), strict=True))
@@ -416,7 +423,7 @@ def _conclude(
         },
         "settings": config.settings(),
         **findings.info,
-        **({} if problems is None else {"problems": count_problems(problems, looked_for(True, evaluated is not None))}),
+        **({} if problems is None else {"problems": count_problems(problems, kinds)}),
         "timings": {**timings, **findings.timings},
     }
     audit = write_audit(
@@ -464,10 +471,12 @@ def analyse(
             concept_table(view.activity, communities, config, terms=terms, **evidence),
             concept_table(prompts.scores, responses, config, terms=response_terms, kind=RESPONSE_GEOMETRY, **evidence),
         ]
-    choice = {}
+    choice, improbable = {}, None
     if counted is not None:
         with timed(timings, "choice"):
             choice = {"choice": choice_of(counted, view.activity.u, config.seed)}
+            named = [f"{row['concept']} ({' · '.join(row['terms'])})" for row in concepts[0].select(_NAMED).to_pylist()]
+            improbable = improbable_labels(counted, choice["choice"], view.activity.u, named, config.seed)
     return Findings(
         hypotheses=pa.concat_tables([view.hypotheses, prompts.hypotheses]),
         concepts=pa.concat_tables(concepts),
@@ -493,6 +502,7 @@ def analyse(
             },
         },
         timings=timings,
+        improbable=improbable,
     )
 
 

@@ -24,9 +24,11 @@ from .habit_table import (
     texts_of,
     tokens_of,
 )
-from .problems import count_problems, eval_prompts, find_problems, looked_for
+from .improbable import improbable_labels
+from .problems import count_problems, eval_prompts, find_problems, looked_for, with_improbable
 from .run import load_dataset, tokenizer_of, versions
 from .text_folder import TextAudit, write_text_audit
+from .ties import can_tell_ties
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -85,9 +87,13 @@ def run_text_audit(
         values = habit_values(texts, counted, tokens)
         table = habit_table(texts, counted, groups=groups, rows=rows, alpha=config.alpha, values=values)
     with timed(timings, "choice"):
-        choice = choice_of(Counted(values, counted, groups), seed=config.seed)
+        both = Counted(values, counted, groups)
+        choice = choice_of(both, seed=config.seed)
+        doubtful = improbable_labels(both, choice, seed=config.seed)
     with timed(timings, "problems"):
         problems = find_problems(raw, pairs=pairs, evaluated=evaluated)
+        problems = with_improbable(problems, doubtful, rows, raw)
+        kinds = looked_for(reads_tokens, evaluated is not None, can_tell_ties(raw), doubtful is not None)
     unread, prompt = unread_columns(raw), prompt_column(raw)
     info = {
         "versions": versions(),
@@ -109,7 +115,7 @@ def run_text_audit(
         "notes": column_notes(unread, prompt),
         "choice": choice,
         "counts": {"pairs": len(texts), "n_prompts": len(np.unique(groups))},
-        "problems": count_problems(problems, looked_for(reads_tokens, evaluated is not None)),
+        "problems": count_problems(problems, kinds),
         "timings": timings,
     }
     audit = write_text_audit(config.out, info, table, problems)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 VIEWS = {"feature": ("B", "T"), "prompt": ("A", "R"), "region": ("A", "T")}
 COLUMNS = {"audit_contexts": "contexts", "audit_concepts": "concepts", "audit_scores": "scores"}
 PROBLEM_COLUMN = "audit_problems"
+PROBABILITY_COLUMN = "audit_label_probability"
 
 
 def trace(audit: "Audit", view: str, context: str, concept: str) -> pa.Table:
@@ -106,7 +107,8 @@ def to_columns(audit: "Audit", dataset: "Dataset") -> "Dataset":
 
     `audit_contexts` lists the contexts of the row, `audit_concepts` its strongest concepts and `audit_scores` their
     disparity u, in the same order; rows that belong to no pair have empty lists. `audit_problems` lists its problems
-    (docs/problems.md), where the audit looked for any. An audit without an SAE has that column alone.
+    (docs/problems.md), where the audit looked for any, and `audit_label_probability` has the probability of labels that
+    look improbable, of other rows null. An audit without an SAE has these columns alone.
 
     Raises:
         AnatomyError: another number of rows than the audited dataset, or the columns are there already.
@@ -122,12 +124,17 @@ def to_columns(audit: "Audit", dataset: "Dataset") -> "Dataset":
             for row, value in zip(rows, audit.pairs[source].to_pylist(), strict=True):
                 values[row] = value
             made[name] = pa.array(values, audit.pairs.schema.field(source).type)
-    if audit.problems is not None:
+    table = audit.problems
+    if table is not None:
         problems: list[list[str]] = [[] for _ in range(n_rows)]
-        table = audit.problems
         for row, problem in zip(table["row"].to_pylist(), table["problem"].to_pylist(), strict=True):
             problems[row].append(problem)
         made[PROBLEM_COLUMN] = pa.array(problems, pa.list_(pa.string()))
+    if table is not None and "improbable_labels" in audit.info.get("problems", {}):
+        probability = np.full(n_rows, np.nan)
+        listed = table.filter(table["rank"].is_valid())
+        probability[listed["row"].to_numpy()] = listed["probability"].to_numpy()
+        made[PROBABILITY_COLUMN] = pa.array(probability, pa.float64(), from_pandas=True)
     there = [name for name in made if name in dataset.column_names]
     if there:
         raise AnatomyError(f"to_columns: the dataset has the column {there[0]!r} already; remove or rename it.")
