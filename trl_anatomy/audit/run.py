@@ -475,7 +475,7 @@ def analyse(
     if counted is not None:
         with timed(timings, "choice"):
             choice = {"choice": choice_of(counted, view.activity.u, config.seed)}
-            named = [f"{row['concept']} ({' · '.join(row['terms'])})" for row in concepts[0].select(_NAMED).to_pylist()]
+            named = [f"{row['concept']} ({' · '.join(row['terms'][:4])})" for row in concepts[0].select(_NAMED).to_pylist()]
             improbable = improbable_labels(counted, choice["choice"], view.activity.u, named, config.seed)
     return Findings(
         hypotheses=pa.concat_tables([view.hypotheses, prompts.hypotheses]),
