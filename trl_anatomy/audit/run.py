@@ -50,8 +50,8 @@ LABEL_PAIRS = 20_000
 # Pairs of a prompt context whose text is read in any case.
 LABEL_MEMBERS = 30
 
-# What a concept is called in a sentence.
-_NAMED = ["concept", "terms"]
+# What a concept is called in a sentence, and terms of it there.
+_NAMED, N_TERMS = ["concept", "terms"], 4
 
 _PACKAGES = ("trl", "transformers", "torch", "sae-lens", "datasets", "numpy", "scipy", "scikit-learn", "scikit-network")
 
@@ -475,7 +475,8 @@ def analyse(
     if counted is not None:
         with timed(timings, "choice"):
             choice = {"choice": choice_of(counted, view.activity.u, config.seed)}
-            named = [f"{row['concept']} ({' · '.join(row['terms'][:4])})" for row in concepts[0].select(_NAMED).to_pylist()]
+            called = concepts[0].select(_NAMED).to_pylist()
+            named = [f"{row['concept']} ({' · '.join(row['terms'][:N_TERMS])})" for row in called]
             improbable = improbable_labels(counted, choice["choice"], view.activity.u, named, config.seed)
     return Findings(
         hypotheses=pa.concat_tables([view.hypotheses, prompts.hypotheses]),
