@@ -26,6 +26,7 @@ _STEPS = {
     "view": "Testing contexts",
     "prompt_view": "Testing prompts",
     "labels": "Reading terms",
+    "concept_labels": "Learning labels",
     "predict": "Estimating shifts",
     "problems": "Looking for problems of the data",
 }

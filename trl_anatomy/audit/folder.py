@@ -232,11 +232,21 @@ class Audit:
         return read_labels(self.path)
 
     def labelled(self, concepts: pa.Table) -> pa.Table:
-        """A table of concepts with names that held-out texts bear out in the column `label`; else the terms stay."""
-        rows = zip(concepts["concept"].to_pylist(), concepts["label"].to_pylist(), strict=True)
-        names = [self._name(concept) or terms for concept, terms in rows]
+        """A table of concepts with the names that hold best in the column `label`.
+
+        A language model's name takes the place of a label where held-out texts bear it out, and better than the label's
+        own rule.
+        """
+        rows = concepts.select(["concept", "label", "label_score"]).to_pylist()
+        names = [self._better_name(row["concept"], row["label_score"]) or row["label"] for row in rows]
         at = concepts.column_names.index("label")
         return concepts.set_column(at, concepts.schema.field(at), pa.array(names, pa.string()))
+
+    def _better_name(self, concept: str, score: float | None) -> str | None:
+        label = self.labels.get(concept)
+        if label is None or label.name is None or label.score is None:
+            return None
+        return label.name if score is None or label.score > score else None
 
     def about(self, context: str) -> list[str]:
         """What to call a context: a name that held-out texts bear out, else its distinctive terms; maybe nothing."""

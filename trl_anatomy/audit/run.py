@@ -3,7 +3,7 @@
 import copy
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from ..reading.storage import is_url, local
 from . import stats
 from .choice import Counted, choice_of
 from .communities import find_communities
+from .concept_labels import label_concepts
 from .config import NO_SAE, AuditConfig
 from .find_sae import AUTO, find_sae, model_names
 from .findings import Findings, few_prompts, one_blas_thread, shared_prompts, timed
@@ -349,7 +350,7 @@ def _conclude(
     from .region_view import analyse_regions
     from .report import write_report
 
-    samples, habits, problems, kinds = None, None, None, []
+    samples, habits, problems, counted, kinds = None, None, None, None, []
     if config.data_kind == "sft":
         findings = analyse_regions(read, config, pairs)
     else:
@@ -380,6 +381,26 @@ def _conclude(
                 progress=progress,
                 codes=read.codes,
             )
+    with timed(timings, "concept_labels"):
+        responses = ("chosen",) if config.data_kind == "sft" else ("chosen", "rejected")
+        known = habits_to_count(config.habits, tokens=True) if counted is None else counted.habits
+        labelled = label_concepts(
+            findings.concepts,
+            read,
+            pairs,
+            model=model,
+            sae=sae,
+            tokenizer=tokenizer,
+            layer=layer,
+            habits=known,
+            values=None if counted is None else counted.values,
+            tau=config.tau,
+            sides=responses,
+            batch_tokens=config.batch_tokens,
+            seed=config.seed,
+            progress=progress,
+        )
+        findings = replace(findings, concepts=labelled)
     sides = np.diff(pairs.response_bounds).reshape(-1, 2).sum(axis=0)
     prompts = pairs.packed_lengths.sum() - sides.sum()
     tokens = {"prompt": int(prompts), "chosen": int(sides[0]), "rejected": int(sides[1])}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import scipy.sparse as sp
 
 from .forward import in_halves, length_sorted_batches, read_spans
 from .progress import Progress
 from .spans import SPANS
+from .token_codes import encoded
 from .token_text import pieces
 
 if TYPE_CHECKING:
@@ -88,6 +90,61 @@ def token_firings(
     with Progress(len(rest), "Reading pairs to show", "pairs", work=work, show=progress) as bar:
         in_halves(length_sorted_batches(pairs, rest, batch_tokens), fire)
     return found
+
+
+def token_activations(
+    model: nn.Module,
+    sae: SAE,
+    pairs: Pairs,
+    wanted: Sequence[int],
+    *,
+    layer: int,
+    batch_tokens: int = 8192,
+    progress: bool = True,
+    codes: TokenCodes | None = None,
+) -> Iterator[tuple[int, dict[str, sp.csr_array]]]:
+    """Activation of every latent on each token of some pairs, pair by pair.
+
+    Args:
+        model, sae, pairs, layer, batch_tokens, progress, codes: as `token_firings`.
+        wanted: indices of pairs, each once.
+
+    Yields:
+        Index of a pair, and span -> (n_tokens, d_sae) float32 for the tokens of `span_tokens`; tokens that are not
+        pooled have none.
+    """
+    pairs = pairs.pooled_as(sae.excluded_tokens)
+
+    def spans(pair: int, matrix: sp.csr_array, cuts: Sequence[int]) -> tuple[int, dict[str, sp.csr_array]]:
+        found = {}
+        for span, start, stop in zip(SPANS, cuts[:-1], cuts[1:], strict=True):
+            content = pairs.content(pair, span)
+            content = content[len(content) - (stop - start) :]  # a leading BOS is not read
+            keep = sp.diags_array(content.astype(np.float32))
+            found[span] = sp.csr_array(keep @ matrix[start:stop])
+        return pair, found
+
+    kept = codes is not None and codes.fits(sae, layer, model)
+    known = [pair for pair in sorted(wanted) if kept and codes is not None and codes.has([pair])]
+    for pair in known:
+        assert codes is not None
+        yield spans(pair, codes.matrix(pair), codes.bounds(pair))
+    rest = [pair for pair in wanted if pair not in set(known)]
+    work = float(pairs.packed_lengths[rest].sum()) if rest else 0.0
+    with Progress(len(rest), "Reading pairs for labels", "pairs", work=work, show=progress) as bar:
+        for batch in length_sorted_batches(pairs, rest, batch_tokens):
+            found: list[tuple[int, dict[str, sp.csr_array]]] = []
+
+            def read(part: list[int], found: list[Any] = found) -> None:
+                of = read_spans(model, pairs, part, [layer])
+                for j, pair in enumerate(part):
+                    bounds = of.bounds[len(SPANS) * j : len(SPANS) * (j + 1) + 1]
+                    hidden = of.hidden[layer][bounds[0] : bounds[-1]]
+                    found.append(spans(pair, encoded(sae, hidden), [bound - bounds[0] for bound in bounds]))
+                bar.update(len(part), work=pairs.packed_lengths[part].sum())
+
+            in_halves([batch], read)
+            yield from found
 
 
 def span_tokens(pairs: Pairs, i: int) -> dict[str, list[int]]:

@@ -96,6 +96,18 @@ def _codes(sae: SAE, hidden: Tensor) -> dict[str, np.ndarray]:
     return {name: np.concatenate(of) for name, of in (("fired", fired), ("latents", latents), ("values", values))}
 
 
+def encoded(sae: SAE, hidden: Tensor) -> sp.csr_array:
+    """(n_tokens, d_sae) float32: activations of all latents on hidden states (n_tokens, d_model)."""
+    return _matrix(_codes(sae, hidden), sae.d_sae)
+
+
+def _matrix(codes: Mapping[str, np.ndarray], d_sae: int) -> sp.csr_array:
+    indptr = np.concatenate([[0], np.cumsum(codes["fired"], dtype=np.int64)])
+    return sp.csr_array(
+        (codes["values"], codes["latents"].astype(np.int32), indptr), shape=(len(codes["fired"]), d_sae)
+    )
+
+
 def _split(tensors: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
     """Codes of each pair, from codes end to end."""
     tokens = tensors["lengths"].sum(axis=1)
@@ -131,13 +143,11 @@ class TokenCodes:
 
     def of(self, pair: int, features: Sequence[int]) -> np.ndarray:
         """(n_tokens, n_features) float32: activations of some latents on a pair's tokens, spans end to end."""
-        found = self._pair(pair)
-        indptr = np.concatenate([[0], np.cumsum(found["fired"], dtype=np.int64)])
-        matrix = sp.csr_array(
-            (found["values"], found["latents"].astype(np.int32), indptr),
-            shape=(len(found["fired"]), self._harvest.d_sae),
-        )
-        return matrix[:, np.asarray(features, dtype=np.int64)].toarray()
+        return self.matrix(pair)[:, np.asarray(features, dtype=np.int64)].toarray()
+
+    def matrix(self, pair: int) -> sp.csr_array:
+        """(n_tokens, d_sae) float32: activations of all latents on a pair's tokens, spans end to end."""
+        return _matrix(self._pair(pair), self._harvest.d_sae)
 
     def bounds(self, pair: int) -> list[int]:
         """Bounds of the spans among the tokens of a pair."""

@@ -1,0 +1,85 @@
+"""Labels without a language model: rules that tell firing texts, learned on half of the prompts."""
+
+import numpy as np
+import pytest
+
+from trl_anatomy.audit.concept_labels import clearly, marked
+from trl_anatomy.audit.text_rules import Rule, TextTable, held_out_scores, learn_rules, phrase, rule_of
+from trl_anatomy.errors import AnatomyError
+from trl_anatomy.reading.habits import HABITS, TOKENS, measure
+
+KNOWN = {name: habit for name, habit in HABITS.items() if name != TOKENS}
+FILLER = ("The river runs along a quiet valley.", "People walk by in the evening.", "A stone bridge was built later.")
+
+
+def made(shown: dict[str, np.ndarray], n: int) -> list[str]:
+    """Texts that all say the same, and each addition in some of them."""
+    return [" ".join([FILLER[i % 3], *(add for add, has in shown.items() if has[i])]) for i in range(n)]
+
+
+def learned(texts: list[str], fires: np.ndarray) -> tuple[list[Rule | None], np.ndarray, TextTable]:
+    table = TextTable(texts, KNOWN, measure(texts, KNOWN))
+    learning = np.arange(len(texts)) % 4 < 2
+    rules = learn_rules(table, fires, learning, None)
+    return rules, held_out_scores(table, rules, fires, learning), table
+
+
+@pytest.mark.parametrize(
+    ("addition", "label"),
+    [
+        ("It is **very** old.", "bold"),
+        ("I like my garden.", "first person"),
+        ("Perhaps it rains, or maybe not.", "hedging"),
+        ("Python.", "“python”"),
+        ("You, your.", "second person"),
+        ("Bridge?", "question"),
+    ],
+)
+def test_a_rule_is_named_by_what_it_is(addition: str, label: str) -> None:
+    rng = np.random.default_rng(0)
+    n = 240
+    shown = {addition: rng.random(n) < 0.4, "Some say so!": rng.random(n) < 0.5}
+    (rule,), (score,), table = learned(made(shown, n), shown[addition][:, None])
+    assert rule is not None
+    assert score == 1.0
+    assert label in phrase(rule, {})
+    texts = made(shown, n)
+    assert [rule_of(rule.to_json()).holds(text) for text in texts] == table.holds(rule).tolist()
+    assert table.holds(rule).tolist() == shown[addition].tolist()
+
+
+def test_words_are_joined_where_each_tells_a_part() -> None:
+    n = 300
+    which = np.random.default_rng(1).integers(0, 6, n)
+    shown = {f"{word}.": which == k for k, word in enumerate(("cup", "tablespoon", "pinch"))}
+    (rule,), (score,), _ = learned(made(shown, n), (which < 3)[:, None])
+    assert rule is not None
+    assert {atom.name for atom in rule.any} == {"cup", "tablespoon", "pinch"}
+    assert score == 1.0
+
+
+def test_what_fires_at_random_scores_by_chance() -> None:
+    rng = np.random.default_rng(2)
+    n = 400
+    shown = {f"Word{chr(97 + k)} here.": rng.random(n) < 0.3 for k in range(20)}
+    _, scores, _ = learned(made(shown, n), rng.random((n, 40)) < 0.4)
+    assert abs(scores.mean() - 0.5) < 0.02
+
+
+def test_a_rule_that_is_none_is_refused() -> None:
+    for written in ("", "[]", '{"all": [{"word": "x"}]}', '{"any": [{"sound": "x"}]}', '{"any": [1]}'):
+        with pytest.raises(AnatomyError, match="is no rule"):
+            rule_of(written)
+
+
+def test_responses_that_show_a_concept_clearly() -> None:
+    rng = np.random.default_rng(3)
+    strong = rng.random(500) < 0.15
+    strength = np.where(strong, 3 + rng.random(500), 0.2 * rng.random(500))
+    assert clearly(strength[:, None]).ravel().tolist() == strong.tolist()
+    assert not clearly(np.ones((5, 1))).any()
+
+
+def test_marked_text_keeps_our_brackets_to_us() -> None:
+    shown = marked(["a⟦b", "\n", " <b>", "\x00x"], 2, np.array([False, False, True, False]))
+    assert shown == "a[b↵ ⟦<b>⟧x"

@@ -1,0 +1,591 @@
+"""Labels of concepts without a language model: where they fire, and the text rule that tells it best.
+
+A label is the words of a rule (`text_rules.py`) that is learned on half of the prompts; its score is the rule's
+balanced accuracy on the others. No test of the audit reads labels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from scipy import sparse
+
+from ..reading.habits import TOKENS, Habit, measure
+from ..reading.habits.parts import Parts
+from ..reading.token_text import pieces
+from . import stats
+from .predict import EVIDENCE, LABELLED
+from .text_rules import Atom, Rule, Standing, TextTable, held_out_scores, learn_rules, noun, phrase
+from .views import above, cluster_sums
+from .word_classes import CLASSES, OF_TERM, PATTERNS, is_content, terms_at
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..reading.harvest import Harvest
+    from ..reading.sae import SAE
+    from ..reading.spans import Pairs
+
+# Pairs that are looked at, drawn from more.
+LABEL_PAIRS = 20_000
+# Pairs whose text a rule is learned and scored on; of each concept so many that show it in any case.
+RULE_PAIRS, SHOWING = 4_000, 40
+# Pairs whose tokens are read; of each concept so many that show it, and so many in all.
+READ_PAIRS, READ_SHOWING, MOST_READ = 400, 6, 1_500
+# Contexts of a concept, as many with one and the same token; characters before and after.
+CONTEXTS, SAME_TOKEN, BEFORE, AFTER = 16, 4, 48, 28
+# Tokens near the strongest of a context are marked too from this share of its activation on.
+MARKED = 0.5
+# A concept that more of the responses show is taken by how much they do.
+NEARLY_ALL = 0.95
+OPEN, CLOSE = "⟦", "⟧"
+N_PROMOTED, READABLE = 10, 60
+# From this correlation on a concept is said to agree with a habit.
+AGREES = 0.6
+# A rule of a lower held-out score names a concept weakly.
+GOOD = 0.75
+WEAK = " (weak name)"
+PLACES = (
+    "line breaks",
+    "list markers",
+    "after a line break",
+    "first words of the response",
+    "ends of sentences",
+    "last words of the response",
+)
+EVERYWHERE = "everywhere"
+_FIRST, _LAST = 5, 3
+_MARKER = re.compile(r"(?m)^[ \t]*(?:[-*•‣◦●▪]|\d{1,3}[.)])[ \t]")
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a concept is called, and what for: a row of the columns `predict.LABELLED`, and `label`."""
+
+    words: str
+    score: float | None
+    rule: Rule | None
+    evidence: dict[str, Any]
+
+
+def label_concepts(
+    table: pa.Table,
+    read: Harvest,
+    pairs: Pairs,
+    *,
+    model: nn.Module,
+    sae: SAE,
+    tokenizer: Any,
+    layer: int,
+    habits: Mapping[str, Habit],
+    values: np.ndarray | None = None,
+    tau: float = 0.01,
+    sides: Sequence[str] = ("chosen", "rejected"),
+    batch_tokens: int = 8192,
+    seed: int = 0,
+    progress: bool = True,
+) -> pa.Table:
+    """Give every concept of a table its label, with score, rule and evidence.
+
+    Args:
+        table: schema CONCEPTS.
+        read: the harvest of `pairs`.
+        habits: name -> habit.
+        values: (n_sides, n_pairs, n_habits) of the responses, where they are known already.
+        tau: share of tokens above which a feature counts as firing in a response.
+        sides: spans that are responses.
+    Returns:
+        The table with the columns `label` and `predict.LABELLED`; labels are unique.
+    """
+    if not table.num_rows or not read.n_pairs:
+        return table
+    features = [np.asarray(ids, dtype=np.int64) for ids in table["features"].to_pylist()]
+    rng = np.random.default_rng(seed)
+    telling = np.flatnonzero(np.isin(read.rows, np.concatenate([[-1], *table["telling_rows"].to_pylist()])))
+    known = (
+        rng.choice(read.n_pairs, LABEL_PAIRS, replace=False) if read.n_pairs > LABEL_PAIRS else np.arange(read.n_pairs)
+    )
+    known = np.union1d(known, telling)
+    strength, fires = _strengths(read, known, features, sides, table["shown_above"].to_numpy(), tau)
+    some = _draw(fires, rng, RULE_PAIRS, SHOWING, LABEL_PAIRS, len(sides))
+    drawn = known[some]
+    texts = [pairs.response_text(int(i), side) for side in sides for i in drawn]
+    if values is None:
+        counted = measure(texts, habits)
+        counted[:, [name == TOKENS for name in habits]] = np.concatenate([read.lengths[s][drawn] for s in sides])[
+            :, None
+        ]
+    else:
+        counted = np.concatenate([side[drawn] for side in values])
+    words = TextTable(texts, habits, counted)
+    learning = np.tile(stats.row_halves(pairs.rows[drawn], pairs.prompt_groups[drawn]) == 0, len(sides))
+    at = np.concatenate([s * len(known) + some for s in range(len(sides))])
+    fired, strength = fires[at], strength[at]
+    looked = known[_draw(fires, rng, READ_PAIRS, READ_SHOWING, MOST_READ, len(sides))]
+    tokens = _Tokens(tokenizer, pairs, features, words, sides)
+    how: dict[str, Any] = {"layer": layer, "batch_tokens": batch_tokens, "progress": progress, "codes": read.codes}
+    tokens.read(model, sae, looked, **how)
+    standing = tokens.standing()
+    rules = learn_rules(words, fired, learning, standing)
+    scores = held_out_scores(words, rules, fired, learning)
+    promoted = promoted_tokens(model, sae, tokenizer, features)
+    named, correlation = _agreeing(strength, counted, list(habits))
+    share = {(a.kind, a.name): float((words.amounts[:, k] > 0).mean()) for k, a in enumerate(words.columns)}
+    labels = []
+    for k, rule in enumerate(rules):
+        strongest = tokens.strongest(k)
+        score = None if np.isnan(scores[k]) else float(scores[k])
+        place = tokens.place(k)
+        evidence = {
+            "tokens": tokens.contexts(k),
+            "promoted": promoted[k],
+            "place": place,
+            "habit": named[k],
+            "correlation": correlation[k],
+        }
+        if rule is not None and score is not None and score >= GOOD:
+            labels.append(Label(phrase(rule, share, strongest), score, rule, evidence))
+        else:
+            labels.append(Label(_by_tokens(strongest, place) + WEAK, score, rule, evidence))
+    names = table["concept"].to_pylist()
+    labels = unique_labels(labels, names, [tokens.strongest(k) for k in range(len(labels))])
+    return with_labels(table, labels)
+
+
+def with_labels(table: pa.Table, labels: Sequence[Label]) -> pa.Table:
+    """A table of concepts with these labels."""
+    columns = {
+        "label": pa.array([label.words for label in labels], pa.string()),
+        "label_score": pa.array([label.score for label in labels], pa.float64()),
+        "label_rule": pa.array([None if label.rule is None else label.rule.to_json() for label in labels], pa.string()),
+        "evidence": pa.array([label.evidence for label in labels], EVIDENCE),
+    }
+    assert set(columns) == {"label", *LABELLED.names}
+    for name, column in columns.items():
+        at = table.column_names.index(name)
+        table = table.set_column(at, table.schema.field(at), column)
+    return table
+
+
+# Where concepts fire --------------------------------------------------------------------------------------------------
+
+
+def _strengths(
+    read: Harvest,
+    known: np.ndarray,
+    features: Sequence[np.ndarray],
+    sides: Sequence[str],
+    shown_above: np.ndarray,
+    tau: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """How much of each concept's features a response shows, and whether it shows the concept; (n_sides * n, K) each.
+
+    How much is the mean over its features of the share of tokens on which one fires, in units of that feature's own
+    mean: a latent that fires on every other token counts no more than one that fires once. It shows the concept as
+    `shown.split_points` says; where that is not known, or holds for nearly all responses, where it does so `clearly`.
+
+    Args:
+        known: (n,) pairs, ascending.
+        shown_above: (K,) share of the features beyond which a response shows the concept; NaN where it is not known.
+    """
+    parts: dict[str, list[sparse.csr_array]] = {side: [] for side in sides}
+    start = 0
+    for shard in read.shards():
+        stop = start + len(shard.rows)
+        here = shard.select(known[np.searchsorted(known, start) : np.searchsorted(known, stop)] - start)
+        start = stop
+        for side in sides:
+            parts[side].append(sparse.csr_array(here.frequency(side)))
+    frequency = sparse.csr_array(sparse.vstack([part for side in sides for part in parts[side]], format="csr"))
+    mean = np.asarray(frequency.sum(axis=0)).ravel() / max(1, frequency.shape[0])
+    unit = np.where(mean > 0, 1 / np.maximum(mean, 1e-12), 0.0)
+    fired = above(frequency.data, tau)
+    sums, count = cluster_sums(frequency, features, frequency.data * unit[frequency.indices], fired)
+    size = np.maximum(1, [len(of) for of in features])
+    strength = (sums / size).astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        shown: np.ndarray = np.rint(count) > np.rint(shown_above * size)
+    unclear = np.isnan(shown_above) | (shown.mean(axis=0) > NEARLY_ALL) | ~shown.any(axis=0)
+    shown[:, unclear] = clearly(strength[:, unclear])
+    return strength, shown
+
+
+def clearly(strength: np.ndarray) -> np.ndarray:
+    """(n, K) bool: responses that show a concept clearly, those above the split of its strengths that explains most.
+
+    The split between two groups whose means lie furthest apart for what varies within them (Otsu 1979), of the square
+    roots, so that a few very strong responses do not stand alone.
+
+    >>> clearly(np.array([[0.0], [0.1], [0.2], [4.0], [5.0]])).ravel()
+    array([False, False, False,  True,  True])
+    """
+    root: np.ndarray = np.sqrt(np.maximum(strength, 0.0))
+    found = np.zeros(strength.shape, dtype=np.bool_)
+    for k in range(strength.shape[1]):
+        value = np.sort(root[:, k].astype(np.float64))
+        n = np.arange(1, len(value))
+        below = np.cumsum(value)[:-1]
+        between = (value.sum() - below) / (len(value) - n) - below / n
+        between = np.where(value[1:] > value[:-1], n * (len(value) - n) * between**2, 0.0)
+        if len(between) and between.max() > 0:
+            found[:, k] = root[:, k] > value[np.argmax(np.round(between, 9))]
+    return found
+
+
+def _draw(fires: np.ndarray, rng: np.random.Generator, n: int, showing: int, most: int, n_sides: int) -> np.ndarray:
+    """Places of pairs drawn at random, and of each concept some that show it where those have too few; ascending.
+
+    Args:
+        fires: (n_sides * n_pairs, K), the sides one after the other.
+    """
+    shown = np.asarray(fires.reshape(n_sides, -1, fires.shape[1]).any(axis=0))
+    order = rng.permutation(len(shown))
+    taken = np.zeros(len(shown), dtype=bool)
+    taken[order[:n]] = True
+    for k in np.argsort(shown.sum(axis=0), kind="stable"):
+        lacking = showing - int(shown[taken, k].sum())
+        more = order[shown[order, k] & ~taken[order]][: max(0, min(lacking, most - int(taken.sum())))]
+        taken[more] = True
+    return np.flatnonzero(taken)
+
+
+def _agreeing(
+    strength: np.ndarray, values: np.ndarray, names: Sequence[str]
+) -> tuple[list[str | None], list[float | None]]:
+    """The habit that each concept agrees with most, and its correlation over responses, from `AGREES` on."""
+    x = strength - strength.mean(axis=0)
+    y = np.nan_to_num(values)
+    y = y - y.mean(axis=0)
+    spread = np.outer(np.linalg.norm(y, axis=0), np.linalg.norm(x, axis=0))
+    together = np.divide(y.T @ x, spread, out=np.zeros_like(spread), where=spread > 1e-12)
+    best = together.argmax(axis=0)
+    value = together[best, np.arange(x.shape[1])]
+    agrees = value >= AGREES
+    return (
+        [names[h] if yes else None for h, yes in zip(best, agrees, strict=True)],
+        [float(r) if yes else None for r, yes in zip(value, agrees, strict=True)],
+    )
+
+
+class _Tokens:
+    """On which tokens K concepts fire, in some pairs.
+
+    Args:
+        features: of each concept.
+        words: whose columns are looked for in the texts.
+        sides: spans that are responses.
+    """
+
+    def __init__(
+        self, tokenizer: Any, pairs: Pairs, features: Sequence[np.ndarray], words: TextTable, sides: Sequence[str]
+    ) -> None:
+        from ..reading.processing import text_tokenizer
+
+        self.text = text_tokenizer(tokenizer)
+        self.pairs, self.words, self.sides = pairs, words, sides
+        self.features = features
+        self.n_concepts = len(features)
+        size = [len(of) for of in features]
+        self.d_sae = 0
+        self._member = (
+            np.concatenate([*features, np.zeros(0, np.int64)]).astype(np.int64),
+            np.repeat(np.arange(len(size)), size),
+            np.repeat(1 / np.maximum(1, size), size),
+        )
+        self._decoded: dict[tuple[int, ...], str] = {}
+        self.responses: list[list[str]] = []  # texts of the tokens of each response
+        self.vocabulary: dict[str, int] = {}
+
+    def read(self, model: nn.Module, sae: SAE, wanted: np.ndarray, **how: Any) -> None:
+        """Read the pairs, and what stands where their concepts fire."""
+        from ..reading.firings import span_tokens, token_activations
+
+        read = [
+            (pair, side, of[side])
+            for pair, of in token_activations(model, sae, self.pairs, wanted.tolist(), **how)
+            for side in self.sides
+        ]
+        peak = np.zeros(sae.d_sae, np.float32)
+        for _, _, of in read:
+            np.maximum.at(peak, of.indices, of.data)
+        latent, concept, weight = self._member
+        member = sparse.csr_array(
+            (weight / np.maximum(peak[latent], 1e-12), (latent, concept)), shape=(sae.d_sae, self.n_concepts)
+        )
+        terms, places, columns, activations, response = [], [], [], [], []
+        for pair, side, of in read:
+            ids = span_tokens(self.pairs, pair)[side]
+            texts = self._texts(ids)
+            self.responses.append(texts)
+            term, place, inside = self._stand(texts)
+            pooled = self.pairs.content(pair, side)
+            place[:, PLACES.index("first words of the response")] = np.cumsum(pooled) <= _FIRST
+            place[:, PLACES.index("last words of the response")] = np.cumsum(pooled[::-1])[::-1] <= _LAST
+            terms.append(np.where(pooled, term, -1))
+            places.append(place & pooled[:, None])
+            columns.append(inside & pooled[:, None])
+            activations.append(sparse.csr_array(of @ member))
+            response.append(np.full(len(ids), len(self.responses) - 1))
+        self._term, self._place = np.concatenate(terms), np.concatenate(places)
+        self._inside = np.concatenate(columns)
+        self._activation = sparse.csc_array(sparse.vstack(activations, format="csc"))
+        self._response = np.concatenate(response)
+        self._start = np.concatenate([[0], np.cumsum([len(texts) for texts in self.responses])])
+        total = np.maximum(1e-12, np.asarray(self._activation.sum(axis=0)).ravel())
+        held = self._term >= 0
+        self._n = max(1, int(held.sum()))
+        at = np.flatnonzero(held)
+        one = sparse.csr_array((np.ones(len(at)), (self._term[at], at)), shape=(len(self.vocabulary), len(self._term)))
+        self._share = (one @ self._activation).toarray() / total
+        self._base = np.asarray(one.sum(axis=1)).ravel() / self._n
+        self._names = list(self.vocabulary)
+        self._in_columns = (sparse.csr_array(self._inside.T.astype(np.float32)) @ self._activation).toarray() / total
+        self._in_places = (sparse.csr_array(self._place.T.astype(np.float32)) @ self._activation).toarray() / total
+
+    def _texts(self, ids: Sequence[int]) -> list[str]:
+        """The text that each token adds."""
+        backend = self.text.backend_tokenizer
+
+        def decoded(part: list[int]) -> str:
+            key = tuple(part)
+            if key not in self._decoded:
+                self._decoded[key] = backend.decode(part, skip_special_tokens=False)
+            return self._decoded[key]
+
+        text, bounds = pieces(ids, decoded)
+        ends = np.append(bounds[1:, 0], len(text))
+        return [text[begin:end] if end <= after else "" for (begin, end), after in zip(bounds, ends, strict=False)]
+
+    def _stand(self, texts: Sequence[str]) -> tuple[np.ndarray, Any, Any]:
+        """Term of each token (-1 for none), whether it is in each of `PLACES`, and in each column of the words."""
+        text = "".join(texts)
+        ends = np.cumsum([len(piece) for piece in texts]).astype(np.int64)
+        starts = ends - [len(piece) for piece in texts]
+        # A token's own place is its first character that is no blank
+        first = starts + [len(piece) - len(piece.lstrip(" \t")) for piece in texts]
+        of_character = np.full(len(text) + 1, -1, dtype=np.int64)
+        for name, start, end in terms_at(text):
+            of_character[start:end] = self.vocabulary.setdefault(name, len(self.vocabulary))
+        term: np.ndarray = np.where(ends > starts, of_character[np.minimum(first, len(text))], -1)
+        empty = ends == first
+        term[empty] = -1
+
+        def held(spans: Iterable[tuple[int, int]]) -> np.ndarray:
+            marked = np.zeros(len(text) + 1, dtype=np.int64)
+            for start, end in spans:
+                marked[start] += 1
+                marked[end] -= 1
+            inside = np.cumsum(marked) > 0
+            return inside[np.minimum(first, len(text))] & ~empty
+
+        inside = np.zeros((len(texts), len(self.words.columns)), dtype=bool)
+        parts = Parts(text)
+        for k, atom in enumerate(self.words.columns):
+            if atom.kind == "pattern":
+                inside[:, k] = held(match.span() for match in re.finditer(PATTERNS[atom.name], text))
+            elif atom.kind == "habit" and (spans := self.words.habits[atom.name].spans(parts)):
+                inside[:, k] = held(spans)
+        place = np.zeros((len(texts), len(PLACES)), dtype=bool)
+        newline = np.array(["\n" in piece for piece in texts], dtype=bool)
+        place[:, 0] = newline
+        place[:, 1] = held(match.span() for match in _MARKER.finditer(text))
+        place[1:, 2] = newline[:-1] & ~newline[1:]
+        place[:, 4] = np.isin(term, [self.vocabulary.get(sign, -2) for sign in (".", "!", "?", "。")])
+        return term, place, inside
+
+    def standing(self) -> Standing:
+        """Where the concepts fire, for choosing rules."""
+        of = {atom.name: k for k, atom in enumerate(self.words.columns) if atom.kind == "class"}
+        columns, base = self._in_columns.copy(), self._inside.mean(axis=0) * len(self._term) / self._n
+        for t, term in enumerate(self._names):
+            for k in self._columns_of(term, of):
+                columns[k] += self._share[t]
+                base[k] += self._base[t]
+        terms = {term: self._share[t] for t, term in enumerate(self._names)}
+        return Standing(terms, columns, base, dict(zip(self._names, self._base.tolist(), strict=True)))
+
+    def _columns_of(self, term: str, of: Mapping[str, int]) -> list[int]:
+        if term not in OF_TERM:
+            return []
+        words = self._word_columns
+        return [of[CLASSES[OF_TERM[term]].name], *([words[term]] if term in words else [])]
+
+    @property
+    def _word_columns(self) -> dict[str, int]:
+        return {atom.name: k for k, atom in enumerate(self.words.columns) if atom.kind == "word"}
+
+    def strongest(self, concept: int, n: int = 8) -> list[str]:
+        """Terms with the largest share of a concept's activation, beyond their share of all tokens."""
+        share = self._share[:, concept]
+        beyond = np.where(share > 1.5 * self._base, share - self._base, 0.0)
+        order = np.argsort(-beyond, kind="stable")[:n]
+        return [self._names[t] for t in order if beyond[t] > 0.005]
+
+    def place(self, concept: int) -> str:
+        """Where a concept fires: one of `PLACES` that holds half of its activation and twice what all tokens have."""
+        share = self._in_places[:, concept]
+        base = self._place.sum(axis=0) / self._n
+        fit = [p for p in range(len(PLACES)) if share[p] >= 0.5 and share[p] >= 2 * base[p]]
+        return PLACES[max(fit, key=lambda p: share[p])] if fit else EVERYWHERE
+
+    def contexts(self, concept: int) -> list[str]:
+        """The places where a concept fires strongest, one of a response at most, with the tokens in brackets."""
+        column = self._activation[:, [concept]]
+        at, value = column.indices, column.data
+        order = np.lexsort((at, -value))
+        found: list[str] = []
+        responses: set[int] = set()
+        same: dict[str, int] = {}
+        before: set[tuple[str, str]] = set()
+        for entry in order:
+            token, response = int(at[entry]), int(self._response[at[entry]])
+            if response in responses:
+                continue
+            local = token - int(self._start[response])
+            texts = self.responses[response]
+            own = texts[local].strip().lower()
+            key = (own, "".join(texts[max(0, local - 3) : local]).strip().lower())
+            if same.get(own, 0) >= SAME_TOKEN or key in before:
+                continue
+            responses.add(response)
+            same[own] = same.get(own, 0) + 1
+            before.add(key)
+            stop = int(self._start[response + 1])
+            share = np.zeros(len(texts))
+            inside = (at >= self._start[response]) & (at < stop)
+            share[at[inside] - int(self._start[response])] = value[inside]
+            found.append(marked(texts, local, share >= MARKED * value[entry]))
+            if len(found) == CONTEXTS:
+                break
+        return found
+
+
+def marked(texts: Sequence[str], at: int, fires: np.ndarray) -> str:
+    """A token in its context, it and others that fire near it in brackets; line breaks as "↵".
+
+    >>> marked(["I", " am", " so", " sorry", "."], 3, np.array([0, 0, 1, 1, 0], bool))
+    'I am ⟦so sorry⟧.'
+    """
+    first, last = at, at + 1
+    while first > 0 and sum(map(len, texts[first:at])) < BEFORE:
+        first -= 1
+    while last < len(texts) and sum(map(len, texts[at + 1 : last])) < AFTER:
+        last += 1
+    said, inside = "", False
+    for t in range(first, last):
+        clean = _clean(texts[t])
+        opens, closes = bool(fires[t]) and not inside, inside and not fires[t]
+        blank = clean[: len(clean) - len(clean.lstrip(" "))]
+        if closes:
+            said += CLOSE
+        said += f"{blank}{OPEN}{clean[len(blank) :]}" if opens else clean
+        inside = bool(fires[t])
+    said = (said + (CLOSE if inside else "")).strip()
+    return ("… " if first else "") + said + (" …" if last < len(texts) else "")
+
+
+def _clean(text: str) -> str:
+    """On one line, without signs that cannot be seen, and without our own brackets."""
+    text = text.replace("\n", "↵").replace("\t", " ").replace(OPEN, "[").replace(CLOSE, "]")
+    return "".join(c for c in text if c.isprintable())
+
+
+# Words ---------------------------------------------------------------------------------------------------------------
+
+
+def _by_tokens(strongest: Sequence[str], place: str) -> str:
+    """What a concept fires on, where no rule tells it: words of open classes, else classes of words, else the place."""
+    content = [term for term in strongest if is_content(term)]
+    closed = list(dict.fromkeys(OF_TERM[term] for term in strongest if term in OF_TERM))
+    if strongest and is_content(strongest[0]) and len(content) >= 2:
+        return ", ".join(f"“{term}”" for term in content[:4])
+    if closed:
+        return " and ".join(noun(Atom("class", CLASSES[k].name), strongest) for k in closed[:2])
+    if content:
+        return f"“{content[0]}”"
+    return place if place != EVERYWHERE else "fires in no place of its own"
+
+
+def unique_labels(labels: Sequence[Label], names: Sequence[str], strongest: Sequence[Sequence[str]]) -> list[Label]:
+    """Labels of which no two are the same: the better one keeps it, others add on what they fire, or their name.
+
+    Args:
+        names: of the concepts, for the last resort.
+        strongest: terms on which each fires, the strongest first.
+    """
+    from dataclasses import replace
+
+    order = sorted(range(len(labels)), key=lambda k: -(labels[k].score or 0.0))
+    taken: set[str] = set()
+    found = list(labels)
+    for k in order:
+        label = labels[k]
+        weak = WEAK if label.words.endswith(WEAK) else ""
+        plain = label.words.removesuffix(WEAK)
+        said = plain.lower()
+        own = [term for term in strongest[k] if f"“{term}”" not in plain and term.isprintable()]
+        tries = [plain, *(f"{plain}, on {_shown(own[:n])}" for n in (1, 2, 3) if len(own) >= n)]
+        place = label.evidence["place"]
+        tries += [f"{plain}, {place}"] if place != EVERYWHERE and place not in said else []
+        tries.append(f"{plain} ({names[k]})")
+        words = next((words for words in tries if words.lower() not in taken), tries[-1])
+        taken.add(words.lower())
+        found[k] = replace(label, words=words + weak)
+    return found
+
+
+def _shown(terms: Sequence[str]) -> str:
+    return ", ".join(f"“{term}”" for term in terms)
+
+
+def promoted_tokens(model: nn.Module, sae: SAE, tokenizer: Any, features: Sequence[np.ndarray]) -> list[list[str]]:
+    """Tokens that each concept's mean decoder direction promotes most through the unembedding, readable ones alone.
+
+    The weight of the last norm is folded in where the model has one; logits are taken beyond their mean over concepts,
+    which promote common tokens alike. Empty for a model without an unembedding.
+    """
+    import torch
+
+    from ..reading.locate import decoder
+    from ..reading.processing import text_tokenizer
+
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    weight = getattr(head, "weight", None)
+    if weight is None or weight.ndim != 2 or not len(features):
+        return [[] for _ in features]
+    with torch.no_grad():
+        rows = torch.stack([sae.decoder_rows(of.tolist()).mean(dim=0) for of in features])
+        if rows.shape[1] != weight.shape[1]:
+            return [[] for _ in features]
+        base: Any = decoder(model)
+        norm = next((of for name in ("norm", "ln_f", "final_layer_norm") if (of := getattr(base, name, None))), None)
+        scale = getattr(norm, "weight", None)
+        if scale is not None and scale.shape == rows.shape[1:]:
+            # Gemma's norms multiply by one more than their weight
+            rows = rows * (scale.float() + ("Gemma" in type(norm).__name__)).to(rows.device)
+        rows = (rows - rows.mean(dim=0)).to(weight.device) if len(rows) > 1 else rows.to(weight.device)
+        text = text_tokenizer(tokenizer)
+        n = min(len(text), len(weight))
+        values, places = [], []
+        for start in range(0, n, 1 << 14):
+            logits = rows @ weight[start : min(n, start + (1 << 14))].float().T
+            value, at = logits.topk(min(READABLE, logits.shape[1]), dim=1)
+            values.append(value)
+            places.append(at + start)
+        if not n:
+            return [[] for _ in features]
+        order = torch.cat(values, dim=1).argsort(dim=1, descending=True)[:, :READABLE]
+        top = torch.cat(places, dim=1).gather(1, order).tolist()
+    special = set(text.all_special_ids)
+    decoded = {i: text.decode([i]).strip() for of in top for i in of if i not in special}
+    found = []
+    for of in top:
+        words = (decoded[i] for i in of if i in decoded)
+        readable = (word for word in words if word and word.isprintable() and "\ufffd" not in word)
+        found.append(list(dict.fromkeys(readable))[:N_PROMOTED])
+    return found

@@ -1,0 +1,408 @@
+"""Rules on a response's text that tell where a concept fires: learned on half of the prompts, scored on the others."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from ..errors import AnatomyError
+from ..reading.habits import HABITS, LENGTHS, Habit
+from ..reading.habits.parts import Parts
+from .word_classes import CLASSES, NOUNS, OF_TERM, PATTERNS, is_content, listed, terms_at
+
+# Words of a rule at most, and words it is chosen from.
+MOST_WORDS, POOL = 4, 40
+# A word stands in so many texts at least, so many words are known at most.
+LEAST_TEXTS, MOST_TERMS = 4, 20_000
+# Quantiles of a column on the learning half, at which a rule may split it.
+QUANTILES = (0.2, 0.35, 0.5, 0.65, 0.8)
+# What a rule is worth for standing where the concept fires, and loses for each more word, for a split that is not
+# "has it or not", for telling by length, and for telling by what is not there.
+STANDS, EACH_WORD, SPLIT, BY_LENGTH, ABSENCE = 0.2, 0.01, 0.02, 0.08, 0.08
+# A habit of the library, which has a name of its own, is preferred by this.
+NAMED = 0.03
+# A further word makes a rule better by so much.
+BETTER = 0.01
+# Responses of each kind in each half, without which nothing is learned or scored.
+FEWEST = 5
+# A habit, class or pattern that stands in more of the responses than this is told by how often it does.
+COMMON = 0.7
+KINDS = ("habit", "class", "pattern", "word", "opening")
+
+
+@dataclass(frozen=True)
+class Atom:
+    """One thing that a response's text has or has not.
+
+    Attributes:
+        kind: of `KINDS`.
+        name: of a habit, of a class of words or a pattern (`word_classes`), or a word.
+        more_than: how much of it there is, exclusive: occurrences per 100 terms; of a habit its value.
+    """
+
+    kind: str
+    name: str
+    more_than: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A response that has any of some things; or, negated, none of them."""
+
+    any: tuple[Atom, ...]
+    negated: bool = False
+
+    def to_json(self) -> str:
+        """As `concepts.parquet` holds it; `rule_of` reads it."""
+        atoms = [
+            {atom.kind: atom.name, **({"more_than": atom.more_than} if atom.more_than else {})} for atom in self.any
+        ]
+        return json.dumps({("none" if self.negated else "any"): atoms}, ensure_ascii=False)
+
+    def holds(self, text: str, habits: Mapping[str, Habit] = HABITS) -> bool:
+        """Whether a response is one of those that the rule means."""
+        return any(_amount(atom, text, habits) > atom.more_than for atom in self.any) != self.negated
+
+
+def rule_of(written: str) -> Rule:
+    """The rule that `Rule.to_json` wrote.
+
+    Raises:
+        AnatomyError: it is none.
+
+    >>> rule_of('{"any": [{"word": "python"}]}').holds("A Python list.")
+    True
+    """
+    try:
+        ((how, atoms),) = json.loads(written).items()
+        found = []
+        for atom in atoms:
+            atom = dict(atom)
+            more_than = float(atom.pop("more_than", 0.0))
+            ((kind, name),) = atom.items()
+            if kind not in KINDS or how not in ("any", "none"):
+                raise ValueError(f"{how} {kind}")
+            found.append(Atom(kind, str(name), more_than))
+        return Rule(tuple(found), how == "none")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise AnatomyError(f"label rule {written[:80]!r}: is no rule ({error}).") from error
+
+
+def _amount(atom: Atom, text: str, habits: Mapping[str, Habit]) -> float:
+    """How much of an atom is in a text, in the unit of `Atom.more_than`."""
+    if atom.kind == "habit":
+        return habits[atom.name].value(Parts(text))
+    terms = [term for term, _, _ in terms_at(text)]
+    if atom.kind == "opening":
+        return float(bool(terms) and _opening(terms) == atom.name)
+    if atom.kind == "pattern":
+        count = sum(1 for _ in re.finditer(PATTERNS[atom.name], text))
+    elif atom.kind == "class":
+        count = sum(OF_TERM.get(term, -1) == _CLASS[atom.name] for term in terms)
+    else:
+        count = terms.count(atom.name)
+    return 100.0 * count / max(1, len(terms))
+
+
+_CLASS = {of.name: k for k, of in enumerate(CLASSES)}
+
+
+def _opening(terms: Sequence[str]) -> str:
+    return next((term for term in terms if term[0].isalpha()), "")
+
+
+class TextTable:
+    """What rules may look at in some texts.
+
+    Args:
+        texts: of n responses.
+        habits: name -> habit, and values: (n, n_habits) of the same texts.
+
+    Attributes:
+        columns: the atoms, `more_than` left out: habits, classes, patterns, words of closed classes that occur.
+        amounts: (n, n_columns) float32 of each.
+        vocabulary: term -> its place; has: (n, n_terms) of ones, whether a text has a term.
+        openings: first words; opens: (n, n_openings) of ones.
+    """
+
+    def __init__(self, texts: Sequence[str], habits: Mapping[str, Habit], values: np.ndarray) -> None:
+        counts = [Counter(term for term, _, _ in terms_at(text)) for text in texts]
+        firsts = [_opening([term for term, _, _ in terms_at(text[:200])]) for text in texts]
+        in_texts = Counter(term for count in counts for term in count)
+        names = [term for term, n in in_texts.most_common(MOST_TERMS) if n >= LEAST_TEXTS]
+        self.vocabulary = {term: t for t, term in enumerate(names)}
+        length = np.maximum(1, [sum(count.values()) for count in counts])
+        entries = [
+            (i, t, n)
+            for i, count in enumerate(counts)
+            for term, n in count.items()
+            if (t := self.vocabulary.get(term)) is not None
+        ]
+        row, column, count = np.array(entries, dtype=np.int64).reshape(-1, 3).T
+        shape = (len(texts), len(names))
+        density = sparse.csr_array((100.0 * count / length[row], (row, column)), shape=shape, dtype=np.float32)
+        self.has = sparse.csc_array((np.ones(len(row), np.float32), (row, column)), shape=shape)
+        closed = np.array([OF_TERM.get(term, -1) for term in names], dtype=np.int64)
+        known = np.flatnonzero(closed >= 0)
+        member = sparse.csr_array((np.ones(len(known)), (known, closed[known])), shape=(len(names), len(CLASSES)))
+        found = [
+            [100.0 * sum(1 for _ in regex.finditer(text)) / n for regex in _REGEX.values()]
+            for text, n in zip(texts, length, strict=True)
+        ]
+        listed_words = [t for t in known if CLASSES[closed[t]].listed]
+        self.habits = habits
+        self.columns = [
+            *(Atom("habit", name) for name in habits),
+            *(Atom("class", of.name) for of in CLASSES),
+            *(Atom("pattern", name) for name in PATTERNS),
+            *(Atom("word", names[t]) for t in listed_words),
+        ]
+        parts = [
+            np.nan_to_num(values),
+            (density @ member).toarray(),
+            np.array(found).reshape(len(texts), len(PATTERNS)),
+            density[:, listed_words].toarray(),
+        ]
+        self.amounts = np.concatenate(parts, axis=1).astype(np.float32)
+        opened = Counter(firsts)
+        self.openings = [word for word, n in opened.items() if word and n >= LEAST_TEXTS]
+        place = {word: k for k, word in enumerate(self.openings)}
+        at = np.array([(i, place[word]) for i, word in enumerate(firsts) if word in place]).reshape(-1, 2).astype(int)
+        self.opens = sparse.csc_array(
+            (np.ones(len(at), np.float32), (at[:, 0], at[:, 1])), shape=(len(texts), len(self.openings))
+        )
+        self.names = names
+        self.content = np.array([is_content(term) for term in names], dtype=bool)
+
+    def holds(self, rule: Rule) -> np.ndarray:
+        """(n,) bool: `Rule.holds` of every text."""
+        found = np.zeros(len(self.amounts), dtype=bool)
+        for atom in rule.any:
+            found |= self._holds(atom)
+        return found != rule.negated
+
+    def _holds(self, atom: Atom) -> np.ndarray:
+        at = self._places.get((atom.kind, atom.name))
+        if at is not None:
+            return self.amounts[:, at] > atom.more_than
+        if atom.kind == "word":
+            return self.has[:, [self.vocabulary[atom.name]]].toarray().ravel() > 0
+        return self.opens[:, [self.openings.index(atom.name)]].toarray().ravel() > 0
+
+    @property
+    def _places(self) -> dict[tuple[str, str], int]:
+        return {(atom.kind, atom.name): k for k, atom in enumerate(self.columns)}
+
+
+_REGEX = {name: re.compile(pattern) for name, pattern in PATTERNS.items()}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where K concepts fire among the terms of texts: shares of their activation, and of all tokens.
+
+    Attributes:
+        terms: term -> (K,) share of the activation on it.
+        columns: (n_columns, K) the same for the columns of a `TextTable`; zeros where that has no places.
+        base_columns: (n_columns,) share of all tokens.
+        base_terms: term -> share of all tokens.
+    """
+
+    terms: Mapping[str, np.ndarray]
+    columns: np.ndarray
+    base_columns: np.ndarray
+    base_terms: Mapping[str, float]
+
+
+def balanced(hits: np.ndarray, false: np.ndarray, positive: Any, negative: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Balanced accuracy and its standard error, of counts; both halves of a response's kinds count alike."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        tpr, fpr = hits / positive, false / negative
+        # Half a response is added, so that a rule without an error in few is not sure.
+        p, q = (hits + 0.5) / (positive + 1), (false + 0.5) / (negative + 1)
+        error = 0.5 * np.sqrt(p * (1 - p) / positive + q * (1 - q) / negative)
+    return (1 + tpr - fpr) / 2, error
+
+
+def learn_rules(
+    table: TextTable, fires: np.ndarray, learning: np.ndarray, standing: Standing | None
+) -> list[Rule | None]:
+    """The rule for each concept that tells best, on the learning half, which responses it fires in.
+
+    Args:
+        fires: (n, K) bool.
+        learning: (n,) bool; the other texts are not looked at.
+        standing: where the concepts fire, so that of rules that tell alike the one that says so is taken.
+    Returns:
+        K rules; None where a concept fires in too few or too many of the texts.
+    """
+    y = fires[learning].astype(np.float32)
+    positive = y.sum(axis=0)
+    negative = len(y) - positive
+    values = table.amounts[learning]
+    # Columns of "has it", then of each quantile: (atom, more_than)
+    cuts = np.concatenate([np.zeros((1, values.shape[1])), np.quantile(values, QUANTILES, axis=0)]).astype(np.float32)
+    worth, rules = [], []
+    amounts = np.array([atom.kind == "habit" and table.habits[atom.name].kind == "mean" for atom in table.columns])
+    lengths = np.array([atom.kind == "habit" and atom.name in LENGTHS for atom in table.columns])
+    named = np.array([atom.kind == "habit" for atom in table.columns]) & ~lengths
+    stands = np.zeros((len(table.columns), y.shape[1]))
+    if standing is not None:
+        lift = standing.columns > 1.5 * standing.base_columns[:, None]
+        stands = np.where(lift, standing.columns, 0.0)
+    for level, cut in enumerate(cuts):
+        usable = (cut > 0) if level else ~amounts
+        usable &= (values > cut).any(axis=0)
+        x = (values > cut).astype(np.float32)
+        hits = x.T @ y
+        accuracy, error = balanced(hits, x.sum(axis=0)[:, None] - hits, positive, negative)
+        common = (values > 0).mean(axis=0) > COMMON
+        for negated in (False, True):
+            value = (1 - accuracy if negated else accuracy) - error
+            value = value + (NAMED * named - BY_LENGTH * lengths)[:, None] - SPLIT * (level > 0)
+            value = value - ABSENCE if negated else value + STANDS * stands
+            value[~usable] = -np.inf
+            if level and not negated:
+                value[~common & ~amounts] -= SPLIT  # "frequent" of what is seldom there is hard to check by eye
+            worth.append(value)
+            rules += [(atom, float(c), negated) for atom, c in zip(table.columns, cut, strict=True)]
+    best_columns = np.concatenate(worth)
+    words = _word_worth(table, y, learning, positive, negative, standing)
+    opens = table.opens[learning]
+    hits = np.asarray(opens.T @ y)
+    accuracy, error = balanced(hits, np.asarray(opens.sum(axis=0))[:, None] - hits, positive, negative)
+    open_worth = accuracy - error
+    found: list[Rule | None] = []
+    for k in range(y.shape[1]):
+        if positive[k] < FEWEST or negative[k] < FEWEST:
+            found.append(None)
+            continue
+        at = int(np.argmax(best_columns[:, k]))
+        atom, more_than, negated = rules[at]
+        choices = [(float(best_columns[at, k]), Rule((Atom(atom.kind, atom.name, more_than),), negated))]
+        choices.append(_of_words(table, y[:, k], learning, words[:, k], standing, k))
+        if len(open_worth):
+            at = int(np.argmax(open_worth[:, k]))
+            choices.append((float(open_worth[at, k]), Rule((Atom("opening", table.openings[at]),))))
+        found.append(max(choices, key=lambda choice: choice[0])[1])
+    return found
+
+
+def _word_worth(
+    table: TextTable,
+    y: np.ndarray,
+    learning: np.ndarray,
+    positive: np.ndarray,
+    negative: np.ndarray,
+    standing: Standing | None,
+) -> np.ndarray:
+    """(n_terms, K) worth of "has the word" for every content word; -inf for the others."""
+    x = table.has[learning]
+    hits = np.asarray(x.T @ y)
+    count = np.asarray(x.sum(axis=0))
+    accuracy, error = balanced(hits, count[:, None] - hits, positive, negative)
+    worth = accuracy - error
+    if standing is not None:
+        for term, share in standing.terms.items():
+            if (t := table.vocabulary.get(term)) is not None:
+                worth[t] += STANDS * np.where(share > 1.5 * standing.base_terms[term], share, 0.0)
+    worth[~table.content | (count < LEAST_TEXTS)] = -np.inf
+    return worth
+
+
+def _of_words(
+    table: TextTable, y: np.ndarray, learning: np.ndarray, worth: np.ndarray, standing: Standing | None, k: int
+) -> tuple[float, Rule]:
+    """The best "has one of these words", word by word, and what it is worth."""
+    pool = np.argsort(-worth, kind="stable")[:POOL]
+    pool = pool[np.isfinite(worth[pool])]
+    if not len(pool):
+        return -np.inf, Rule((Atom("word", ""),))
+    x = table.has[:, pool][learning].toarray() > 0
+    share = np.zeros(len(pool))
+    if standing is not None:
+        for j, t in enumerate(pool):
+            of = standing.terms.get(table.names[t])
+            share[j] = 0.0 if of is None or of[k] < 1.5 * standing.base_terms[table.names[t]] else of[k]
+    positive, negative = float(y.sum()), float(len(y) - y.sum())
+    taken: list[int] = []
+    holds, best = np.zeros(len(y), dtype=bool), -np.inf
+    while len(taken) < MOST_WORDS:
+        union = holds[:, None] | x
+        hits = union.T.astype(np.float32) @ y
+        accuracy, error = balanced(hits, union.sum(axis=0) - hits, positive, negative)
+        value = accuracy - error + STANDS * (share[taken].sum() + share) - EACH_WORD * len(taken)
+        value[taken] = -np.inf
+        j = int(np.argmax(value))
+        if value[j] < best + (BETTER if taken else -np.inf):
+            break
+        best, holds = float(value[j]), union[:, j]
+        taken.append(j)
+    return best, Rule(tuple(Atom("word", table.names[pool[j]]) for j in taken))
+
+
+def held_out_scores(
+    table: TextTable, rules: Sequence[Rule | None], fires: np.ndarray, learning: np.ndarray
+) -> np.ndarray:
+    """(K,) balanced accuracy of each rule on the texts that were not learned from; NaN with fewer than `FEWEST`."""
+    found = np.full(len(rules), np.nan)
+    for k, rule in enumerate(rules):
+        truth = fires[~learning, k]
+        if rule is not None and min(truth.sum(), (~truth).sum()) >= FEWEST:
+            said = table.holds(rule)[~learning]
+            found[k] = (said[truth].mean() + (~said[~truth]).mean()) / 2
+    return found
+
+
+def phrase(rule: Rule, amounts: Mapping[tuple[str, str], float], strongest: Sequence[str] = ()) -> str:
+    """A rule in words: "first person (I, my)", "“python”, “function”", "frequent commas".
+
+    Args:
+        amounts: (kind, name) -> share of responses that have any of it.
+        strongest: terms on which the concept fires, the strongest first: of a class, those are listed.
+    """
+    words = [atom.name for atom in rule.any if atom.kind == "word" and atom.name not in OF_TERM]
+    parts = [_quoted(words)] if words else []
+    for atom in rule.any:
+        if atom.kind == "word" and atom.name not in OF_TERM:
+            continue
+        name = noun(atom, strongest)
+        often = atom.more_than > 0 and amounts.get((atom.kind, atom.name), 0.0) > COMMON
+        if rule.negated:
+            parts.append(f"few {name}" if often else f"no {name}")
+        elif atom.kind == "habit" and atom.name in LENGTHS:
+            parts.append("long responses" if name == "length" else name)
+        else:
+            parts.append(f"frequent {name}" if often else name)
+    return " or ".join(parts)
+
+
+def noun(atom: Atom, strongest: Sequence[str] = ()) -> str:
+    """What an atom is called, without how often."""
+    if atom.kind == "habit":
+        if atom.name in NOUNS:
+            return NOUNS[atom.name]
+        habit = HABITS.get(atom.name)
+        says = "" if habit is None else habit.says
+        return says.removeprefix("use ") if says.startswith("use ") else atom.name.replace("_", " ")
+    if atom.kind == "opening":
+        return f"opening with “{'I' if atom.name == 'i' else atom.name.capitalize()}”"
+    if atom.kind == "pattern":
+        return atom.name
+    of = CLASSES[_CLASS[atom.name] if atom.kind == "class" else OF_TERM[atom.name]]
+    if not of.listed:
+        return of.name
+    mine = [atom.name] if atom.kind == "word" else [term for term in strongest if term in of.terms][:3]
+    mine = mine or list(of.terms[:2])
+    return f"{of.name} ({listed(mine)})"
+
+
+def _quoted(words: Sequence[str]) -> str:
+    return ", ".join(f"“{word}”" for word in words)
