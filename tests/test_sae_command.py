@@ -62,8 +62,28 @@ def test_texts_beside_the_pairs(root, capsys):
     assert n_more > n_less
 
 
+def test_float32_is_read_in_bfloat16_where_that_is_faster(root, tmp_path, capsys):
+    """By default, on a CPU that computes in it; judged as audits read it; and not where a precision is asked for."""
+    cards, kept = {}, {}
+    words = ["--tokens", "40960", "--latents", "64", "--k", "8", "--json"]
+    for dtype in ("auto", "float32", "bfloat16"):
+        out = tmp_path / dtype
+        code, told = run(capsys, root, "--out", str(out), "--dtype", dtype, *words)
+        assert code == 0, told.err
+        cards[dtype] = (out / "README.md").read_text()
+        kept[dtype] = (out / "sae_weights.safetensors").read_bytes(), json.loads(told.out)[str(out)]
+    can = torch.cpu.get_capabilities()
+    same, other = ("bfloat16", "float32") if can.get("avx512_bf16") or can.get("amx_bf16") else ("float32", "bfloat16")
+    assert f"learned it in {same};" in cards["auto"]
+    assert kept["auto"][0] == kept[same][0] != kept[other][0]
+    code, told = run(capsys, root, "--check", str(tmp_path / "auto"), "--json")
+    assert json.loads(told.out)[str(tmp_path / "auto")] == kept["auto"][1]
+    explained = {dtype: fit["variance_explained"]["chosen"] for dtype, (_, fit) in kept.items()}
+    assert explained["auto"] == pytest.approx(explained["float32"], abs=0.02)
+
+
 def test_a_training_bounded_by_minutes_goes_on_as_it_began(root, capsys):
-    words = ["--out", str(root / "minutes"), "--latents", "64", "--k", "4", "--minutes", "0.05"]
+    words = ["--out", str(root / "minutes"), "--latents", "64", "--k", "4", "--minutes", "0.1"]
     code, told = run(capsys, root, *words)
     assert code == 0, told.err
     made = (root / "minutes" / "sae_weights.safetensors").read_bytes()
