@@ -19,7 +19,7 @@ from ..reading.remote_code import load_config, why_not_loaded
 from ..reading.sae_list import published_sae
 from ..reading.storage import is_url, local
 from . import stats
-from .choice import Counted, choice_of
+from .choice import choice_of
 from .communities import find_communities
 from .concept_labels import label_concepts
 from .config import NO_SAE, AuditConfig

@@ -333,6 +333,21 @@ def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
     return q
 
 
+def holm(p: np.ndarray) -> np.ndarray:
+    """Family-wise p-values of all tests together (Holm 1979); NaN stays NaN and does not count. Same shape as `p`."""
+    p = np.asarray(p, dtype=np.float64)
+    adjusted = np.full(p.shape, np.nan)
+    order = np.argsort(p, axis=None, kind="stable")[: np.count_nonzero(~np.isnan(p))]
+    steps = p.flat[order] * np.arange(len(order), 0, -1)
+    adjusted.flat[order] = np.minimum(1.0, np.maximum.accumulate(steps))
+    return adjusted
+
+
+def group_sums(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """(n_groups, n_columns): sums of the rows of each group, in the order of their numbers."""
+    return np.asarray(_within(groups, len(values)) @ values)
+
+
 def mean_test(values: np.ndarray, groups: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean, standard error and two-sided one-sample t-test of a zero mean, per column.
 

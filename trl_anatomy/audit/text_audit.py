@@ -11,7 +11,7 @@ from ..errors import AnatomyError
 from ..reading.clock import dated, template_now
 from ..reading.habits import Habit
 from ..reading.storage import local
-from .choice import Counted, choice_of
+from .choice import choice_of
 from .config import AuditConfig
 from .findings import timed
 from .habit_table import (

@@ -4,7 +4,18 @@
 """
 
 from .habit import TOKENS, Habit, measure
-from .library import ALSO, HABITS, LENGTHS, habit_table
+from .library import ALSO, FORMATTING, HABITS, LENGTHS, habit_table
 from .own import find_habit, read_habits
 
-__all__ = ["ALSO", "HABITS", "LENGTHS", "TOKENS", "Habit", "find_habit", "habit_table", "measure", "read_habits"]
+__all__ = [
+    "ALSO",
+    "FORMATTING",
+    "HABITS",
+    "LENGTHS",
+    "TOKENS",
+    "Habit",
+    "find_habit",
+    "habit_table",
+    "measure",
+    "read_habits",
+]

@@ -362,6 +362,9 @@ ALSO: Mapping[str, str] = {
 LENGTHS = (TOKENS, "words", "sentences", "paragraphs")
 """The habits that say how long a response is, the surest first."""
 
+FORMATTING = ("bold", "italic", "header", "bullet", "numbered", "table", "horizontal_rule")
+"""The habits that say how a response is laid out."""
+
 
 def habit_table() -> str:
     """The library as a Markdown table."""
