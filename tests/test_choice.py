@@ -13,9 +13,12 @@ from reading_world import build_tokenizer, tiny_model, tiny_sae
 from scipy.optimize import minimize
 
 from trl_anatomy import AnatomyError, AuditConfig, load_audit, run_audit
+from trl_anatomy.audit import bradley_terry as model
 from trl_anatomy.audit import choice as made
-from trl_anatomy.audit.choice import ALL, CHANCE, CONCEPTS, HABITS, LENGTH, TOLD, TOO_FEW, Counted, choice_of
+from trl_anatomy.audit.choice import ALL, CHANCE, CONCEPTS, HABITS, LENGTH, TOLD, TOO_FEW, choice_of
 from trl_anatomy.audit.choice_words import choice_sentences
+from trl_anatomy.audit.counted import Counted
+from trl_anatomy.audit.finding_list import habit_lines
 from trl_anatomy.audit.report import write_report
 from trl_anatomy.audit.text_audit import run_text_audit
 from trl_anatomy.cli import main
@@ -54,13 +57,13 @@ def chosen_by(values: np.ndarray, weights: np.ndarray, seed: int = 0) -> np.ndar
     return np.where(swap[None, :, None], values[::-1], values)
 
 
-@pytest.mark.parametrize("fit", [made._newton, made._lbfgs])
+@pytest.mark.parametrize("fit", [model._newton, model._lbfgs])
 @pytest.mark.parametrize("strength", [1.0, 0.01, 1e-4])
 def test_a_fit_is_the_minimum(fit: Any, strength: float) -> None:
     gaps = np.random.default_rng(0).normal(0.3, 1.0, (80, 5))
     wanted = minimize(loss, np.zeros(5), (gaps, strength), method="BFGS", options={"gtol": 1e-10}).x
-    np.testing.assert_allclose(fit(gaps, strength, np.zeros(5)), wanted, atol=2e-3 if fit is made._lbfgs else 1e-5)
-    if fit is made._newton:  # one column has a closed form where all pairs are alike: λw = σ(−w)
+    np.testing.assert_allclose(fit(gaps, strength, np.zeros(5)), wanted, atol=2e-3 if fit is model._lbfgs else 1e-5)
+    if fit is model._newton:  # one column has a closed form where all pairs are alike: λw = σ(−w)
         (weight,) = fit(np.ones((7, 1)), strength, np.zeros(1))
         assert strength * weight == pytest.approx(1 / (1 + np.exp(weight)), rel=1e-6)
 
@@ -69,7 +72,7 @@ def test_a_fit_is_the_minimum(fit: Any, strength: float) -> None:
 def test_a_fit_converges_from_anywhere(separable: bool) -> None:
     gaps = np.random.default_rng(1).normal(0.0, 10.0, (50, 3))
     gaps[:, 0] = np.abs(gaps[:, 0]) + 1 if separable else gaps[:, 0]
-    one, other = made._newton(gaps, 1e-4, np.zeros(3)), made._newton(gaps, 1e-4, np.full(3, 20.0))
+    one, other = model._newton(gaps, 1e-4, np.zeros(3)), model._newton(gaps, 1e-4, np.full(3, 20.0))
     np.testing.assert_allclose(one, other, atol=1e-4)
 
 
@@ -87,13 +90,13 @@ def test_held_out_margins_are_those_of_explicit_folds() -> None:
     wanted = np.zeros(30)
     for fold in range(5):
         held = []
-        for strength in made.STRENGTHS:
+        for strength in model.STRENGTHS:
             total = 0.0
             for inner in set(range(5)) - {fold}:
                 w = weights((folds != fold) & (folds != inner), strength)
                 total += np.log(1 / (1 + np.exp(-(gaps[folds == inner] @ w)))).sum()
             held.append(total)
-        w = weights(folds != fold, made.STRENGTHS[int(np.argmax(held))])
+        w = weights(folds != fold, model.STRENGTHS[int(np.argmax(held))])
         wanted[folds == fold] = gaps[folds == fold] @ w
     margins = made.held_out_margins(gaps, folds)
     np.testing.assert_allclose(margins, wanted, atol=1e-4)
@@ -168,7 +171,7 @@ def test_shuffled_sides_tell_nothing() -> None:
         gaps, folds = pairs.gaps(), made.fold_of(pairs.groups, run)
         found = made.scores(made.held_out_margins(gaps, folds), pairs.groups)
         inside += [found[f"{name}_low"] <= 0.5 <= found[f"{name}_high"] for name in ("accuracy", "auc")]
-        listed += bool(made.carried_by(gaps, list(pairs.habits.values()), pairs.groups, folds))
+        listed += bool(habit_lines(pairs))
     assert (inside >= 0.95 * runs).all()
     assert listed <= 0.07 * runs
 

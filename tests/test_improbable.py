@@ -12,7 +12,8 @@ from test_problems import Row, clean_rows
 
 from trl_anatomy import AnatomyError, AuditConfig, load_audit
 from trl_anatomy.audit import improbable
-from trl_anatomy.audit.choice import Counted, choice_of
+from trl_anatomy.audit.choice import choice_of
+from trl_anatomy.audit.counted import Counted
 from trl_anatomy.audit.habit_table import habit_values, habits_to_count, prompt_groups
 from trl_anatomy.audit.improbable import Improbable, improbable_labels
 from trl_anatomy.audit.text_audit import run_text_audit

@@ -22,7 +22,8 @@ from trl_anatomy.reading.habits import Habit
 from trl_anatomy.reading.spans import read_pairs
 from trl_anatomy.trainers.callback import AuditCallback
 
-FILES = ["audit.json", "habits.parquet", "problems.parquet", "report.html"]  # problems are looked for in the same pass
+# Problems are looked for, and findings listed, in the same pass.
+FILES = ["audit.json", "findings.parquet", "habits.parquet", "problems.parquet", "report.html"]
 WORDS = ["air", "cat", "sky", "river", "story", "cheese"]
 
 

@@ -22,8 +22,9 @@ import numpy as np
 from habits import SETS, load
 from scipy.stats import binomtest
 
-from trl_anatomy.audit.choice import TOLD, Counted, choice_of
+from trl_anatomy.audit.choice import TOLD, choice_of
 from trl_anatomy.audit.choice_words import choice_sentences
+from trl_anatomy.audit.counted import Counted
 from trl_anatomy.audit.habit_table import habit_values, habits_to_count, prompt_groups
 
 

@@ -17,6 +17,7 @@ from . import stats
 from .bradley_terry import MOST_PAIRS, drawn_rows, fold_of, interval, light_margins, right, score_test
 from .counted import Counted, is_share
 from .findings import MIN_PROMPTS, one_blas_thread
+from .predict import CO_FIRING
 
 HABIT, CONCEPT = "habit", "concept"
 # Verdicts on the list as a whole.
@@ -101,6 +102,23 @@ class Shown:
     shown: tuple[np.ndarray, np.ndarray]
     telling_rows: Sequence[Sequence[int]]
 
+    @classmethod
+    def of(cls, table: pa.Table, shown: tuple[np.ndarray, np.ndarray]) -> "Shown":
+        """The co-firing concepts of a table of schema `predict.CONCEPTS`.
+
+        Args:
+            shown: of chosen and of rejected, (n_pairs, K) bool.
+        """
+        rows = [row for row in table.to_pylist() if row["kind"] == CO_FIRING]
+        return cls(
+            names=[row["concept"] for row in rows],
+            labels=[row["label"] for row in rows],
+            label_scores=np.array([row["label_score"] for row in rows], dtype=np.float64),
+            habits=[(row["evidence"] or {}).get("habit") or "" for row in rows],
+            shown=shown,
+            telling_rows=[row["telling_rows"] for row in rows],
+        )
+
     def gaps(self, columns: np.ndarray, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
         """(n_rows, n_columns) int8: chosen minus rejected."""
         chosen, rejected = (side[rows][:, columns].astype(np.int8) for side in self.shown)
@@ -150,8 +168,8 @@ def habit_lines(counted: Counted, seed: int = 0) -> list[Line]:
     family = [next((i for i, of in enumerate((FORMATTING, LENGTHS)) if name in of), -1) for name in names]
     lines = pick_lines(gaps, tested.z, tested.adjusted, counted.groups, np.array(family))
     lines = selected(lines, gaps, counted.groups, seed)
-    differ = np.flatnonzero(tested.adjusted <= DIFFERS)
-    return _fold_rest(lines, [k for k in differ if tested.z[k]], gaps)
+    differ = [int(k) for k in np.flatnonzero(tested.adjusted <= DIFFERS) if tested.z[k]]
+    return _fold_rest(lines, differ, gaps)
 
 
 def _test_habits(counted: Counted) -> _Tested:
@@ -208,7 +226,7 @@ def pick_lines(
 def _fold_rest(lines: list[Line], differ: Sequence[int], gaps: np.ndarray) -> list[Line]:
     """The lines with what differs and is in none folded under the one that it varies with most."""
     known = {k for line in lines for k in (line.at, *line.folded)}
-    rest = [int(k) for k in differ if k not in known]
+    rest = [k for k in differ if k not in known]
     if not lines or not rest:
         return lines
     related = np.abs([correlations(gaps[:, line.at], gaps[:, rest]) for line in lines])

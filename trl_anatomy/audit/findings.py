@@ -29,6 +29,7 @@ _STEPS = {
     "concept_labels": "Learning labels",
     "predict": "Estimating shifts",
     "problems": "Looking for problems of the data",
+    "findings": "Listing findings",
 }
 
 # With fewer prompts, errors between prompts can not be estimated, and nothing is claimed.
@@ -44,6 +45,8 @@ class Findings:
         info: settings_used, notes, contexts and counts of `audit.json`; of pairs also maps and length.
         timings: seconds of each step.
         improbable: pairs whose label looks improbable; None where nothing tells that.
+        shown: of chosen and of rejected, (n_pairs, K) bool: responses that show each co-firing concept; None of SFT
+            data.
     """
 
     hypotheses: pa.Table
@@ -52,6 +55,7 @@ class Findings:
     info: dict[str, Any]
     timings: dict[str, float]
     improbable: "Improbable | None" = None
+    shown: tuple[np.ndarray, np.ndarray] | None = None
 
 
 def shared_prompts(prompt_groups: np.ndarray | None, what: str = "pair") -> tuple[np.ndarray | None, list[str]]:

@@ -7,22 +7,10 @@ from typing import Any
 import numpy as np
 
 from ..reading.habits import LENGTHS
-from .choice import (
-    ALL,
-    CONCEPTS,
-    FOLDED,
-    FOLDS,
-    LENGTH,
-    MOST_PAIRS,
-    MOST_VALUES,
-    STRENGTHS,
-    TOLD,
-    Counted,
-    drawn_rows,
-    fit_path,
-    fold_of,
-    log_sigmoid,
-)
+from .bradley_terry import FOLDS, MOST_PAIRS, MOST_VALUES, STRENGTHS, drawn_rows, fit_path, fold_of, log_sigmoid
+from .choice import ALL, CONCEPTS, LENGTH, TOLD
+from .counted import Counted
+from .finding_list import SAME
 from .findings import one_blas_thread
 from .habit_words import SHARE, percent
 
@@ -131,7 +119,7 @@ def _leaders(gaps: np.ndarray) -> np.ndarray:
     moments = gaps.T @ gaps
     size = np.sqrt(np.diag(moments))
     with np.errstate(invalid="ignore", divide="ignore"):
-        related = np.nan_to_num(np.abs(moments / np.outer(size, size))) > FOLDED
+        related = np.nan_to_num(np.abs(moments / np.outer(size, size))) > SAME
         tells = np.nan_to_num(np.abs(gaps.sum(axis=0)) / size)
     leader = np.full(len(size), -1)
     for k in np.argsort(-tells, kind="stable"):

@@ -2,7 +2,7 @@
 
 import copy
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,9 @@ from .choice import choice_of
 from .communities import find_communities
 from .concept_labels import label_concepts
 from .config import NO_SAE, AuditConfig
+from .counted import Counted
 from .find_sae import AUTO, find_sae, model_names
+from .finding_list import Line, Shown, habit_lines, list_findings
 from .findings import Findings, few_prompts, one_blas_thread, shared_prompts, timed
 from .folder import Audit, load_audit, pairs_table, write_audit
 from .habit_table import habit_table, habit_values, habits_to_count, texts_of, tokens_of
@@ -350,7 +352,7 @@ def _conclude(
     from .region_view import analyse_regions
     from .report import write_report
 
-    samples, habits, problems, counted, kinds = None, None, None, None, []
+    samples, habits, problems, counted, listed, kinds = None, None, None, None, None, []
     if config.data_kind == "sft":
         findings = analyse_regions(read, config, pairs)
     else:
@@ -363,7 +365,9 @@ def _conclude(
             )
         with timed(timings, "problems"):
             problems = find_problems(raw, pairs=pairs, evaluated=evaluated)
-        findings = analyse(read, config, pairs.texts, pairs.prompt_groups, pairs.copies, pairs.cut, counted)
+        with timed(timings, "habit_lines"):
+            lines = habit_lines(counted, config.seed)
+        findings = analyse(read, config, pairs.texts, pairs.prompt_groups, pairs.copies, pairs.cut, counted, lines)
         problems = with_improbable(problems, findings.improbable, pairs.rows, raw)
         kinds = looked_for(True, evaluated is not None, can_tell_ties(raw), findings.improbable is not None)
         with timed(timings, "samples"):
@@ -401,6 +405,10 @@ def _conclude(
             progress=progress,
         )
         findings = replace(findings, concepts=labelled)
+    if counted is not None:
+        with timed(timings, "findings"):
+            shown = None if findings.shown is None else Shown.of(findings.concepts, findings.shown)
+            listed, findings.info["findings"] = list_findings(counted, pairs.rows, shown, lines=lines, seed=config.seed)
     sides = np.diff(pairs.response_bounds).reshape(-1, 2).sum(axis=0)
     prompts = pairs.packed_lengths.sum() - sides.sum()
     tokens = {"prompt": int(prompts), "chosen": int(sides[0]), "rejected": int(sides[1])}
@@ -448,7 +456,7 @@ def _conclude(
         "timings": {**timings, **findings.timings},
     }
     audit = write_audit(
-        config.out, info, findings.hypotheses, findings.concepts, findings.pairs, samples, habits, problems
+        config.out, info, findings.hypotheses, findings.concepts, findings.pairs, samples, habits, problems, listed
     )
     label_audit(audit, pairs.texts)
     write_report(audit, pairs)
@@ -463,6 +471,7 @@ def analyse(
     copies: "Copies | None" = None,
     cut: Mapping[str, np.ndarray] | None = None,
     counted: Counted | None = None,
+    lines: Sequence[Line] | None = None,
 ) -> Findings:
     """Communities, contexts, tests and predicted shifts of a harvest. Needs no model.
 
@@ -472,6 +481,7 @@ def analyse(
         copies: which pairs are copies of others; they share a prompt group. Default: none.
         cut: "chosen" and "rejected" -> (n_pairs,) bool, responses that truncation cut short; default none.
         counted: named habits of both sides, to tell what the choice is made of; without them that is not told.
+        lines: `habit_lines(counted, config.seed)`, where they are known already.
     """
     timings: dict[str, float] = {}
     groups, note = shared_prompts(prompt_groups)
@@ -495,7 +505,7 @@ def analyse(
     choice, improbable = {}, None
     if counted is not None:
         with timed(timings, "choice"):
-            choice = {"choice": choice_of(counted, view.activity.u, config.seed)}
+            choice = {"choice": choice_of(counted, view.activity.u, config.seed, lines)}
             called = concepts[0].select(_NAMED).to_pylist()
             named = [f"{row['concept']} ({' · '.join(row['terms'][:N_TERMS])})" for row in called]
             improbable = improbable_labels(counted, choice["choice"], view.activity.u, named, config.seed)
@@ -525,6 +535,7 @@ def analyse(
         },
         timings=timings,
         improbable=improbable,
+        shown=view.activity.shown,
     )
 
 

@@ -13,6 +13,8 @@ from ..reading.habits import Habit
 from ..reading.storage import local
 from .choice import choice_of
 from .config import AuditConfig
+from .counted import Counted
+from .finding_list import habit_lines, list_findings
 from .findings import timed
 from .habit_table import (
     LazyTexts,
@@ -88,8 +90,11 @@ def run_text_audit(
         table = habit_table(texts, counted, groups=groups, rows=rows, alpha=config.alpha, values=values)
     with timed(timings, "choice"):
         both = Counted(values, counted, groups)
-        choice = choice_of(both, seed=config.seed)
+        lines = habit_lines(both, config.seed)
+        choice = choice_of(both, seed=config.seed, lines=lines)
         doubtful = improbable_labels(both, choice, seed=config.seed)
+    with timed(timings, "findings"):
+        listed, of_list = list_findings(both, rows, lines=lines, seed=config.seed)
     with timed(timings, "problems"):
         problems = find_problems(raw, pairs=pairs, evaluated=evaluated)
         problems = with_improbable(problems, doubtful, rows, raw)
@@ -114,11 +119,12 @@ def run_text_audit(
         "settings": config.settings(),
         "notes": column_notes(unread, prompt),
         "choice": choice,
+        "findings": of_list,
         "counts": {"pairs": len(texts), "n_prompts": len(np.unique(groups))},
         "problems": count_problems(problems, kinds),
         "timings": timings,
     }
-    audit = write_text_audit(config.out, info, table, problems)
+    audit = write_text_audit(config.out, info, table, problems, listed)
     write_report(audit)
     return audit
 
