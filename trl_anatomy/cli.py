@@ -9,20 +9,18 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import difflib
-import enum
 import json
 import logging
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any
 
+from . import recipe
 from .errors import AnatomyError
 
 if TYPE_CHECKING:
@@ -57,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise AnatomyError(
-                f"Unknown command '{argv[0]}'{_did_you_mean(argv[0], COMMANDS)}; see trl-anatomy --help."
+                f"Unknown command '{argv[0]}'{recipe.did_you_mean(argv[0], COMMANDS)}; see trl-anatomy --help."
             )
         return COMMANDS[argv[0]][0](argv[1:])
     except AnatomyError as error:
@@ -76,11 +74,6 @@ def _overview() -> str:
     ]
     lines += ["", *(f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items())]
     return "\n".join([*lines, "", "trl-anatomy COMMAND --help shows the options and an example."])
-
-
-def _did_you_mean(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def _parser(command: str, example: str) -> argparse.ArgumentParser:
@@ -141,9 +134,10 @@ def _audit(argv: list[str]) -> int:
         prog="trl-anatomy audit",
         description=COMMANDS["audit"][1],
         epilog="example: trl-anatomy audit --model M --dataset D --sae S --layer 20 --out audits/run1\n"
-        "without a model, in seconds: trl-anatomy audit --dataset D",
+        "without a model, in seconds: trl-anatomy audit --dataset D\n"
+        "by the recipe of a training: trl-anatomy audit --config recipe.yaml (docs/recipe.md)",
     )
-    config, flags = _strict_parse(parser, argv)
+    config, flags = _strict_parse(parser, argv, {"audit": "out"})
     with redirect_stdout(sys.stderr):  # some libraries print notes, which would spoil the JSON
         _check_labeller(flags)
     if config.sae == NO_SAE or not (config.sae or config.model):
@@ -264,102 +258,14 @@ def _name_concepts(audit: Audit, flags: Any) -> None:
     write_report(audit, pairs)
 
 
-def _strict_parse(parser: Any, argv: list[str]) -> tuple[Any, ...]:
-    """Parse flags and --config, refusing what nothing reads (TRL itself passes over a misspelt key in silence)."""
-    *parsed, from_config, from_line = _parsed(parser, argv)
-    _refuse_unknown(from_config, from_line, parser)
-    return tuple(parsed)
+def _strict_parse(parser: Any, argv: list[str], places: dict[str, str] | None = None) -> tuple[Any, ...]:
+    """The dataclasses of a parser, from flags and --config; refuses what nothing reads."""
+    return recipe.parse(parser, argv, ours=_ours(), places=places)
 
 
-def _parsed(parser: Any, argv: list[str]) -> tuple[Any, ...]:
-    """What TRL's parser makes of flags and --config, then the words of the file, and of the line, that it did not read.
-
-    Raises:
-        AnatomyError: --config names no file of options, or an option has a value that it cannot have, which TRL's
-            parser would tell with a traceback.
-    """
-    import yaml
-
-    if "--config" in argv:
-        given = argv[argv.index("--config") + 1 :]
-        if not given:
-            raise AnatomyError("--config names no file; give the path of a YAML file.")
-        try:
-            with open(given[0], encoding="utf-8") as file:
-                found = yaml.safe_load(file)
-        except OSError as error:
-            raise AnatomyError(f"--config names '{given[0]}', which cannot be read: {error.strerror}.") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise AnatomyError(f"--config: {given[0]} is not valid YAML: {' '.join(str(error).split())}.") from None
-        if not isinstance(found, dict):
-            raise AnatomyError(f"--config: {given[0]} holds no options; write them as NAME: VALUE, one a line.")
-        if words := _words_for_booleans(found, parser, given[0]):
-            with tempfile.TemporaryDirectory() as folder:
-                mended = Path(folder) / "config.yaml"
-                mended.write_text(yaml.safe_dump({**found, **words}), encoding="utf-8")
-                at = argv.index("--config") + 1
-                return _parsed(parser, [*argv[:at], str(mended), *argv[at + 1 :]])
-    try:
-        return parser.parse_args_and_config(argv, return_remaining_strings=True, separate_remaining_strings=True)
-    except AnatomyError:
-        raise
-    except ValueError as error:  # of the options' own classes, which check values as they are made
-        raise AnatomyError(f"The options cannot be used: {' '.join(str(error).split()).rstrip('.')}.") from error
-
-
-def _words_for_booleans(options: dict[str, Any], parser: Any, file: str) -> dict[str, str]:
-    """Options that YAML read as no word although they take one: `save_strategy: no` is false to YAML.
-
-    `report_to: null` and `None` are nothing to report to.
-
-    Raises:
-        AnatomyError: a boolean where the option knows no such word.
-    """
-    hints = {name: hint for kind in parser.dataclass_types for name, hint in get_type_hints(kind).items()}
-    words: dict[str, str] = {}
-    if options.get("report_to", "none") in (None, "None"):
-        words["report_to"] = "none"
-    for name in (name for name, value in options.items() if isinstance(value, bool)):
-        kinds = [kind for kind in get_args(hints.get(name)) if isinstance(kind, type) and issubclass(kind, enum.Enum)]
-        allowed = [str(member.value) for kind in kinds for member in kind]
-        if name == "report_to":
-            allowed = ["none", "all", "or the name of a tracker"]
-        nothing = [word for word in ("no", "none") if word in allowed]
-        if allowed and (options[name] or not nothing):
-            raise AnatomyError(
-                f"--config: {file}: {name} is {str(options[name]).lower()} (so YAML reads yes, on, no and off); "
-                f"allowed: {', '.join(allowed)}, in quotes."
-            )
-        if allowed:
-            words[name] = nothing[0]
-    return words
-
-
-def _refuse_unknown(from_config: list[str], from_line: list[str], parser: Any, launcher: Any = None) -> None:
-    """Raise AnatomyError for a word that nobody reads: not the parser, nor the launcher, to whom it may be passed."""
-    known = {option for action in parser._actions for option in action.option_strings}
-    passed = (
-        {option: action.nargs for action in launcher._actions for option in action.option_strings} if launcher else {}
-    )
-    passed |= {"--accelerate_config": None} if launcher else {}
-    for word in from_config:
-        name = word.split("=")[0]
-        if word.startswith("--") and name not in passed:
-            close = _did_you_mean(name, [*known, *passed])
-            raise AnatomyError(f"Unknown option '{name.lstrip('-')}' in the --config file{close}.")
-    values = 0.0  # words that the last option still takes
-    for word in from_line:
-        name, has_value, _ = word.partition("=")
-        if name in passed:
-            nargs = 1 if passed[name] is None else passed[name]
-            values = 0 if has_value else nargs if isinstance(nargs, int) else float("inf")
-        elif word.startswith("-") and name.strip("-"):
-            close = _did_you_mean(f"--{name.lstrip('-')}", [*known, *passed])
-            raise AnatomyError(f"Unknown option '{name}' on the command line{close}.")
-        elif values < 1:
-            raise AnatomyError(f"Found '{word}' on the command line, which no option takes; every value needs a name.")
-        else:
-            values -= 1
+def _ours() -> tuple[type, ...]:
+    """Options of our commands beside those of audit and sae, which a recipe may hold for any command."""
+    return _AuditFlags, _SAEFlags, PolicyArguments, PredictArguments
 
 
 def _print_regions(audit: Audit) -> None:
@@ -449,9 +355,10 @@ def _sae(argv: list[str]) -> int:
         (SAEConfig, _SAEFlags),
         prog="trl-anatomy sae",
         description=COMMANDS["sae"][1],
-        epilog="example: trl-anatomy sae --model M --dataset D --minutes 20 --out saes/run1",
+        epilog="example: trl-anatomy sae --model M --dataset D --minutes 20 --out saes/run1\n"
+        "by the recipe of a training, into the folder that its `sae` names: trl-anatomy sae --config recipe.yaml",
     )
-    config, flags = _strict_parse(parser, argv)
+    config, flags = _strict_parse(parser, argv, {"sae": "out"})
     with redirect_stdout(sys.stderr):  # some libraries print notes, which would spoil the JSON
         fits = make_sae(config) if config.check is None else {Path(config.check): check_saes(config)}
     if flags.json:
@@ -475,9 +382,14 @@ def _plan(argv: list[str]) -> int:
     parser.add_argument(
         "--audit", required=True, help="audit folder (or its URL) of the dataset that will be trained on"
     )
-    parser.add_argument("--policy", required=True, help="concept policy (YAML; path or URL)")
+    parser.add_argument(
+        "--policy", "--concept_policy", dest="policy", required=True, help="concept policy (YAML; path or URL)"
+    )
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run the code that the files of the audited model bring"
+    )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    args = parser.parse_args(argv)
+    args, training = recipe.parse_plain(parser, argv, ours=_ours())
 
     from .audit.folder import load_audit
     from .audit.reopen import reopen
@@ -489,9 +401,10 @@ def _plan(argv: list[str]) -> int:
     with redirect_stdout(sys.stderr):  # some libraries print notes, which would spoil the JSON
         audit = load_audit(args.audit)
         audit.check_kind("plan")
+        recipe.check_audited(training, audit.info["settings"], audit.name, _ours())
         policy = ConceptPolicy.load(args.policy)
         audit.check_harvest()
-        source = reopen(audit)
+        source = reopen(audit, trust_remote_code=args.trust_remote_code)
         resolved = check_policy(policy, audit, source.model_config, source.pairs.raw.column_names)
         scores = audit.path / "scores"
         plan = settle_policy(
@@ -540,11 +453,11 @@ def _train(kind: str, argv: list[str]) -> int:
         description=f"{COMMANDS[kind][1]} Options of accelerate launch are passed on.",
         epilog=f"example: trl-anatomy {kind} --config recipe.yaml --concept_policy policy.yaml",
     )
-    *arguments, policy, from_config, from_line = _parsed(parser, argv)
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     launcher = launch_command_parser()
-    _refuse_unknown(from_config, from_line, parser, launcher)
+    *arguments, policy, from_config, from_line = recipe.parse_known(parser, argv, ours=_ours(), launcher=launcher)
+    recipe.refuse_unknown(from_config, from_line, parser, launcher)
     for name in ("concept_policy", "audit"):
         path = getattr(policy, name)
         if path is not None and not exists(path):
@@ -771,9 +684,9 @@ def _reward(argv: list[str]) -> int:
 
 def _fit(argv: list[str]) -> int:
     parser = _parser("fit", "trl-anatomy fit --model M --dataset refusals.jsonl --scorer probe --out concepts/refusal")
-    parser.add_argument("--model", required=True, help="start model: folder or hub name")
+    parser.add_argument(*_both("model"), required=True, help="start model: folder or hub name")
     parser.add_argument(
-        "--dataset",
+        *_both("dataset"),
         help="rows with text and label, or prompt, response and label, or chosen (shows the concept) and rejected",
     )
     parser.add_argument(
@@ -786,7 +699,8 @@ def _fit(argv: list[str]) -> int:
         "--n_per_question", type=_whole(1), default=1, help="responses to a question of a persona (default 1)"
     )
     parser.add_argument("--engine", default="transformers", help="what samples them: transformers (default) or vllm")
-    parser.add_argument("--dataset_split", default="train", help="split of the dataset (default train)")
+    parser.add_argument(*_both("dataset_split"), default="train", help="split of the dataset (default train)")
+    parser.add_argument(*_both("dataset_subset"), help="configuration name of a hub dataset")
     parser.add_argument("--negatives", help="examples of another concept: its rows with label 1 become negatives")
     parser.add_argument("--scorer", default="probe", help="direction, probe, attention_probe, features or reft")
     parser.add_argument(
@@ -825,6 +739,13 @@ def _fit(argv: list[str]) -> int:
     return 0
 
 
+def _both(setting: str) -> tuple[str, str]:
+    """Our option of a setting, and TRL's."""
+    from .audit.config import TRL_NAMES
+
+    return f"--{setting}", f"--{TRL_NAMES[setting]}"
+
+
 def _fitted(args: argparse.Namespace) -> tuple[str, str]:
     """Fit and store as the arguments say; the card as JSON and the figures as text."""
     import numpy as np
@@ -842,7 +763,7 @@ def _fitted(args: argparse.Namespace) -> tuple[str, str]:
 
     if args.scorer not in KINDS:
         raise AnatomyError(
-            f"Unknown scorer '{args.scorer}'{_did_you_mean(args.scorer, KINDS)}; allowed: {', '.join(KINDS)}."
+            f"Unknown scorer '{args.scorer}'{recipe.did_you_mean(args.scorer, KINDS)}; allowed: {', '.join(KINDS)}."
         )
     layers = _layers(args.layers)
     settings = {name: value for name in ("reduce", "per") if (value := getattr(args, name)) is not None}
@@ -859,13 +780,14 @@ def _fitted(args: argparse.Namespace) -> tuple[str, str]:
     folder = local(args.out)  # refuses a URL that fsspec cannot read, before anything is fitted
     dose = _dose_settings(args)
     persona = _persona_settings(args)
-    config = AuditConfig(
-        model=args.model, dataset=args.dataset, dataset_split=args.dataset_split, dtype=args.dtype, device=args.device
-    )
+    same = ("model", "dataset", "dataset_split", "dataset_subset", "dtype", "device")
+    config = AuditConfig(**{name: getattr(args, name) for name in same})
     negatives = None
     if args.negatives is not None:
         split = "train" if os.path.isfile(args.negatives) else args.dataset_split  # a file has no splits
-        negatives = load_dataset(dataclasses.replace(config, dataset=args.negatives, dataset_split=split))
+        negatives = load_dataset(
+            dataclasses.replace(config, dataset=args.negatives, dataset_split=split, dataset_subset=None)
+        )
     tokenizer = load_tokenizer(args.model)
     model, rows = None, None
     if persona is None:
@@ -901,7 +823,7 @@ def _fitted(args: argparse.Namespace) -> tuple[str, str]:
         scorer.card["persona"] = {"trait": persona[0].trait, "judge": args.judge_model, "engine": args.engine}
     if dose is not None and isinstance(scorer, DirectionScorer | ReftScorer):
         strengths, rule = dose
-        prompts = load_dataset(dataclasses.replace(config, dataset=args.dose_prompts, dataset_split="train"))
+        prompts = load_dataset(AuditConfig(dataset=args.dose_prompts))
         if "prompt" not in prompts.column_names:
             raise AnatomyError(f"{args.dose_prompts} has no 'prompt' column.")
         scorer.card["dose_response"] = dose_response(
@@ -1010,9 +932,11 @@ def _layers(text: str | None) -> list[int] | None:
 def _compare(argv: list[str]) -> int:
     parser = _parser("compare", "trl-anatomy compare --audit audits/run1 --before M --after out")
     parser.add_argument("--audit", required=True, help="audit folder (or its URL) of the dataset that was trained on")
-    parser.add_argument("--before", required=True, help="the start model (the one that was audited)")
     parser.add_argument(
-        "--after",
+        *("--before", "--model_name_or_path"), required=True, help="the start model (the one that was audited)"
+    )
+    parser.add_argument(
+        *("--after", "--output_dir"),
         required=True,
         nargs="+",
         help="trained model(s); recovery is counted against the first",
@@ -1036,7 +960,8 @@ def _compare(argv: list[str]) -> int:
     parser.add_argument("--prediction", help="what predict wrote (default: AUDIT/prediction, if there is one)")
     parser.add_argument("--out", help="folder (or URL) for rollouts and compare.json (default: AUDIT/compare)")
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON")
-    args = parser.parse_args(argv)
+    trained = {"model": "before", "model_name_or_path": "before", "output_dir": "after"}
+    args, training = recipe.parse_plain(parser, argv, ours=_ours(), places=trained)
 
     from .audit.folder import load_audit
     from .checking.compare import compare, comparison_report, names_of
@@ -1048,6 +973,7 @@ def _compare(argv: list[str]) -> int:
     with redirect_stdout(sys.stderr):  # as in plan
         audit = load_audit(args.audit)
         audit.check_kind("compare")
+        recipe.check_audited(training, audit.info["settings"], audit.name, _ours())
         prompts = prompts_for(audit, args.prompts, args.n_prompts, args.seed) * args.n_per_prompt
         out = local(args.out) if args.out else audit.path / "compare"
         foretold = args.prediction or str(audit.path / FOLDER)

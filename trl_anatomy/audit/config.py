@@ -24,6 +24,22 @@ _KINDS: dict[Any, tuple[Any, str]] = {
 }
 
 
+# What TRL's recipes call these settings: either name is taken on the command line and in a recipe.
+TRL_NAMES = {
+    "model": "model_name_or_path",
+    "dataset": "dataset_name",
+    "dataset_split": "dataset_train_split",
+    "dataset_subset": "dataset_config",
+    "truncation": "truncation_mode",
+}
+
+
+def named(setting: str, text: str) -> dict[str, Any]:
+    """The help text of a setting and, for the parser of its command, TRL's name of it."""
+    other = TRL_NAMES[setting]
+    return {"help": f"{text} (--{other})", "aliases": [f"--{other}", f"--{other.replace('_', '-')}"]}
+
+
 def recorded(settings: dict[str, Any]) -> "AuditConfig":
     """The settings of an audit folder. Audits of earlier versions pooled over all tokens, and do not say so."""
     return AuditConfig(**{"pool_special_tokens": True, **settings})
@@ -56,11 +72,13 @@ class AuditConfig:
 
     model: str = field(
         default="",
-        metadata={"help": "Start model: folder or hub name of a language model, or of one of text and images."},
+        metadata=named("model", "Start model: folder or hub name of a language model, or of one of text and images."),
     )
     dataset: str | None = field(
         default=None,
-        metadata={"help": "Preference data: hub name, folder, or .json/.jsonl/.csv(.gz)/.parquet file, or a URL."},
+        metadata=named(
+            "dataset", "Preference data: hub name, folder, or .json/.jsonl/.csv(.gz)/.parquet file, or a URL."
+        ),
     )
     sae: str = field(
         default="",
@@ -92,14 +110,29 @@ class AuditConfig:
             "cluster of prompts that the audit finds."
         },
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
-    dataset_subset: str | None = field(default=None, metadata={"help": "Configuration name of a hub dataset."})
+    dataset_split: str = field(default="train", metadata=named("dataset_split", "Split of the dataset."))
+    dataset_subset: str | None = field(
+        default=None, metadata=named("dataset_subset", "Configuration name of a hub dataset.")
+    )
+    datasets: list[dict[str, Any]] | None = field(
+        default=None,
+        metadata={"help": "Instead of a dataset: the parts of a mixture, as the recipes of TRL write it (path, ...)."},
+    )
+    model_revision: str = field(
+        default="main", metadata={"help": "Version of a model on the hub: branch, tag or commit."}
+    )
+    trust_remote_code: bool | None = field(
+        default=False,
+        metadata={"help": "Run the code that the files of the start model bring. Not kept in the audit folder."},
+    )
     max_length: int | None = field(
         default=1024, metadata={"help": "Tokens a response is truncated to together with its prompt, as in training."}
     )
     truncation: str = field(
         default="keep_start",
-        metadata={"help": "keep_start or keep_end as in DPO; drop leaves longer pairs out, as in reward training."},
+        metadata=named(
+            "truncation", "keep_start or keep_end as in DPO; drop leaves longer pairs out, as in reward training."
+        ),
     )
     chat_template_path: str | None = field(
         default=None,
@@ -202,7 +235,11 @@ class AuditConfig:
     alpha: float = field(default=0.05, metadata={"help": "False discovery rate below which a shift is called found."})
 
     def __post_init__(self) -> None:
+        if self.datasets is not None:
+            self._check_mixture()
         for name, hint in get_type_hints(type(self)).items():
+            if name == "datasets":
+                continue
             value, kinds = getattr(self, name), get_args(hint) or (hint,)
             fits = bool in kinds if isinstance(value, bool) else isinstance(value, tuple(_KINDS[k][0] for k in kinds))
             if not fits:
@@ -248,10 +285,46 @@ class AuditConfig:
             if not good:
                 raise AnatomyError(f"audit setting {name}: found {getattr(self, name)!r}, allowed: {allowed}.")
 
+    def _check_mixture(self) -> None:
+        from ..reading.dataset import check_mixture
+
+        check_mixture(self.datasets)
+        for name, given in (("dataset", self.dataset), ("dataset_subset", self.dataset_subset)):
+            if given:
+                raise AnatomyError(
+                    f"audit setting {name}: found {given!r} beside datasets, whose parts name their own; give one."
+                )
+        if self.dataset_split != "train":
+            raise AnatomyError(
+                f"audit setting dataset_split: found {self.dataset_split!r}, but a mixture is read whole; name the "
+                "split of each part."
+            )
+
+    @property
+    def data_name(self) -> str:
+        """What the data are called: the dataset, or the parts of a mixture; empty for rows in memory."""
+        return self.dataset or " + ".join(str(part["path"]) for part in self.datasets or [])
+
     def settings(self) -> dict[str, Any]:
-        """JSON-able settings, as `audit.json` records them; local paths are absolute, so that they hold anywhere."""
+        """JSON-able settings, as `audit.json` records them; local paths are absolute, so that they hold anywhere.
+
+        Without `trust_remote_code`: nobody is to trust code because a folder says so.
+        """
         settings = asdict(self)
+        del settings["trust_remote_code"]
         for name in ("model", "dataset", "eval_dataset", "sae", "out", "chat_template_path"):
-            if settings[name] and Path(settings[name]).exists():
-                settings[name] = str(Path(settings[name]).resolve())
+            settings[name] = _absolute(settings[name])
+        for part in settings["datasets"] or []:
+            files = part.get("data_files")
+            if Path(part["path"]).exists():
+                part["path"] = _absolute(part["path"])
+            elif isinstance(files, dict):
+                part["data_files"] = {split: _absolute(file) for split, file in files.items()}
+            elif files:
+                part["data_files"] = list(map(_absolute, files)) if isinstance(files, list) else _absolute(files)
         return settings
+
+
+def _absolute(path: Any) -> Any:
+    """A path that exists, from the root; else what was given."""
+    return str(Path(path).resolve()) if path and Path(path).exists() else path

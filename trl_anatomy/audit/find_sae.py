@@ -123,9 +123,13 @@ def find_sae(
 
 def _command(config: "AuditConfig", layer: int) -> str:
     """The command that trains the SAE of an audit, on the same tokens."""
-    words = {"model": config.model, "dataset": config.dataset, "layer": layer, "out": "saes/run1"}
+    data = {"dataset": config.dataset} if config.dataset else {"config": "RECIPE"}  # a mixture is written in a file
+    words = {"model": config.model, **data, "layer": layer, "out": "saes/run1"}
     usual = {field.name: field.default for field in fields(config)}
-    same = ("dataset_split", "dataset_subset", "max_length", "truncation", "chat_template_path", "dtype", "device")
+    same = (
+        *("dataset_split", "dataset_subset", "max_length", "truncation", "chat_template_path", "dtype", "device"),
+        *("model_revision", "trust_remote_code"),
+    )
     words |= {name: getattr(config, name) for name in same if getattr(config, name) != usual[name]}
     return shlex.join(["trl-anatomy", "sae", *(str(w) for name, value in words.items() for w in (f"--{name}", value))])
 

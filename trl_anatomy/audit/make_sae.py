@@ -1,12 +1,12 @@
 """`trl-anatomy sae`: an SAE for a model that has none, from the pairs that it is to be trained on."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AnatomyError
-from .config import AuditConfig
-from .run import load_dataset, load_model, load_tokenizer
+from .config import AuditConfig, named
+from .run import load_dataset, load_model, load_tokenizer, shape_of
 
 if TYPE_CHECKING:
     from ..reading.sae import SAE
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 class SAEConfig:
     """Settings of `trl-anatomy sae`."""
 
-    model: str = field(default="", metadata={"help": "Start model (SFT checkpoint): folder or hub name."})
+    model: str = field(default="", metadata=named("model", "Start model (SFT checkpoint): folder or hub name."))
     dataset: str = field(
-        default="", metadata={"help": "Preference dataset, as for audit: its prompts and both responses are learned."}
+        default="",
+        metadata=named("dataset", "Preference dataset, as for audit: its prompts and both responses are learned."),
     )
     text: list[str] = field(
         default_factory=list,
@@ -53,10 +54,24 @@ class SAEConfig:
     k: int | None = field(default=None, metadata={"help": "Latents that fire per token. Default: by rule."})
     lr: float | None = field(default=None, metadata={"help": "Peak learning rate. Default: by rule."})
     seed: int = field(default=0, metadata={"help": "Seed of weights and order."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
-    dataset_subset: str | None = field(default=None, metadata={"help": "Configuration name of a hub dataset."})
+    dataset_split: str = field(default="train", metadata=named("dataset_split", "Split of the dataset."))
+    dataset_subset: str | None = field(
+        default=None, metadata=named("dataset_subset", "Configuration name of a hub dataset.")
+    )
+    datasets: list[dict[str, Any]] | None = field(
+        default=None,
+        metadata={"help": "Instead of a dataset: the parts of a mixture, as the recipes of TRL write it (path, ...)."},
+    )
+    model_revision: str = field(
+        default="main", metadata={"help": "Version of a model on the hub: branch, tag or commit."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the code that the files of the start model bring."}
+    )
     max_length: int | None = field(default=1024, metadata={"help": "Tokens of prompt and response, as in training."})
-    truncation: str = field(default="keep_start", metadata={"help": "keep_start, keep_end or drop, as in training."})
+    truncation: str = field(
+        default="keep_start", metadata=named("truncation", "keep_start, keep_end or drop, as in training.")
+    )
     chat_template_path: str | None = field(
         default=None, metadata={"help": "Chat template of training, where the tokenizer's is another."}
     )
@@ -75,9 +90,8 @@ class SAEConfig:
 
     def audit(self) -> AuditConfig:
         """The settings that an audit of the same data and model has."""
-        names = ("model", "dataset", "dataset_split", "dataset_subset", "max_length", "truncation", "dtype", "device")
-        others = ("batch_tokens", "seed", "chat_template_path")
-        return AuditConfig(**{name: getattr(self, name) for name in (*names, *others)})
+        shared = {of.name for of in fields(AuditConfig)} & {of.name for of in fields(self)} - {"layer", "out"}
+        return AuditConfig(**{name: getattr(self, name) for name in shared})
 
 
 def make_sae(config: SAEConfig, *, progress: bool = True) -> "dict[Path, SAEFit | None]":
@@ -107,15 +121,15 @@ def make_sae(config: SAEConfig, *, progress: bool = True) -> "dict[Path, SAEFit 
 
     if not config.model:
         raise AnatomyError("sae: no model given.")
-    if not config.dataset and not config.text:
+    audit = config.audit()
+    if not audit.data_name and not config.text:
         raise AnatomyError("sae: no dataset and no text given; an SAE is trained on the data it is to read.")
     if config.tokens is not None and config.minutes is not None:
         raise AnatomyError("sae: give tokens or minutes, not both.")
     if Ranks.current().size > 1:
         raise AnatomyError("sae trains in one process: start it without a launcher.")
-    audit = config.audit()
     tokenizer = load_tokenizer(config.model, audit)
-    pairs = _pairs(audit, tokenizer) if config.dataset else None
+    pairs = _pairs(audit, tokenizer) if audit.data_name else None
     reader = text_tokenizer(tokenizer)
     pad = reader.pad_token_id
     texts = [ids for name in config.text for ids in _text_tokens(audit, name, reader)]
@@ -194,10 +208,10 @@ def check_saes(config: SAEConfig) -> "SAEFit":
     from ..reading.sae import check_sae, load_sae
     from ..reading.sae_check import check_fit
 
-    missing = [name for name in ("model", "dataset") if not getattr(config, name)]
+    audit = config.audit()
+    missing = [name for name, given in (("model", audit.model), ("dataset", audit.data_name)) if not given]
     if missing or config.check is None:
         raise AnatomyError(f"sae --check: no {' and no '.join(missing or ['SAE'])} given.")
-    audit = config.audit()
     sae = load_sae(config.check)
     pairs = _pairs(audit, load_tokenizer(config.model, audit))
     model = load_model(audit)
@@ -207,17 +221,16 @@ def check_saes(config: SAEConfig) -> "SAEFit":
 
 def _pairs(config: AuditConfig, tokenizer: Any) -> "Pairs":
     from ..reading.capacity import check_pairs_fit
-    from ..reading.remote_code import load_config
     from ..reading.spans import read_pairs
 
     pairs = read_pairs(load_dataset(config), tokenizer, max_length=config.max_length, truncation=config.truncation)
-    check_pairs_fit(pairs, load_config(str(config.model)), grows=config.chat_template_path is not None)
+    check_pairs_fit(pairs, shape_of(config), grows=config.chat_template_path is not None)
     return pairs
 
 
 def _text_tokens(config: AuditConfig, name: str, tokenizer: Any) -> list[list[int]]:
     """Tokens of a dataset's column 'text', in pieces of `max_length`."""
-    rows = load_dataset(replace(config, dataset=name, dataset_split="train", dataset_subset=None))
+    rows = load_dataset(replace(config, dataset=name, dataset_split="train", dataset_subset=None, datasets=None))
     if "text" not in rows.column_names:
         raise AnatomyError(f"text {name}: it has the columns {', '.join(rows.column_names)}; 'text' is needed.")
     pieces: list[list[int]] = []
@@ -258,10 +271,11 @@ def _faster_in_bfloat16(model: Any) -> bool:
 def _card(
     config: SAEConfig, layer: int, settings: "SAERecipe", n_tokens: int, precision: str, fit: "SAEFit | None"
 ) -> str:
+    data = config.audit().data_name or ", ".join(config.text)
     lines = [
         f"# SAE of layer {layer} of {config.model}",
         "",
-        f"Trained with `trl-anatomy sae` on {config.dataset or ', '.join(config.text)}: {settings.tokens} tokens of "
+        f"Trained with `trl-anatomy sae` on {data}: {settings.tokens} tokens of "
         f"training on {n_tokens} tokens of data; {settings.architecture}, {settings.d_sae} latents, k {settings.k}, "
         f"peak learning rate {settings.lr:.2g}, seed {settings.seed}. It reads the output of layer {layer}, counted "
         f"from 0, and learned it in {precision}; the first token of each sequence and tokens of more than six mean "

@@ -238,7 +238,8 @@ def eval_prompts(config: "AuditConfig") -> frozenset[int] | None:
 
     if config.eval_dataset is None:
         return None
-    rows = load_rows(config.eval_dataset, split=config.eval_split)
+    subset = config.dataset_subset if config.eval_dataset == config.dataset else None
+    rows = load_rows(config.eval_dataset, subset=subset, split=config.eval_split)
     names = [name for name in ("prompt", "question", "instruction", "messages") if name in rows.column_names]
     names = names or [name for name in (prompt_column(rows),) if name]
     if names:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import AnatomyError
 from ..reading.clock import dated
 from ..reading.processing import is_template_file
-from ..reading.remote_code import load_config
 from .config import AuditConfig, recorded
-from .run import load_dataset, load_model, load_tokenizer
+from .run import load_dataset, load_model, load_tokenizer, shape_of
 
 if TYPE_CHECKING:
     from ..reading.spans import Pairs
@@ -41,7 +40,8 @@ class Source:
     def model_config(self) -> Any:
         """The start model's transformers config, without its weights."""
         try:
-            return load_config(self._named("model"))
+            self._named("model")
+            return shape_of(self.config)
         except AnatomyError as error:
             raise AnatomyError(f"{self.audit.name}: the model of the audit is needed again. {error}") from error
 
@@ -101,7 +101,7 @@ class Source:
         )
 
     def _named(self, what: str) -> str:
-        name = getattr(self.config, what)
+        name: str = self.config.data_name if what == "dataset" else getattr(self.config, what)
         if not name:
             raise AnatomyError(
                 f"{self.audit.name}: the audit was made with a {what} in memory, which cannot be loaded again; save "
@@ -110,13 +110,17 @@ class Source:
         return name
 
 
-def reopen(audit: Audit) -> Source:
+def reopen(audit: Audit, *, trust_remote_code: bool | None = None) -> Source:
     """What `audit` was made from.
+
+    Args:
+        audit: the audit; its folder is no reason to trust the code of the model that it names.
+        trust_remote_code: as the user's own recipe says; None, where none can say it, is no.
 
     Raises:
         AnatomyError: when something asked for is not there any more, or has changed since the audit.
     """
-    config = recorded(audit.info["settings"])
+    config = replace(recorded(audit.info["settings"]), trust_remote_code=trust_remote_code)
     if is_template_file(config.chat_template_path) and audit.info["data"].get("chat_template") is not None:
         config = replace(config, chat_template_path=None)  # the audit has its text, whatever became of the file
     return Source(audit, config)

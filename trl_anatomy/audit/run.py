@@ -60,69 +60,107 @@ _PACKAGES = ("trl", "transformers", "torch", "sae-lens", "datasets", "numpy", "s
 
 
 def load_dataset(config: AuditConfig) -> "Dataset":
-    """The raw preference data: a file, a folder, a URL, or a name on the hub.
+    """The raw preference data: a file, a folder, a URL, a name on the hub, or a mixture of those.
 
     Raises:
         AnatomyError: as `reading.dataset.load_rows`.
     """
-    from ..reading.dataset import load_rows
+    from ..reading.dataset import load_mixture, load_rows
 
+    if config.datasets:
+        return load_mixture(config.datasets)
     if not config.dataset:
         raise AnatomyError("audit setting dataset: none given; name a dataset, a folder, or a file.")
     return load_rows(config.dataset, subset=config.dataset_subset, split=config.dataset_split)
 
 
 def load_tokenizer(name: str, config: AuditConfig | None = None) -> Any:
-    """The tokenizer or processor of a model, without remote code; as TRL loads it, with the template of an audit.
+    """The tokenizer or processor of a model; as TRL loads it, with the template of an audit.
 
     Args:
         name: folder or hub name of the model.
-        config: the audit whose rows it makes tokens of: as the trainer of its `truncation`, with its template.
+        config: the audit whose rows it makes tokens of: as the trainer of its `truncation`, with its template. Its
+            revision, and leave to run remote code, are those of its own model alone.
     """
     if config is None:
         return load_processing_class(name)
-    loaded = load_processing_class(name, reward=config.truncation == "drop")
+    loaded = load_processing_class(name, reward=config.truncation == "drop", **version_of(name, config))
     if config.chat_template_path is not None:
         set_chat_template(loaded, config.chat_template_path)
     return loaded
 
 
-def empty_model(name: str) -> Any:
-    """A causal language model without its weights, and without remote code: whether it can be loaded at all."""
+def version_of(name: str, config: AuditConfig | None) -> dict[str, Any]:
+    """The revision of a model and leave to run its code, as arguments: an audit's for its own model, none for others.
+
+    `main` and no setting are the same to the hub.
+    """
+    if config is None or not config.model or name != config.model:
+        return {"revision": None, "trust_remote_code": None}
+    return {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
+
+
+def empty_model(name: str, config: AuditConfig | None = None) -> Any:
+    """A causal language model without its weights: whether it can be loaded at all.
+
+    Args:
+        name: folder or hub name.
+        config: the audit, if it is the audited model; without, no remote code runs.
+    """
     import torch
 
-    auto, config = auto_class(name)
+    version = version_of(name, config)
+    auto, shape = auto_class(name, **version)
     try:
         with torch.device("meta"):
-            return auto.from_config(config, trust_remote_code=False)
+            return auto.from_config(shape, trust_remote_code=bool(version["trust_remote_code"]))
     except Exception as error:
-        raise AnatomyError(f"model {name}: cannot be loaded ({why_not_loaded(error)}).") from error
+        reason = why_not_loaded(error, settable=version["trust_remote_code"] is not None)
+        raise AnatomyError(f"model {name}: cannot be loaded ({reason}).") from error
 
 
 def load_model(config: AuditConfig) -> Any:
-    """The start model in evaluation mode on its device, without remote code."""
+    """The start model in evaluation mode on its device; without remote code, unless the settings trust it."""
     device = _device(config)
-    auto, _ = auto_class(config.model)
+    trusted = config.trust_remote_code
+    auto, _ = auto_class(config.model, revision=config.model_revision, trust_remote_code=trusted)
     try:
-        model = auto.from_pretrained(config.model, dtype=config.dtype, trust_remote_code=False)
+        model = auto.from_pretrained(
+            config.model, dtype=config.dtype, revision=config.model_revision, trust_remote_code=bool(trusted)
+        )
     except Exception as error:
-        raise AnatomyError(f"model {config.model}: cannot be loaded ({why_not_loaded(error)}).") from error
+        reason = why_not_loaded(error, settable=trusted is not None)
+        raise AnatomyError(f"model {config.model}: cannot be loaded ({reason}).") from error
     if config.chat_template_path is not None:
         lengthen_embeddings(model, load_tokenizer(config.model, config))
     return model.to(device).eval()
 
 
-def auto_class(name: str) -> tuple[Any, Any]:
-    """What loads a model, and its configuration: a model of text and images is read where it is no language model."""
+def auto_class(name: str, *, revision: str | None = None, trust_remote_code: bool | None = None) -> tuple[Any, Any]:
+    """What loads a model, and its configuration: a model of text and images is read where it is no language model.
+
+    Args:
+        name, revision, trust_remote_code: as of `reading.remote_code.load_config`.
+    """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
     )
 
-    config = load_config(name)
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     known: Any = MODEL_FOR_CAUSAL_LM_MAPPING
-    return AutoModelForCausalLM if type(config) in known else AutoModelForImageTextToText, config
+    causal = type(config) in known or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    return AutoModelForCausalLM if causal else AutoModelForImageTextToText, config
+
+
+def shape_of(config: AuditConfig) -> Any:
+    """The transformers configuration of the start model.
+
+    Raises:
+        AnatomyError: as `reading.remote_code.load_config`.
+    """
+    return load_config(config.model, **version_of(config.model, config))
 
 
 def _device(config: AuditConfig) -> str:
@@ -148,7 +186,7 @@ def _require(config: AuditConfig, model: Any, dataset: Any) -> None:
     if config.sae == NO_SAE:
         raise AnatomyError("audit setting sae: none counts habits alone; call run_text_audit with sae left empty.")
     missing = [name for name, given in (("model", model), ("dataset", dataset), ("sae", None)) if given is None]
-    missing = [name for name in missing if not getattr(config, name)]
+    missing = [name for name in missing if not (config.data_name if name == "dataset" else getattr(config, name))]
     if missing:
         raise AnatomyError(f"audit: no {' and no '.join(missing)} given.")
     if model is None:
@@ -208,7 +246,7 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
     )
     if config.region is not None:
         region_rows(pairs, config.region)
-    shape = empty_model(config.model) if model is None else model
+    shape = empty_model(config.model, config) if model is None else model
     unfit = check_pairs_fit(pairs, shape.config, grows=config.chat_template_path is not None)
     if config.sae == AUTO:
         n_layers = len(decoder_layers(shape))
@@ -294,7 +332,7 @@ def run_audit(
         )
         if config.region is not None:  # a bad one is told before the pass
             region_rows(pairs, config.region)
-        shape = load_config(str(config.model)) if model is None else model.config
+        shape = shape_of(config) if model is None else model.config
         check_pairs_fit(pairs, shape, grows=config.chat_template_path is not None)
         if sae is None and config.sae != AUTO:
             sae = load_sae(config.sae)
@@ -438,7 +476,7 @@ def _conclude(
             **({} if fit is None else {"fit": asdict(fit)}),
         },
         "data": {
-            "name": config.dataset or "dataset in memory",
+            "name": config.data_name or "dataset in memory",
             "fingerprint": pairs.fingerprint,
             "n_rows": len(raw),
             "n_pairs": len(pairs),

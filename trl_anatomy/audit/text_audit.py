@@ -107,7 +107,7 @@ def run_text_audit(
             or (getattr(tokenizer, "name_or_path", "") or "tokenizer in memory" if reads_tokens else "")
         },
         "data": {
-            "name": config.dataset or "dataset in memory",
+            "name": config.data_name or "dataset in memory",
             "fingerprint": fingerprint,
             "n_rows": len(raw),
             "n_pairs": len(texts),

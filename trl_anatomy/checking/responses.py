@@ -108,8 +108,12 @@ def slug(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
 
 
-def load_model(model: Any) -> Any:
+def load_model(model: Any, revision: str | None = None) -> Any:
     """The model at a path, in evaluation mode, on the GPU if there is one; a loaded model as it is.
+
+    Args:
+        model: folder or hub name, or a model.
+        revision: of the model on the hub.
 
     Raises:
         AnatomyError: it cannot be loaded.
@@ -120,9 +124,9 @@ def load_model(model: Any) -> Any:
 
     from ..audit.run import auto_class
 
-    auto, _ = auto_class(str(model))
+    auto, _ = auto_class(str(model), revision=revision)
     try:
-        loaded = auto.from_pretrained(str(model), trust_remote_code=False)
+        loaded = auto.from_pretrained(str(model), revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise AnatomyError(f"The model at {model} cannot be loaded: {error}") from error
     return loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -139,7 +143,8 @@ def load_audited(audit: Audit, before: Any) -> Any:
     from ..reading.fingerprint import model_fingerprint
     from ..reading.processing import lengthen_embeddings
 
-    model, config = load_model(before), reopen(audit).config
+    config = reopen(audit).config
+    model = load_model(before, config.model_revision if name_of(before) == config.model else None)
     if config.chat_template_path is not None:
         lengthen_embeddings(model, load_tokenizer(name_of(before), config))
     if model_fingerprint(model) != audit.info["model"]["fingerprint"]:

@@ -1,9 +1,10 @@
 """Datasets as every command reads them: a file, a folder, a URL, or a name on the hub."""
 
 import csv
+import difflib
 import gzip
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,69 @@ def load_splits(path: str, name: str | None = None, *, split: str | None = None,
     if isinstance(found, Dataset):
         return found.to_iterable_dataset()
     return datasets.IterableDatasetDict({key: rows.to_iterable_dataset() for key, rows in found.items()})
+
+
+# Keys of a part of a mixture, as TRL's recipes write one.
+_PART = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction")
+
+
+def check_mixture(parts: Any) -> None:
+    """Check the parts of a mixture, `datasets:` in a recipe of TRL.
+
+    Raises:
+        AnatomyError: no list of parts with a path each, an unknown key, shares of some parts only, or below 0.
+    """
+    if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
+        raise AnatomyError("datasets: found no list of parts; write `- path: NAME` for each.")
+    for number, part in enumerate(parts, start=1):
+        for key in part:
+            if key not in _PART:
+                close = difflib.get_close_matches(str(key), _PART, n=1)
+                meant = f" (did you mean '{close[0]}'?)" if close else ""
+                raise AnatomyError(f"datasets, part {number}: unknown key '{key}'{meant}; allowed: {', '.join(_PART)}.")
+        if not isinstance(part.get("path"), str):
+            raise AnatomyError(f"datasets, part {number}: found no path; name the dataset.")
+    shares = [part.get("fraction") for part in parts]
+    if shares == [None] * len(parts):
+        return
+    if not all(isinstance(share, int | float) and not isinstance(share, bool) and share >= 0 for share in shares):
+        raise AnatomyError("datasets: fraction is a number of at least 0, and goes with every part or with none.")
+    if not sum(shares):
+        raise AnatomyError("datasets: every fraction is 0; give one part a share.")
+
+
+def load_mixture(parts: Sequence[Mapping[str, Any]]) -> Dataset:
+    """Load a mixture of datasets row by row as TRL's scripts make it (`trl.get_dataset`).
+
+    Args:
+        parts: of each ``path`` (what `load_rows` takes) and maybe ``name``, ``data_dir``, ``data_files``, ``split``,
+            ``columns`` and ``fraction``, its share of the mixture, which repeats no row.
+
+    Raises:
+        AnatomyError: as `check_mixture` and `load_rows`; columns that a part does not have or that do not agree.
+    """
+    check_mixture(parts)
+    loaded = []
+    for part in parts:
+        where = {key: part[key] for key in ("data_dir", "data_files") if part.get(key) is not None}
+        rows = load_splits(part["path"], part.get("name"), split=part.get("split") or "train", **where)
+        if part.get("columns") is not None:
+            if missing := [column for column in part["columns"] if column not in rows.column_names]:
+                raise AnatomyError(
+                    f"{part['path']}: found no column {', '.join(missing)} (has {', '.join(rows.column_names)})."
+                )
+            rows = rows.select_columns(part["columns"])
+        loaded.append(rows)
+    if parts[0].get("fraction") is not None:
+        whole = sum(part["fraction"] for part in parts)
+        weights = [part["fraction"] / whole for part in parts]
+        total = min(len(rows) / weight for rows, weight in zip(loaded, weights, strict=True) if weight > 0)
+        loaded = [rows.select(range(round(weight * total))) for rows, weight in zip(loaded, weights, strict=True)]
+    try:
+        return datasets.concatenate_datasets(loaded)
+    except Exception as error:  # of columns that are of two kinds: what datasets raises is its own
+        names = ", ".join(part["path"] for part in parts)
+        raise AnatomyError(f"datasets: {names} cannot be put together ({str(error).splitlines()[0]}).") from error
 
 
 def _kind(path: Path) -> str | None:
