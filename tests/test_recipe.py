@@ -125,7 +125,10 @@ def test_an_audit_by_our_names_serves_training_too(here: Path) -> None:
 
 
 def test_an_sae_is_trained_where_the_recipe_names_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--config", write(**TRAINING, sae="saes/mine", out="elsewhere", latents=48, k=4, layer=1)]
+    with Path("text.jsonl").open("w") as file:
+        file.writelines(json.dumps({"text": f"w{i % 40} yes no {'w3 ' * (i % 9)}" * 9}) + "\n" for i in range(400))
+    more = {"text": "text.jsonl", "latents": 48, "k": 4, "layer": 1}
+    words = ["--config", write(**TRAINING, sae="saes/mine", out="elsewhere", **more)]
     assert main(["sae", *words, "--tokens", "33000"]) == 0
     assert (here / "saes" / "mine" / "cfg.json").is_file()
     assert not (here / "elsewhere").exists()

@@ -166,7 +166,9 @@ def test_no_command_runs_it(name: str, unasked: Path, capfd: pytest.CaptureFixtu
     assert line == errors[-1]
     assert "bad: " in line
     assert "its files bring code of their own, which is not run here: " in line
-    assert ("set trust_remote_code if you trust it" in line) == name.startswith(("dpo", "reward"))
+    # audit and sae read a recipe's own `trust_remote_code` since they take a recipe
+    settable = name.startswith(("dpo", "reward")) or name in ("dry run", "audit", "sae")
+    assert ("set trust_remote_code if you trust it" in line) == settable
 
 
 @pytest.mark.parametrize("command", ["plan --audit audit --policy habit.yaml", "report --audit audit"])

@@ -17,6 +17,7 @@ _SETTINGS = (
     "dataset",
     "dataset_split",
     "dataset_subset",
+    "datasets",
     "model",
     "max_length",
     "truncation",
