@@ -1,7 +1,9 @@
 """What the audit callback reports, read back from where it went."""
 
 import copy
+import html
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,15 @@ import yaml
 from audit_world import make_audit, make_world, of_first_rows
 from conftest import preference_rows
 from parity import EXACT, assert_same_tensors, fresh, history, state
+from test_first_screen import finding, folded, table
 from transformers import TrainerControl
 from trl import DPOConfig, DPOTrainer
 from wandb_records import read_run, records
 
 from trl_anatomy import AnatomyDPOTrainer, AnatomyError, AuditCallback, AuditConfig, load_audit
 from trl_anatomy.audit.folder import Audit
+from trl_anatomy.audit.report import render
+from trl_anatomy.trainers.card import card_section
 
 POLICY = {
     "version": 1,
@@ -113,6 +118,55 @@ def test_wandb_run_read_back(audit: Audit, tiny_model_dir: Path, offline: Path) 
     names = {entry.path for entry in folder.manifest.contents}
     assert {"audit.json", "hypotheses.parquet", "concepts.parquet", "pairs.parquet", "report.html"} <= names
     assert not any("harvest" in name for name in names)
+
+
+def test_findings_come_first_and_say_what_the_page_says(audit: Audit, tiny_model_dir: Path, offline: Path) -> None:
+    """One builder of texts: page, W&B and model card cannot tell different numbers; struct columns stand as JSON."""
+    import wandb
+
+    listed = copy.copy(audit)
+    listed.findings = table(
+        [
+            finding("habit", "numbered_list", chosen=0.286, rejected=0.229, difference=0.057),
+            finding("habit", "words", unit="words", chosen=181.4, rejected=92.0, difference=89.4, difference_low=80.2),
+            finding("concept", "T1", says="[surely] it is", folded=[folded("bullet", chosen=0.59, rejected=0.12)]),
+        ]
+    )
+    evidence = {"tokens": ["surely"], "promoted": [], "place": "opening", "habit": None, "correlation": None}
+    at = audit.concepts.column_names.index("evidence")
+    told = pa.array([evidence] + [None] * (audit.concepts.num_rows - 1), audit.concepts.schema.field(at).type)
+    listed.concepts = audit.concepts.set_column(at, audit.concepts.schema.field(at), told)
+    try:
+        trainer = train(AnatomyDPOTrainer, tiny_model_dir, offline / "out", audit=listed, config={"report_to": "wandb"})
+    finally:
+        wandb.finish()
+    rows, _ = read_run(offline)
+    (run_folder,) = offline.glob("wandb/offline-run-*")
+    paths = {key: value for row in rows for key, value in row.items()}
+    stored = json.loads((run_folder / "files" / paths["audit/findings/step_0.path"]).read_text())
+    found = [dict(zip(stored["columns"], row, strict=True)) for row in stored["data"]]
+    assert [row["finding"] for row in found] == ["numbered list", "words", "[surely] it is"]
+    first, second, third = found
+    assert (first["chosen"], first["rejected"], first["difference"]) == ("29 %", "23 %", "+5.7 points")
+    assert (second["chosen"], second["rejected"], second["difference"]) == ("181 words", "92.0 words", "+89.4 words")
+    assert (third["name"], third["with it"]) == ("T1", "bullet (59 % against 12 %)")
+    section = card_section(listed, None, "", trainer.state.log_history)
+    page = html.unescape(re.sub("<[^>]*>", "", render(listed).split("</head>")[1]))
+    for row in found:
+        for text in (
+            row["finding"],
+            row["chosen"],
+            row["rejected"],
+            row["difference"],
+            row["95 % interval"],
+            row["adds"],
+        ):
+            assert text in page, text
+            assert text in section, text
+    assert section.index("What sets chosen and rejected responses apart:") < section.index("concepts")
+    assert "163 of 299 reported concepts that moved went the way the pairs lean" in section
+    concepts = json.loads((run_folder / "files" / paths["audit/concepts/step_0.path"]).read_text())
+    assert json.loads(concepts["data"][0][concepts["columns"].index("evidence")]) == evidence
 
 
 def test_a_policy_reports_what_its_rules_touch(tiny_model_dir: Path, tmp_path: Path) -> None:

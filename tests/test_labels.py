@@ -188,7 +188,7 @@ def test_names_are_shown_everywhere_and_change_nothing_else(
     for name, habit in habit_concepts(audit).items():
         assert shown[name] == f"{habit} (1.00)"
         if name in taught:
-            assert re.search(rf"{name} +[+-].*{habit} \(1\.00\)$", printed, re.MULTILINE)
+            assert re.search(rf"{name} +\d+ %.*{habit} \(1\.00\)$", printed, re.MULTILINE)
             assert re.search(rf'id="{name}">\s*<h2>{name} .*more in (chosen|rejected)', page)
             assert "It says so. Named by namer-1 (endpoint), which sorts held-out texts" in page
     assert "balanced accuracy with which it sorts held-out texts" in page

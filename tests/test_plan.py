@@ -528,7 +528,7 @@ def test_report_and_json(pairs: Pairs, audit: Audit) -> None:
     text = plan_report(found)
     assert text.startswith("1200 rows, 600 pairs scored, 600 pairs trained on.\n")
     strength = f"{found.rules[0]['strength']:.3g} ({found.rules[0]['ci_low']:.3g} to {found.rules[0]['ci_high']:.3g})"
-    for part in ("explain away", "bold", "shape_reward", "data = B1", strength, "Predicted shift", "T1"):
+    for part in ("explain away", "bold", "shape_reward", "data = B1", strength, "How far the pairs lean", "T1"):
         assert part in text
     assert max(map(len, text.splitlines())) < 200
     content = json.loads(json.dumps(plan_json(found), allow_nan=False))

@@ -120,7 +120,7 @@ def test_a_recipe_is_foretold_without_training(at_root: Path, capsys: pytest.Cap
     assert prediction_report(result) in shown
     assert "by step, policy" in shown
     assert f"taken out {share:.2f} [{low:.2f}, {high:.2f}]" in shown
-    assert "plain training is not foretold to move it" in shown
+    assert "plain training is not predicted to move it" in shown
 
 
 def test_the_covariance_is_the_derivative_of_a_mean() -> None:
@@ -221,7 +221,7 @@ def test_what_a_step_makes_likelier_is_foretold_to_rise(audit: Audit, root: Path
     assert 0 < word["start"][0] < 1
     assert word["step"][PLAIN][1] > 0
     assert never["step"] is None
-    assert "not foretold: never" in prediction_report(told)
+    assert "not predicted: never" in prediction_report(told)
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,10 @@ def _print_habits(audit: TextAudit) -> None:
     rows = audit.habits.to_pylist()
     print("\n".join(habit_sentences(rows, audit.info["counts"]["n_prompts"])))
     print("\n".join(choice_sentences(audit.info["choice"])))
+    _print_findings(audit)
     found = sorted((row for row in rows if row["verdict"] in (MORE, LESS)), key=lambda row: row["q"])
+    if audit.findings is not None and audit.findings.num_rows:
+        found = []  # they are listed already, the others on the page
     if found:
         print(f"  {'habit':<17} {'chosen':>8} {'rejected':>8} {'difference':>11}  {'95 % interval':<20} {'q':>8}")
     for row in found:
@@ -307,34 +310,71 @@ def _print_size(audit: Audit) -> None:
 
 def _print_audit(audit: Audit) -> None:
     from .audit.choice_words import choice_sentences
+    from .audit.concept_words import HELD, lean_sentence, rates_of
     from .audit.habit_words import habit_sentences
+    from .audit.number_words import percent
     from .reading.storage import shown
 
     _print_size(audit)
+    rows = sorted(audit.labelled(audit.concepts).to_pylist(), key=lambda row: -abs(row["predicted"]))
+    found = [row for row in rows if row["verdict"] in ("rises", "falls")]
+    by_length = sum(row["verdict"] == "explained by length" for row in rows)
     if audit.habits is not None:
         print("\n".join(habit_sentences(audit.habits.to_pylist(), audit.info["counts"]["n_prompts"])))
         if "choice" in audit.info:
             print("\n".join(choice_sentences(audit.info["choice"])))
-    rows = sorted(audit.labelled(audit.concepts).to_pylist(), key=lambda row: -abs(row["predicted"]))
-    taught = [row for row in rows if row["verdict"] in ("rises", "falls")]
-    by_length = sum(row["verdict"] == "explained by length" for row in rows)
-    if not taught and audit.info.get("too_few_prompts"):
+    elif found:
+        print(lean_sentence(found))
+    _print_problems(audit)
+    _print_findings(audit)
+    if not found and audit.info.get("too_few_prompts"):
         print(f"No claim about any of {len(rows)} concepts.")
-    elif not taught:
-        print(f"No evidence that these pairs teach any of {len(rows)} concepts.")
+    elif not found:
+        print(f"No evidence that the sides differ in any of {len(rows)} concepts.")
     else:
-        print(f"What the data will teach ({len(taught)} of {len(rows)} concepts; largest shifts first):")
-        print(f"  {'concept':<8} {'shift':>7}  {'95 % interval':<18} {'equal length':>12} {'q':>9}  label")
-    for row in taught[:10]:
-        interval = f"[{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
+        print(f"{len(found)} of {len(rows)} concepts differ. Chosen, rejected: share of responses that show it. Lean:")
+        print("chosen minus rejected, of the share of its features that fire in a response:")
         print(
-            f"  {row['concept']:<8} {row['predicted']:+7.3f}  {interval:<18} {row['length_adjusted']:+12.3f}"
-            f" {row['q']:9.2g}  {row['label']}"
+            f"  {'concept':<8} {'chosen':>7} {'rejected':>8} {'lean':>7}  {'95 % interval':<18} {'equal length':>12}"
+            f" {'q':>9}  label"
+        )
+    for row in found[:10]:
+        interval = f"[{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
+        rates = rates_of(row)
+        chosen, rejected = ("", "") if rates is None else map(percent, rates)
+        print(
+            f"  {row['concept']:<8} {chosen:>7} {rejected:>8} {row['predicted']:+7.3f}  {interval:<18}"
+            f" {row['length_adjusted']:+12.3f} {row['q']:9.2g}  {row['label']}"
         )
     if by_length:
-        print(f"Of {by_length} more the lengths of the responses, or where max_length cut them, explain the shift.")
-    _print_problems(audit)
+        print(
+            f"Of {by_length} more the lengths of the responses, or where max_length cut them, explain the difference."
+        )
+    if found:
+        print(HELD)
     print(f"Report: {shown(audit.path / 'report.html')}")
+
+
+def _print_findings(audit: Audit) -> None:
+    """The findings as the page tells them."""
+    from .audit.finding_text import finding_texts
+
+    texts = finding_texts(audit.findings, audit.habits)
+    if texts:
+        print(
+            f"  {'finding':<24} {'chosen':>12} {'rejected':>12} {'difference':>14}  {'95 % interval':<19} {'adds':>12}"
+        )
+    for text in texts:
+        print(
+            f"  {_cut(text.title, 24):<24} {text.chosen:>12} {text.rejected:>12} {text.difference:>14}"
+            f"  {text.interval:<19} {text.adds:>12}"
+        )
+        if text.folded:
+            print(f"    with it: {text.with_it}")
+
+
+def _cut(text: str, n: int) -> str:
+    return text if len(text) <= n else f"{text[: n - 1]}…"
 
 
 # sae -----------------------------------------------------------------------------------------------------------------
@@ -1043,13 +1083,13 @@ def _demo(argv: list[str]) -> int:
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
-    "audit": (_audit, "Read a preference dataset: what it will teach, where, and how surely."),
+    "audit": (_audit, "Read a preference dataset: what sets its sides apart, where, and how surely."),
     "plan": (_plan, "Show what each rule of a policy would touch, before any training."),
     "predict": (_predict, "Predict what a `dpo` recipe will change from its first optimizer step."),
     "dpo": (_dpo, "Train with DPO: the flags and YAML of `trl dpo`, plus a concept policy."),
     "reward": (_reward, "Train a reward model: the flags and YAML of `trl reward`, plus a concept policy."),
     "fit": (_fit, "Learn a concept from labelled text, judge it on held-out text, and store it for policies."),
-    "compare": (_compare, "Set the predicted shift beside the one that training made."),
+    "compare": (_compare, "Set what the audit predicts beside what training changed."),
     "report": (_report, "Rebuild or open the page of an audit."),
     "sae": (_sae, "Train an SAE on a model's own activations, or judge one on the pairs it is to read."),
     "demo": (_demo, "See all of it on a small model with planted habits, in minutes on a CPU."),

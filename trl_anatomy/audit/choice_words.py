@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .choice import ALL, CHANCE, CONCEPTS, HABITS, LENGTH, TOLD, TOO_FEW
-from .habit_words import listed, percent
+from .habit_words import listed
+from .number_words import percent
 
 # How a source stands in a sentence.
 NAMES = {LENGTH: "length alone", HABITS: "named habits", CONCEPTS: "the SAE's concepts", ALL: "all together"}

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .habit_table import LESS, MORE
-from .habit_words import listed, percent
+from .habit_words import listed
+from .number_words import percent
 from .predict import FALLS, RISES
 
 # Verdicts as a reader is told them: the pairs lean, whatever a model may learn of them.

@@ -5,11 +5,10 @@ from typing import Any
 
 from ..reading.habits import LENGTHS
 from .habit_table import LESS, MORE, TOO_FEW
+from .number_words import SHARE, percent
 
 # Habits named in a sentence; a difference below these points is left to the table.
 N_NAMED, LEAST = 4, 0.01
-# The unit of a mean that is told as a rate is.
-SHARE = "share"
 # A ratio of lengths from here on is said in times, below in per cent.
 TIMES = 1.5
 
@@ -81,16 +80,6 @@ def _longer(habit: Mapping[str, Any], verdict: str) -> str:
         return f"longer {amounts}"
     ratio = habit[more] / habit[less]
     return f"{ratio:.1f} times as long {amounts}" if ratio >= TIMES else f"{percent(ratio - 1)} longer {amounts}"
-
-
-def percent(share: float) -> str:
-    """A share in per cent, as a person would say it.
-
-    >>> percent(0.734), percent(0.004), percent(0.0), percent(1.0)
-    ('73 %', '0.4 %', '0 %', '100 %')
-    """
-    value = 100 * share
-    return f"{value:.1f} %" if 0 < value < 1 or 99 < value < 100 else f"{value:.0f} %"
 
 
 def listed(parts: Sequence[str]) -> str:

@@ -333,7 +333,7 @@ def comparison_report(result: Mapping[str, Any]) -> str:
 
     names, n_prompts = list(result["after"]), result["sampling"]["n_prompts"]
     lines = [too_few(n_prompts)] if n_prompts < MIN_PROMPTS else []
-    lines += ["Predicted and observed shift of each concept (share of its features that fire in a response):"]
+    lines += ["Predicted and observed shift of each concept, in the share of its features that fire in a response:"]
     lines.append(f"  {'concept':<8} {'predicted':>9}  " + "  ".join(f"{name[:22]:>22}" for name in names) + "  label")
     for row in sorted(result["concepts"], key=lambda row: -abs(row["predicted"]))[:20]:
         seen = (row["observed"][name] for name in names)

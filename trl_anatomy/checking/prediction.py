@@ -264,8 +264,8 @@ def prediction_report(result: Mapping[str, Any]) -> str:
     named = list(result["concepts"][0]["step"]) if result["concepts"] else [PLAIN]
     policy = POLICY in named
     lines = [
-        "Foretold shift of each concept (share of its features that fire in a response): by the pairs' disparity, by",
-        "the first step of this training on the start model's own responses, and the mean of both:",
+        "Predicted shift of each concept, in the share of its features that fire in a response: by how far the pairs",
+        "lean, by the first step of this training on the start model's own responses, and the mean of both:",
         f"  {'concept':<8} {'start':>6} {'by pairs':>8} {'by step':>8}  {'95 % interval':<18} {'both':>7}"
         + (f" {'by step, policy':>15}" if policy else "")
         + "  label",
@@ -287,14 +287,14 @@ def prediction_report(result: Mapping[str, Any]) -> str:
         )
     never = [row["rule"] for row in result["rates"] if row["step"] is None]
     if never:
-        lines.append(f"  Never or always shown by the start model, so not foretold: {', '.join(never)}.")
+        lines.append(f"  Never or always shown by the start model, so not predicted: {', '.join(never)}.")
     if result["policy"]:
         lines.append(
             "\nConcepts of the policy: mean score in the start model's responses, its shift by the step of plain\n"
             "training, and how much of that the policy takes out (0 nothing, 1 all of it; below 0 it adds):"
         )
     for row in result["policy"]:
-        told = "plain training is not foretold to move it"
+        told = "plain training is not predicted to move it"
         if row["taken_out"] is not None:
             share, low, high = row["taken_out"]
             told = f"taken out {share:.2f} [{low:.2f}, {high:.2f}]"

@@ -290,7 +290,7 @@ def plan_report(plan: PolicyPlan, *, n_concepts: int = 15) -> str:
     if plan.concepts:
         lines += [
             "",
-            "Concepts of the policy: mean score gap, chosen minus rejected; above 0 training raises the concept.",
+            "Concepts of the policy: mean score gap, chosen minus rejected; above 0 the pairs lean towards it.",
         ]
         lines += _columns(_CONCEPT_HEADER, [_concept_row(row) for row in plan.concepts])
         lines.append("pp: percentage points of responses with a hit; sd: standard deviations of the score.")
@@ -311,7 +311,11 @@ def plan_report(plan: PolicyPlan, *, n_concepts: int = 15) -> str:
             ]
             for row in found[:n_concepts]
         ]
-        lines += ["", "Predicted shift of the audit's concepts, largest change first:"]
+        lines += [
+            "",
+            "How far the pairs lean towards the audit's concepts: chosen minus rejected, of the share of their",
+            "features that fire; largest change first. A model may learn it: trl-anatomy predict asks yours.",
+        ]
         lines += _columns(["concept", "plain", "with policy", "change", "label"], rows)
         if len(found) > n_concepts:
             lines.append(f"... and {len(found) - n_concepts} more concepts.")

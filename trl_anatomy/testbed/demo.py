@@ -213,12 +213,19 @@ def _run(out: Path, seed: int, size: Size, say: Callable[[str], None]) -> DemoRe
 
 
 def hypotheses(audit: Audit, n: int = 6) -> list[str]:
-    """The audit in a few lines: the concepts with the largest predicted shifts, and where one depends on the prompt."""
-    lines = ["What the data will teach, everywhere:"]
+    """The audit in a few lines: findings and the concepts that lean most, and where one depends on the prompt."""
+    from ..audit.concept_words import shown_in, verdict_words
+    from ..audit.finding_text import finding_texts
+
+    lines = ["What sets chosen and rejected responses apart:"]
+    lines += [
+        f"  {t.title}: {t.chosen} of chosen, {t.rejected} of rejected"
+        for t in finding_texts(audit.findings, audit.habits)
+    ]
+    lines.append("and by the SAE's concepts:")
     concepts = [c for c in audit.concepts.to_pylist() if c["verdict"] in ("rises", "falls")]
     for c in sorted(concepts, key=lambda c: -abs(c["predicted"]))[:n]:
-        interval = f"[{c['ci_low']:+.3f}, {c['ci_high']:+.3f}]"
-        lines.append(f"  {c['concept']:<4} {c['verdict']:<6} {c['predicted']:+.3f} {interval:<17} {c['label']}")
+        lines.append(f"  {c['concept']:<4} {verdict_words(c['verdict'])}, {shown_in(c)}: {c['label']}")
     labels = {c["concept"]: c["label"] for table in (audit.concepts, audit.responses) for c in table.to_pylist()}
     contexts = audit.info.get("contexts", {})
     kept = sorted((h for h in audit.hypotheses.to_pylist() if h["kept"]), key=lambda h: h["rank"])

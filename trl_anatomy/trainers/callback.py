@@ -1,5 +1,6 @@
 """Reports an audit, and what a policy touches, to whatever `report_to` names. It changes nothing."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..reading.storage import fetch, listed
-from .card import OBSERVED, Cells, concept_cells, fence, hypothesis_cells, observed, observed_cells
+from .card import OBSERVED, Cells, concept_cells, fence, finding_cells, hypothesis_cells, observed, observed_cells
 
 if TYPE_CHECKING:
     from ..audit.folder import Audit
@@ -23,14 +24,14 @@ class AuditCallback(TrainerCallback):
     The trainers of this package add it by themselves. To every tracker: the numbers of `audit.json` counts as `audit/*`
     and what each rule touches as `policy/*`, through `trainer.log`. Beyond numbers, where `report_to` names them:
 
-    - W&B, where a run exists: the tables `audit/hypotheses/step_N`, `audit/concepts/step_N`, `policy/rules/step_N`,
-      `observed/concepts/step_N` and `observed/rewards/step_N` (N = the global step, so that no later table, say of a
-      resumed run, hides an earlier one), the page as `audit/report/step_N`, the policy in the run's configuration as
-      `concept_policy`, and the audit folder as an artifact of type "audit", without `harvest/`, which can be tens of
-      gigabytes.
+    - W&B, where a run exists: the tables `audit/findings/step_N`, as the page tells them, `audit/hypotheses/step_N`,
+      `audit/concepts/step_N`, `policy/rules/step_N`, `observed/concepts/step_N` and `observed/rewards/step_N` (N = the
+      global step, so that no later table, say of a resumed run, hides an earlier one), the page as
+      `audit/report/step_N`, the policy in the run's configuration as `concept_policy`, and the audit folder as an
+      artifact of type "audit", without `harvest/`, which can be tens of gigabytes.
     - TensorBoard (through the writer of the trainer's own callback) and trackio: the first rows of the same tables,
-      `audit/hypotheses`, `audit/concepts`, `observed/concepts`, `observed/rewards`, and `policy/yaml`, `policy/plan`.
-      Text of the data stands in code spans and fences there, since both read Markdown.
+      `audit/findings`, `audit/hypotheses`, `audit/concepts`, `observed/concepts`, `observed/rewards`, and
+      `policy/yaml`, `policy/plan`. Text of the data stands in code spans and fences there, since both read Markdown.
 
     Args:
         audit: an Audit, the path of an audit folder, or None to report the plan only.
@@ -70,7 +71,9 @@ class AuditCallback(TrainerCallback):
         texts: dict[str, str] = {}
         if self.audit is not None:
             concepts = concept_cells(self.audit.labelled(self.audit.concepts).to_pylist(), self.plan)
-            tables = {"audit/hypotheses": hypothesis_cells(self.audit), "audit/concepts": concepts}
+            findings = finding_cells(self.audit)
+            tables = {"audit/findings": findings} if findings.rows else {}
+            tables |= {"audit/hypotheses": hypothesis_cells(self.audit), "audit/concepts": concepts}
         if self.plan is not None:
             from ..shaping.plan import plan_report
 
@@ -124,6 +127,8 @@ class AuditCallback(TrainerCallback):
             if rules:
                 payload[f"policy/rules/step_{step}"] = _table(list(rules[0]), [list(rule.values()) for rule in rules])
         if audit is not None:
+            if audit.findings is not None and audit.findings.num_rows:
+                payload[f"audit/findings/step_{step}"] = _finding_table(audit.findings, audit.habits)
             payload[f"audit/hypotheses/step_{step}"] = _arrow_table(audit.hypotheses, first="rank")
             payload[f"audit/concepts/step_{step}"] = _arrow_table(audit.labelled(audit.concepts))
             page = Path(audit.path) / "report.html"
@@ -168,12 +173,32 @@ def _numbers(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return found
 
 
+def _finding_table(findings: Any, habits: Any) -> Any:
+    """The findings as a W&B table, in the words and numbers of the page."""
+    from ..audit.finding_text import finding_texts
+
+    columns = ("rank", "finding", "name", "chosen", "rejected", "difference", "95 % interval", "adds", "with it", "q")
+    texts = finding_texts(findings, habits)
+    rows = [
+        [rank, t.title, t.name, t.chosen, t.rejected, t.difference, t.interval, t.adds, t.with_it, q]
+        for rank, (t, q) in enumerate(zip(texts, findings["q"].to_pylist(), strict=True), start=1)
+    ]
+    return _table(columns, rows)
+
+
 def _arrow_table(table: Any, first: str | None = None) -> Any:
-    """A pyarrow table as a W&B table of at most MAX_ROWS rows, sorted by the column `first` where there is one."""
+    """A pyarrow table as a W&B table of at most MAX_ROWS rows, sorted by the column `first` where there is one.
+
+    What a W&B table has no type for, such as the evidence of a label, stands as JSON.
+    """
     if first in table.column_names:
         table = table.sort_by(first)
     rows = table.slice(0, MAX_ROWS).to_pylist()
-    return _table(table.column_names, [list(row.values()) for row in rows])
+    return _table(table.column_names, [[_cell(value) for value in row.values()] for row in rows])
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:

@@ -70,26 +70,52 @@ class Cells:
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def finding_cells(audit: "Audit") -> Cells:
+    """The findings of an audit, as its page tells them; no rows where it has none."""
+    from ..audit.finding_text import finding_texts
+
+    rows = [
+        [
+            code(text.title) + (f" {text.name}" if text.name.replace("_", " ") != text.title else ""),
+            *map(code, (text.chosen, text.rejected, text.difference)),
+            text.interval,
+            f"{text.adds} ({text.adds_interval})",
+            code(text.with_it),
+        ]
+        for text in finding_texts(audit.findings, audit.habits)
+    ]
+    return Cells(("finding", "chosen", "rejected", "difference", "95 % interval", "adds", "with it"), rows)
+
+
 def concept_cells(concepts: Iterable[Mapping[str, Any]], plan: "PolicyPlan | None" = None) -> Cells:
-    """The concepts of an audit with the largest predicted shifts, with intervals; under the policy where there is one.
+    """The concepts of an audit that lean most, with rates and intervals; under the policy where there is one.
 
     Args:
         concepts: rows of `Audit.concepts`.
         plan: a plan whose `predicted` is of the same audit, or None.
     """
+    from ..audit.concept_words import verdict_words
+
     under: dict[str, Any] = {}
     if plan is not None and plan.predicted is not None:
         under = {row["concept"]: row["predicted_under_policy"] for row in plan.predicted.to_pylist()}
-    columns = ["concept", "label", "predicted shift", "95 % interval", "verdict"]
+    columns = ["concept", "label", "chosen", "rejected", "lean", "95 % interval", "verdict"]
     largest = sorted(concepts, key=lambda row: -abs(_finite(row["predicted"]) or 0.0))[:MAX_ROWS]
     rows = [
-        [row["concept"], code(row["label"] or ""), _signed(row["predicted"]), _interval(row), row["verdict"] or ""]
+        [
+            row["concept"],
+            code(row["label"] or ""),
+            *_rates(row),
+            _signed(row["predicted"]),
+            _interval(row),
+            verdict_words(row["verdict"] or ""),
+        ]
         for row in largest
     ]
     if under:
-        columns.insert(4, "under the policy")
+        columns.insert(6, "under the policy")
         for row, cells in zip(largest, rows, strict=True):
-            cells.insert(4, _signed(under.get(row["concept"])))
+            cells.insert(6, _signed(under.get(row["concept"])))
     return Cells(tuple(columns), rows)
 
 
@@ -106,6 +132,8 @@ def hypothesis_cells(audit: "Audit") -> Cells:
             row["context"],
             row["concept"],
             code(labels.get(row["concept"]) or ""),
+            " / ".join(filter(None, _rates(row, "_in"))),
+            " / ".join(filter(None, _rates(row, "_out"))),
             _signed(row["delta"]),
             _interval(row),
             _signed(row["delta_length_adjusted"]),
@@ -113,7 +141,8 @@ def hypothesis_cells(audit: "Audit") -> Cells:
         ]
         for row in found
     ]
-    columns = ("context", "concept", "label", "inside − elsewhere", "95 % interval", "at equal length", "q")
+    shown = ("shown here, chosen / rejected", "shown elsewhere")
+    columns = ("context", "concept", "label", *shown, "inside − elsewhere", "95 % interval", "at equal length", "q")
     return Cells(columns, rows)
 
 
@@ -213,23 +242,33 @@ def put_comparison(card: Path, result: Mapping[str, Any], name: str) -> bool:
 
 
 def _audited(audit: "Audit", plan: "PolicyPlan | None") -> list[str]:
+    from ..audit.concept_words import HELD
+
     data, sae, alpha = audit.info["data"], audit.info["sae"], audit.info["settings"]["alpha"]
     left_out = ", ".join(f"{count} {reason}" for reason, count in data["left_out"].items())
     concepts = audit.labelled(audit.concepts).to_pylist()
     verdicts = [row["verdict"] for row in concepts]
-    return [
+    parts = [
         f"Before training, {data['n_pairs']} pairs of {data['n_rows']} rows"
         + (f" (left out: {code(left_out)})" if left_out else "")
         + f" of {_named(data['name'])} were read by {_named(audit.info['model']['name'])} at layer {sae['layer']} with"
         f" the SAE {_named(' '.join(str(part) for part in sae['source'].values()))}. Fingerprints: of the pairs"
         f" {code(data['fingerprint'])}, of the SAE {code(sae['fingerprint'])}, of the model"
-        f" {code(audit.info['model']['fingerprint'])}.",
-        f"Of {len(concepts)} concepts {verdicts.count('rises')} are predicted to rise and {verdicts.count('falls')} to"
-        " fall; the largest, as shifts of the share of a concept's SAE features that fire in a response:",
+        f" {code(audit.info['model']['fingerprint'])}."
+    ]
+    findings = finding_cells(audit)
+    if findings.rows:
+        parts += ["What sets chosen and rejected responses apart:", findings.markdown()]
+    return [
+        *parts,
+        f"Of {len(concepts)} concepts {verdicts.count('rises')} are shown more in chosen responses and"
+        f" {verdicts.count('falls')} more in rejected ones; those that lean most. Chosen, rejected: share of responses"
+        " that show it. Lean: chosen minus rejected, of the share of its SAE features that fire in a response:",
         concept_cells(concepts, plan).markdown(),
         f"Of {audit.hypotheses.num_rows} tested hypotheses (a concept, among the pairs of a context)"
         f" {len(_standing(audit))} stand at a false discovery rate of {alpha:g}; the first:",
         hypothesis_cells(audit).markdown(),
+        HELD,
     ]
 
 
@@ -259,7 +298,8 @@ def _compared(result: Mapping[str, Any], name: str) -> str:
         told = f"prediction and observation agree with R² {figures['r2']:.2f} {interval} over {figures['n']} concepts"
     return "\n\n".join(
         [
-            f"In responses to {sampling['n_prompts']} prompts, sampled of the start model and of this one: {told}.",
+            f"In responses to {sampling['n_prompts']} prompts, sampled of the start model and of this one: {told}."
+            " Shifts are of the share of a concept's SAE features that fire in a response.",
             Cells(columns, shifts).markdown(),
             "Share of responses in which a text rule holds:",
             Cells(("rule", "before", "after"), rates).markdown(),
@@ -276,6 +316,15 @@ def _named(name: str) -> str:
     """A name as code; of a path only its end, since the card may be published."""
     local = os.path.isabs(os.path.expanduser(name)) or os.path.exists(name)
     return code(Path(name).name if local else name)
+
+
+def _rates(row: Mapping[str, Any], where: str = "") -> list[str]:
+    """Shares of chosen and rejected responses that show a concept; blank where the audit does not know them."""
+    from ..audit.concept_words import rates_of
+    from ..audit.number_words import percent
+
+    rates = rates_of(row, where)
+    return ["", ""] if rates is None else [percent(rate) for rate in rates]
 
 
 def _finite(value: Any) -> float | None:

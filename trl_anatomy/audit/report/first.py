@@ -1,22 +1,22 @@
 """The first screen of a page: what sets the two sides apart, in sentences and at most ten findings."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
 from ..finding_list import HABIT
+from ..finding_text import finding_texts
 from ..folder import Audit
-from ..habit_words import SHARE
+from ..number_words import SHARE
 from ..problems import problem_line
 from .drawing import SIDES, WIDTH, paired, share_scale
 from .explore import excerpt
 from .policies import explaining_away, snippet
-from .shell import render_part, written
+from .shell import render_part
 
-# What is folded under a finding and named beside it; characters of the text in which a concept fires.
-N_FOLDED, SEEN = 5, 160
+# Characters of the text in which a concept fires.
+SEEN = 160
 
 
 def first_screen(
@@ -42,21 +42,16 @@ def first_screen(
     shares = [row for row in rows if row["unit"] == SHARE]
     scale = share_scale([row[side] for row in shares for side in SIDES])
     found = []
-    for row in rows:
-        share, own = row["unit"] == SHARE, max(row[side] for side in SIDES)
+    for row, text in zip(rows, finding_texts(audit.findings, audit.habits), strict=True):
+        own = max(row[side] for side in SIDES)
+        habit = habits.get(row["name"]) if row["kind"] == HABIT else None
         found.append(
             {
-                **row,
-                "title": _title(row),
-                "about": habits.get(row["name"], {}).get("description", "").replace("`", ""),
-                "card": row["kind"] != HABIT and row["name"] in cards,
-                "share": share,
-                "places": paired(row, scale if share else own if own > 0 else 1.0),
-                "drawn": " and ".join(f"{side} {written(row[side], row['unit'])}" for side in SIDES),
-                "known": not math.isnan(row["difference_low"]),
-                "folded": [_folded(other, habits) for other in row["folded"][:N_FOLDED]],
-                "more": max(0, len(row["folded"]) - N_FOLDED),
-                "place": _habit_place(habits[row["name"]]) if row["kind"] == HABIT else _concept_place(row, samples),
+                "text": text,
+                "about": habit["description"].replace("`", "") if habit else row["name"],
+                "card": row["name"] in cards,
+                "places": paired(row, scale if row["unit"] == SHARE else own if own > 0 else 1.0),
+                "place": _habit_place(habit) if habit else _concept_place(row, samples),
                 "policy": explaining_away(row["name"]) if row["kind"] == HABIT else snippet(audit, row["name"]),
             }
         )
@@ -72,17 +67,6 @@ def first_screen(
         amounts=len(shares) < len(rows),
         width=WIDTH,
     )
-
-
-def _title(row: Mapping[str, Any]) -> str:
-    """A finding in words: a habit by its name, a concept by its label."""
-    return row["name"].replace("_", " ") if row["kind"] == HABIT else row["says"] or row["name"]
-
-
-def _folded(other: Mapping[str, Any], habits: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    habit = habits.get(other["name"]) if other["kind"] == HABIT else None
-    unit = SHARE if habit is None or habit["kind"] == "rate" else habit["unit"]
-    return {"title": _title(other), "rates": " / ".join(written(other[side], unit) for side in SIDES)}
 
 
 def _habit_place(habit: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -8,9 +8,9 @@ from markupsafe import Markup
 
 from ..concept_words import NOT_SIGNIFICANT, only_uncorrected
 from ..habit_table import LESS, MORE, TOO_FEW
-from ..habit_words import SHARE
+from ..number_words import SHARE, apart, between, written
 from .drawing import SIDES, WIDTH, both_sides
-from .shell import render_part, written
+from .shell import render_part
 
 # Habits shown before the rest is folded, on a page without a list of findings.
 N_FIRST = 12
@@ -56,16 +56,22 @@ def _order(row: dict[str, Any]) -> tuple[int, float]:
 
 def _shown(row: dict[str, Any], alpha: float) -> dict[str, Any]:
     """A row with what the template shows."""
-    share = row["kind"] == "rate" or row["unit"] == SHARE
-    ends = [row[f"{side}{end}"] for side in ("chosen", "rejected") for end in ("", "_high")]
-    scale = 1.0 if share else max((end for end in ends if not math.isnan(end)), default=0.0) or 1.0
+    unit = SHARE if row["kind"] == "rate" else row["unit"]
+    ends = [row[f"{side}{end}"] for side in SIDES for end in ("", "_high")]
+    scale = 1.0 if unit == SHARE else max((end for end in ends if not math.isnan(end)), default=0.0) or 1.0
+    told = {side: written(row[side], unit) for side in SIDES}
+    low, high = row["difference_low"], row["difference_high"]
     return {
         **row,
-        "share": share,
+        "share": unit == SHARE,
         "title": row["habit"].replace("_", " "),
         "about": row["description"].replace("`", ""),
-        "known": not math.isnan(row["difference_low"]),
-        "uncorrected": only_uncorrected(row["difference_low"], row["difference_high"], row["q"], alpha),
-        "drawn": " and ".join(f"{side} {written(row[side], SHARE if share else row['unit'])}" for side in SIDES),
+        "told": told,
+        "drawn": f"chosen {told['chosen']} and rejected {told['rejected']}",
+        "apart": apart(row["difference"], unit),
+        "between": ""
+        if math.isnan(row["difference_low"])
+        else between(row["difference_low"], row["difference_high"], unit),
+        "uncorrected": only_uncorrected(low, high, row["q"], alpha),
         "places": both_sides(row, scale),
     }

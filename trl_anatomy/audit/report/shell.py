@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..habit_words import SHARE, percent
+from ..number_words import deviations, number, percent, points, probability
 
 # Control characters but newline and tab, lone surrogates, and signs that change the direction of what follows.
 _ACTIVE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
@@ -117,7 +117,6 @@ def _template(package: str, name: str) -> Any:
         "probability": probability,
         "clean": clean,
         "percent": percent,
-        "amount_difference": amount_difference,
     }
     return environment.from_string(_read(package, name))
 
@@ -138,62 +137,3 @@ def clean(text: str) -> str:
 def _shown(match: re.Match[str]) -> str:
     code = ord(match[0])
     return chr(0x2400 + code) if code < 0x20 else f"[U+{code:04X}]"
-
-
-def points(value: float | None, sign: bool = True) -> str:
-    """A share in percentage points, with a true minus sign.
-
-    >>> points(0.4134), points(-0.02)
-    ('+41.3', '−2.0')
-    """
-    if value is None or math.isnan(value):
-        return "n/a"
-    text = f"{100 * value:{'+' if sign else ''}.1f}"
-    return text.replace("-", "−") if float(text) else "0.0"
-
-
-def deviations(value: float | None) -> str:
-    """A number of standard deviations, with a true minus sign.
-
-    >>> deviations(0.4134), deviations(-0.001)
-    ('+0.41', '0.00')
-    """
-    if value is None or math.isnan(value):
-        return "n/a"
-    text = f"{value:+.2f}"
-    return text.replace("-", "−") if float(text) else "0.00"
-
-
-def amount_difference(value: float | None) -> str:
-    """A difference of two amounts, with a true minus sign and no more digits than mean anything.
-
-    >>> amount_difference(153.4), amount_difference(-0.07), amount_difference(None)
-    ('+153', '−0.1', 'n/a')
-    """
-    if value is None or math.isnan(value):
-        return "n/a"
-    text = f"{value:+,.0f}" if abs(value) >= 100 else f"{value:+.1f}"
-    return text.replace("-", "−") if float(text.replace(",", "")) else "0.0"
-
-
-def written(value: float, unit: str) -> str:
-    """A rate or an amount with its unit.
-
-    >>> written(0.671, SHARE), written(153.4, "words"), written(2.04, "")
-    ('67 %', '153 words', '2.0')
-    """
-    if unit == SHARE:
-        return percent(value)
-    return f"{number(round(value)) if value >= 100 else format(value, '.1f')} {unit}".rstrip()
-
-
-def number(value: int) -> str:
-    """An integer with thousands apart."""
-    return f"{value:,}"
-
-
-def probability(value: float | None) -> str:
-    """A p- or q-value, no more digits than mean anything."""
-    if value is None or math.isnan(value):
-        return "n/a"
-    return "< 0.0001" if value < 1e-4 else f"{value:.2g}"
