@@ -193,7 +193,8 @@ def test_two_names_of_one_setting_agree(options, words: str, told: list[str], he
 
 @pytest.mark.parametrize("command", ["audit", "sae", "plan", "predict", "dpo", "reward", "compare"])
 @pytest.mark.parametrize(
-    ("key", "meant"), [("model_name_or_pth", "model_name_or_path"), ("max_lenght", "max_length"), ("bta", "beta")]
+    ("key", "meant"),
+    [("model_name_or_pth", "model_name_or_path"), ("max_lenght", "max_length"), ("torch_dtype", "dtype")],
 )
 def test_a_misspelt_key_gets_the_nearest_name(command: str, key: str, meant: str, here: Path, capsys) -> None:
     error = refused(capsys, command, "--config", write(**TRAINING, audit="a", sae="sae", **{key: 1}))
@@ -381,6 +382,7 @@ def test_the_version_of_a_model_is_that_of_the_recipe(hub: str, here: Path) -> N
     assert load_audited(audit, hub).lm_head.weight.unique().tolist() == [1]
     assert main(["plan", "--config", "recipe.yaml"]) == 0
     assert main(["plan", "--config", write(**recipe)]) == 2  # of the version `main`
+    assert main(["predict", "--config", "recipe.yaml"]) == 2
 
 
 @pytest.mark.parametrize(

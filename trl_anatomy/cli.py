@@ -636,6 +636,7 @@ def _predict(argv: list[str]) -> int:
     with redirect_stdout(sys.stderr):  # as in plan
         audit = load_audit(policy.audit)
         audit.check_kind("predict")
+        recipe.check_version(audit, model_args, training)
         prompts = prompts_for(audit, flags.prompts, flags.n_prompts, training.seed)
         training.report_to, training.save_strategy, training.push_to_hub = [], "no", False
         training.eval_strategy = type(training.eval_strategy)("no")

@@ -24,6 +24,8 @@ from .errors import AnatomyError
 # Our name of a setting -> TRL's, or the one that a recipe has.
 _NAMES = {**TRL_NAMES, "policy": "concept_policy"}
 _OTHERS = {other: name for name, other in _NAMES.items()}
+# What older recipes write for an option, and letters alone would not tell.
+_MEANT = {"torch_dtype": "dtype", "revision": "model_revision"}
 # Options of commands whose parser has no dataclass.
 _PLAIN = ("policy", "before", "after", "batch_size", "likelihood")
 # Keys of `model_init_kwargs` that leave what a model computes as it is.
@@ -192,6 +194,22 @@ def check_audited(recipe: Recipe | None, settings: Mapping[str, Any], audit: str
             )
 
 
+def check_version(audit: Any, model_args: Any, training: Any) -> None:
+    """Refuse to take the first step of a training from another version of the model than was audited.
+
+    Raises:
+        AnatomyError: the revisions of one name differ.
+    """
+    init = training.model_init_kwargs if isinstance(training.model_init_kwargs, dict) else {}
+    revision, settings = init.get("revision") or model_args.model_revision, audit.info["settings"]
+    audited = settings.get("model_revision", "main")
+    if settings["model"] == model_args.model_name_or_path and revision != audited:
+        raise AnatomyError(
+            f"{audit.name} was made with model_revision {audited!r}, and the training has {revision!r}: audit the "
+            "version that is trained."
+        )
+
+
 def refuse_unknown(from_config: list[str], from_line: list[str], parser: Any, launcher: Any = None) -> None:
     """Raise AnatomyError for a word that nobody reads: not the parser, nor the launcher, to whom it may be passed."""
     known = {option for action in parser._actions for option in action.option_strings}
@@ -284,7 +302,8 @@ def _options_for(
         elif key in known:
             passed_over.append(key)
         else:
-            raise AnatomyError(f"Unknown option '{key}' in the --config file{did_you_mean(key, sorted(known))}.")
+            close = f" (did you mean '{_MEANT[key]}'?)" if key in _MEANT else did_you_mean(key, sorted(known))
+            raise AnatomyError(f"Unknown option '{key}' in the --config file{close}.")
     kept = {dest: _one_of(recipe, dest, values, places) for dest, values in taken.items()}
     if recipe.options.get("datasets"):
         from .reading.dataset import check_mixture
