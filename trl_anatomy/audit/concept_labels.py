@@ -7,7 +7,7 @@ balanced accuracy on the others. No test of the audit reads labels.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from ..reading.habits.parts import Parts
 from ..reading.token_text import pieces
 from . import stats
 from .predict import EVIDENCE, LABELLED
+from .shown import split_points
 from .text_rules import Atom, Rule, Standing, TextTable, held_out_scores, learn_rules, noun, phrase
 from .views import above, cluster_sums
 from .word_classes import CLASSES, OF_TERM, PATTERNS, is_content, terms_at
@@ -41,23 +42,27 @@ READ_PAIRS, READ_SHOWING, MOST_READ = 400, 6, 1_500
 CONTEXTS, SAME_TOKEN, BEFORE, AFTER = 16, 4, 48, 28
 # Tokens near the strongest of a context are marked too from this share of its activation on.
 MARKED = 0.5
+# A response counts as so many tokens longer: in one of two words a latent fires on half of it, whatever it reads.
+SHORT = 20
 # A concept that more of the responses show is taken by how much they do.
 NEARLY_ALL = 0.95
 OPEN, CLOSE = "⟦", "⟧"
-N_PROMOTED, READABLE = 10, 60
+N_PROMOTED, READABLE = 10, 300
 # From this correlation on a concept is said to agree with a habit.
 AGREES = 0.6
 # A rule of a lower held-out score names a concept weakly.
 GOOD = 0.75
 WEAK = " (weak name)"
-PLACES = (
-    "line breaks",
-    "list markers",
-    "after a line break",
-    "first words of the response",
-    "ends of sentences",
-    "last words of the response",
-)
+# Where a concept may fire, and how a label says it.
+AT = {
+    "line breaks": "at line breaks",
+    "list markers": "in list markers",
+    "after a line break": "after a line break",
+    "first words of the response": "in the first words",
+    "ends of sentences": "at ends of sentences",
+    "last words of the response": "in the last words",
+}
+PLACES = tuple(AT)
 EVERYWHERE = "everywhere"
 _FIRST, _LAST = 5, 3
 _MARKER = re.compile(r"(?m)^[ \t]*(?:[-*•‣◦●▪]|\d{1,3}[.)])[ \t]")
@@ -133,7 +138,7 @@ def label_concepts(
     standing = tokens.standing()
     rules = learn_rules(words, fired, learning, standing)
     scores = held_out_scores(words, rules, fired, learning)
-    promoted = promoted_tokens(model, sae, tokenizer, features)
+    promoted = promoted_tokens(model, sae, tokenizer, features, set(words.vocabulary))
     named, correlation = _agreeing(strength, counted, list(habits))
     share = {(a.kind, a.name): float((words.amounts[:, k] > 0).mean()) for k, a in enumerate(words.columns)}
     labels = []
@@ -151,7 +156,9 @@ def label_concepts(
         if rule is not None and score is not None and score >= GOOD:
             labels.append(Label(phrase(rule, share, strongest), score, rule, evidence))
         else:
-            labels.append(Label(_by_tokens(strongest, place) + WEAK, score, rule, evidence))
+            agrees = named[k]
+            plain = noun(Atom("habit", agrees)) if agrees else _by_tokens(strongest, tokens.stands(standing, k), place)
+            labels.append(Label(plain + WEAK, score, rule, evidence))
     names = table["concept"].to_pylist()
     labels = unique_labels(labels, names, [tokens.strongest(k) for k in range(len(labels))])
     return with_labels(table, labels)
@@ -187,11 +194,11 @@ def _strengths(
 
     How much is the mean over its features of the share of tokens on which one fires, in units of that feature's own
     mean: a latent that fires on every other token counts no more than one that fires once. It shows the concept as
-    `shown.split_points` says; where that is not known, or holds for nearly all responses, where it does so `clearly`.
+    `shown.split_points` says; of a concept that nearly all responses show, where it does so `clearly`.
 
     Args:
         known: (n,) pairs, ascending.
-        shown_above: (K,) share of the features beyond which a response shows the concept; NaN where it is not known.
+        shown_above: (K,) share of the features beyond which a response shows the concept; NaN: to be found.
     """
     parts: dict[str, list[sparse.csr_array]] = {side: [] for side in sides}
     start = 0
@@ -202,15 +209,19 @@ def _strengths(
         for side in sides:
             parts[side].append(sparse.csr_array(here.frequency(side)))
     frequency = sparse.csr_array(sparse.vstack([part for side in sides for part in parts[side]], format="csr"))
-    mean = np.asarray(frequency.sum(axis=0)).ravel() / max(1, frequency.shape[0])
+    length = np.concatenate([read.lengths[side][known] for side in sides]).astype(np.float64)
+    damped = frequency.data * np.repeat(length / (length + SHORT), np.diff(frequency.indptr))
+    mean = np.bincount(frequency.indices, damped, read.d_sae) / max(1, frequency.shape[0])
     unit = np.where(mean > 0, 1 / np.maximum(mean, 1e-12), 0.0)
     fired = above(frequency.data, tau)
-    sums, count = cluster_sums(frequency, features, frequency.data * unit[frequency.indices], fired)
+    sums, count = cluster_sums(frequency, features, damped * unit[frequency.indices], fired)
     size = np.maximum(1, [len(of) for of in features])
     strength = (sums / size).astype(np.float32)
-    with np.errstate(invalid="ignore"):
-        shown: np.ndarray = np.rint(count) > np.rint(shown_above * size)
-    unclear = np.isnan(shown_above) | (shown.mean(axis=0) > NEARLY_ALL) | ~shown.any(axis=0)
+    fires = np.rint(count).astype(np.int64)
+    found = split_points((fires, fires[:0]), size, (length, length[:0]))
+    split = np.where(np.isnan(shown_above), found, np.rint(np.nan_to_num(shown_above) * size))
+    shown: np.ndarray = fires > split
+    unclear = (shown.mean(axis=0) > NEARLY_ALL) | ~shown.any(axis=0)
     shown[:, unclear] = clearly(strength[:, unclear])
     return strength, shown
 
@@ -371,9 +382,9 @@ class _Tokens:
         of_character = np.full(len(text) + 1, -1, dtype=np.int64)
         for name, start, end in terms_at(text):
             of_character[start:end] = self.vocabulary.setdefault(name, len(self.vocabulary))
-        term: np.ndarray = np.where(ends > starts, of_character[np.minimum(first, len(text))], -1)
-        empty = ends == first
-        term[empty] = -1
+        # A token that ends inside a character stands for all of it; one of blanks for nothing.
+        empty = (ends == first) & (ends > starts)
+        term: np.ndarray = np.where(empty, -1, of_character[np.minimum(first, len(text))])
 
         def held(spans: Iterable[tuple[int, int]]) -> np.ndarray:
             marked = np.zeros(len(text) + 1, dtype=np.int64)
@@ -426,6 +437,13 @@ class _Tokens:
         order = np.argsort(-beyond, kind="stable")[:n]
         return [self._names[t] for t in order if beyond[t] > 0.005]
 
+    def stands(self, standing: Standing, concept: int) -> list[Atom]:
+        """Habits, classes and patterns that hold a tenth of a concept's activation and half as much again as usual."""
+        share, base = standing.columns[:, concept], standing.base_columns
+        beyond = np.where((share > 1.5 * base) & (share > 0.1), share - base, 0.0)
+        order = np.argsort(-beyond, kind="stable")
+        return [self.words.columns[k] for k in order if beyond[k] > 0 and self.words.columns[k].kind != "word"]
+
     def place(self, concept: int) -> str:
         """Where a concept fires: one of `PLACES` that holds half of its activation and twice what all tokens have."""
         share = self._in_places[:, concept]
@@ -476,14 +494,21 @@ def marked(texts: Sequence[str], at: int, fires: np.ndarray) -> str:
         first -= 1
     while last < len(texts) and sum(map(len, texts[at + 1 : last])) < AFTER:
         last += 1
+    # A token that ends inside a character is marked with the one that completes it.
+    fires = fires.copy()
+    for t in range(first, last - 1):
+        fires[t + 1] |= fires[t] and not texts[t]
     said, inside = "", False
     for t in range(first, last):
         clean = _clean(texts[t])
-        opens, closes = bool(fires[t]) and not inside, inside and not fires[t]
+        if not clean.strip():
+            clean = f"{OPEN}␣{CLOSE}" if t == at and clean and not inside else clean
+            said += clean
+            continue
         blank = clean[: len(clean) - len(clean.lstrip(" "))]
-        if closes:
-            said += CLOSE
-        said += f"{blank}{OPEN}{clean[len(blank) :]}" if opens else clean
+        if inside and not fires[t]:
+            said = f"{said.rstrip(' ')}{CLOSE}{said[len(said.rstrip(' ')) :]}"
+        said += f"{blank}{OPEN}{clean[len(blank) :]}" if fires[t] and not inside else clean
         inside = bool(fires[t])
     said = (said + (CLOSE if inside else "")).strip()
     return ("… " if first else "") + said + (" …" if last < len(texts) else "")
@@ -498,17 +523,20 @@ def _clean(text: str) -> str:
 # Words ---------------------------------------------------------------------------------------------------------------
 
 
-def _by_tokens(strongest: Sequence[str], place: str) -> str:
-    """What a concept fires on, where no rule tells it: words of open classes, else classes of words, else the place."""
+def _by_tokens(strongest: Sequence[str], stands: Sequence[Atom], place: str) -> str:
+    """What a concept fires on, where no rule tells it: words of open classes, else what stands there, else the place.
+
+    Args:
+        strongest: terms on which it fires, and stands: what else does; the strongest first.
+    """
     content = [term for term in strongest if is_content(term)]
-    closed = list(dict.fromkeys(OF_TERM[term] for term in strongest if term in OF_TERM))
     if strongest and is_content(strongest[0]) and len(content) >= 2:
-        return ", ".join(f"“{term}”" for term in content[:4])
-    if closed:
-        return " and ".join(noun(Atom("class", CLASSES[k].name), strongest) for k in closed[:2])
+        return _shown(content[:4])
+    if stands:
+        return " and ".join(dict.fromkeys(noun(atom, strongest) for atom in stands[:2]))
     if content:
-        return f"“{content[0]}”"
-    return place if place != EVERYWHERE else "fires in no place of its own"
+        return _shown(content[:1])
+    return place if place != EVERYWHERE else "tokens of all kinds"
 
 
 def unique_labels(labels: Sequence[Label], names: Sequence[str], strongest: Sequence[Sequence[str]]) -> list[Label]:
@@ -528,10 +556,11 @@ def unique_labels(labels: Sequence[Label], names: Sequence[str], strongest: Sequ
         weak = WEAK if label.words.endswith(WEAK) else ""
         plain = label.words.removesuffix(WEAK)
         said = plain.lower()
-        own = [term for term in strongest[k] if f"“{term}”" not in plain and term.isprintable()]
-        tries = [plain, *(f"{plain}, on {_shown(own[:n])}" for n in (1, 2, 3) if len(own) >= n)]
+        own = [_said(term) for term in strongest[k] if term.isprintable()]
+        own = [term for term in dict.fromkeys(own) if term.strip("“”").lower() not in said]
+        tries = [plain, *(f"{plain}, on {', '.join(own[:n])}" for n in range(1, 1 + min(4, len(own))))]
         place = label.evidence["place"]
-        tries += [f"{plain}, {place}"] if place != EVERYWHERE and place not in said else []
+        tries += [f"{plain}, {AT[place]}"] if place != EVERYWHERE else []
         tries.append(f"{plain} ({names[k]})")
         words = next((words for words in tries if words.lower() not in taken), tries[-1])
         taken.add(words.lower())
@@ -539,15 +568,29 @@ def unique_labels(labels: Sequence[Label], names: Sequence[str], strongest: Sequ
     return found
 
 
+def _said(term: str) -> str:
+    """A term as a label says it: a sign by what it is, a word as it stands."""
+    if term in OF_TERM and not CLASSES[OF_TERM[term]].listed:
+        return CLASSES[OF_TERM[term]].name
+    return _shown([term])
+
+
 def _shown(terms: Sequence[str]) -> str:
     return ", ".join(f"“{term}”" for term in terms)
 
 
-def promoted_tokens(model: nn.Module, sae: SAE, tokenizer: Any, features: Sequence[np.ndarray]) -> list[list[str]]:
+def promoted_tokens(
+    model: nn.Module, sae: SAE, tokenizer: Any, features: Sequence[np.ndarray], known: Collection[str]
+) -> list[list[str]]:
     """Tokens that each concept's mean decoder direction promotes most through the unembedding, readable ones alone.
+
+    Readable is what stands by itself in the texts: whole words and signs, no parts of words.
 
     The weight of the last norm is folded in where the model has one; logits are taken beyond their mean over concepts,
     which promote common tokens alike. Empty for a model without an unembedding.
+
+    Args:
+        known: terms of the texts, of `word_classes.terms_at`.
     """
     import torch
 
@@ -586,6 +629,8 @@ def promoted_tokens(model: nn.Module, sae: SAE, tokenizer: Any, features: Sequen
     found = []
     for of in top:
         words = (decoded[i] for i in of if i in decoded)
-        readable = (word for word in words if word and word.isprintable() and "\ufffd" not in word)
-        found.append(list(dict.fromkeys(readable))[:N_PROMOTED])
+        readable = {
+            word.lower(): word for word in reversed(list(words)) if word.lower() in known and word.isprintable()
+        }
+        found.append(list(readable.values())[::-1][:N_PROMOTED])
     return found

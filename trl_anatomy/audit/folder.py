@@ -249,12 +249,11 @@ class Audit:
         return label.name if score is None or label.score > score else None
 
     def about(self, context: str) -> list[str]:
-        """What to call a context: a name that held-out texts bear out, else its distinctive terms; maybe nothing."""
-        name = self._name(context)
-        return [name] if name else self.info.get("contexts", {}).get(context, {}).get("terms", [])
-
-    def _name(self, what: str) -> str | None:
-        return self.labels[what].name if what in self.labels else None
+        """What to call a context: a name that held-out texts bear out, else one of its words, else its terms."""
+        said = self.labels[context].name if context in self.labels else None
+        entry = self.info.get("contexts", {}).get(context, {})
+        name = said or entry.get("name")
+        return [name] if name else entry.get("terms", [])
 
     @cached_property
     def concept_names(self) -> list[str]:

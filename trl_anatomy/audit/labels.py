@@ -1,19 +1,24 @@
 """Names for concepts, for finding one's way only: no test ever reads them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from urllib.parse import quote
 
 import numpy as np
 from scipy import sparse
 
 from ..reading.token_text import UNSPACED, words
+from .word_classes import is_content
 
 # Words, or runs of signs: habits such as bold, bullets or dashes are made of signs.
 TERM = r"(?u)[^\W_]+|[^\w\s]+"
 MAX_TERM = 30
 # Of scripts without blanks between words, neighbouring characters: up to so many.
 CHARACTERS = 3
+# Words of a context's name.
+NAMED = 3
+# Words of no more texts than this are never a template's.
+MIN_COMMON = 20
 
 
 def terms_of(text: str) -> list[str]:
@@ -93,21 +98,49 @@ def group_terms(texts: Sequence[str], groups: np.ndarray, n_groups: int, *, n_te
     return member_terms(texts, members, n_terms=n_terms)
 
 
-def member_terms(texts: Sequence[str], members: sparse.csr_array, *, n_terms: int = 5) -> list[list[str]]:
+def member_terms(
+    texts: Sequence[str], members: sparse.csr_array, *, n_terms: int = 5, every: bool = False
+) -> list[list[str]]:
     """Terms whose mean tf-idf inside a group exceeds the mean over all texts most.
 
     Args:
         texts: n texts; members: (n_groups, n) of ones and zeros, groups may overlap.
+        every: also stop words, signs, numbers, and words of more than half of all texts (a template's).
     Returns:
         n_groups lists of terms, the strongest first; a group of no text has none.
     """
     matrix, names = _weighted(texts)
+    if not every:
+        common = np.bincount(matrix.indices, minlength=len(names)) > max(MIN_COMMON, len(texts) / 2)
+        fit = np.flatnonzero([is_content(name) and not often for name, often in zip(names, common, strict=True)])
+        matrix, names = matrix[:, fit], [names[t] for t in fit]
     size = np.maximum(1, members.sum(axis=1))
     overall = np.asarray(matrix.mean(axis=0)).ravel()
     inside = sparse.csr_array(members @ matrix)
     return [
         _best(inside[[k]].toarray().ravel() / size[k] - overall, names, n_terms, 1e-9) for k in range(members.shape[0])
     ]
+
+
+def context_names(terms: Mapping[str, Sequence[str]], what: str = "prompts") -> dict[str, str]:
+    """What to call contexts: "prompts on python, function, list"; no two are called the same.
+
+    Args:
+        terms: context -> its terms, the strongest first.
+        what: what its texts are.
+
+    >>> context_names({"A1": ["soup", "salt", "pan", "oil"], "A2": ["soup", "salt", "pan", "egg"], "A3": []})
+    {'A1': 'prompts on soup, salt, pan', 'A2': 'prompts on soup, salt, egg', 'A3': 'prompts with no words of their own'}
+    """
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    for context, of in terms.items():
+        first, more = list(of[:NAMED]), list(of[NAMED:])
+        tries = [first, *([*first[: NAMED - 1], other] for other in more), *([*first, other] for other in more)]
+        said = [f"{what} on {', '.join(words)}" if words else f"{what} with no words of their own" for words in tries]
+        found[context] = next((name for name in said if name not in taken), f"{said[0]} ({context})")
+        taken.add(found[context])
+    return found
 
 
 def _weighted(texts: Sequence[str]) -> tuple[sparse.csr_array, list[str]]:

@@ -30,7 +30,7 @@ from .findings import Findings, few_prompts, one_blas_thread, shared_prompts, ti
 from .folder import Audit, load_audit, pairs_table, write_audit
 from .habit_table import habit_table, habit_values, habits_to_count, texts_of, tokens_of
 from .improbable import improbable_labels
-from .labels import distinctive_terms, group_terms, member_terms
+from .labels import context_names, distinctive_terms, group_terms, member_terms
 from .maps import map_places
 from .predict import RESPONSE_GEOMETRY, concept_table
 from .problems import count_problems, eval_prompts, find_problems, looked_for, with_improbable
@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
 # Pairs whose text is read for labels.
 LABEL_PAIRS = 20_000
+# Words of a context that its name is made of.
+CONTEXT_TERMS = 10
 # Pairs of a prompt context whose text is read in any case.
 LABEL_MEMBERS = 30
 
@@ -611,12 +613,15 @@ def _describe(
         drawn = np.unique(np.concatenate([rng.choice(n, LABEL_PAIRS, replace=False), *about]))
     prompt, chosen, rejected = zip(*(texts(int(i)) for i in drawn), strict=True)
     size = np.bincount(view.contexts)
-    terms = group_terms(prompt, view.contexts[drawn], len(size))
+    terms = group_terms(prompt, view.contexts[drawn], len(size), n_terms=CONTEXT_TERMS)
     contexts: dict[str, dict[str, Any]] = {f"B{k}": {"pairs": int(n), "terms": terms[k]} for k, n in enumerate(size)}
-    terms = member_terms(prompt, sparse.csr_array(prompts.members[:, drawn]))
+    terms = member_terms(prompt, sparse.csr_array(prompts.members[:, drawn]), n_terms=CONTEXT_TERMS)
     for k, features in enumerate(prompts.geometry.prompts):
         pairs = int(prompts.members.indptr[k + 1] - prompts.members.indptr[k])
         contexts[f"A{k + 1}"] = {"pairs": pairs, "terms": terms[k], "features": features.tolist()}
+    for name, said in context_names({name: entry["terms"] for name, entry in contexts.items()}).items():
+        contexts[name]["name"] = said
+        contexts[name]["terms"] = contexts[name]["terms"][:5]
     return (
         distinctive_terms(chosen, rejected, view.activity.u[drawn]),
         distinctive_terms(chosen, rejected, _clear(prompts.scores.u[drawn])),

@@ -30,6 +30,8 @@ STANDS, EACH_WORD, SPLIT, BY_LENGTH, ABSENCE = 0.2, 0.01, 0.02, 0.08, 0.08
 NAMED = 0.03
 # A further word makes a rule better by so much.
 BETTER = 0.01
+# A second habit, class or pattern joins a rule where it holds this share of the concept's activation.
+LEAST_SHARE = 0.15
 # Responses of each kind in each half, without which nothing is learned or scored.
 FEWEST = 5
 # A habit, class or pattern that stands in more of the responses than this is told by how often it does.
@@ -253,6 +255,7 @@ def learn_rules(
     amounts = np.array([atom.kind == "habit" and table.habits[atom.name].kind == "mean" for atom in table.columns])
     lengths = np.array([atom.kind == "habit" and atom.name in LENGTHS for atom in table.columns])
     named = np.array([atom.kind == "habit" for atom in table.columns]) & ~lengths
+    single = np.array([atom.kind == "word" for atom in table.columns])
     stands = np.zeros((len(table.columns), y.shape[1]))
     if standing is not None:
         lift = standing.columns > 1.5 * standing.base_columns[:, None]
@@ -287,6 +290,19 @@ def learn_rules(
         at = int(np.argmax(best_columns[:, k]))
         atom, more_than, negated = rules[at]
         choices = [(float(best_columns[at, k]), Rule((Atom(atom.kind, atom.name, more_than),), negated))]
+        if not negated and standing is not None:
+            first = at % len(table.columns)
+            places = np.flatnonzero((stands[:, k] >= LEAST_SHARE) & ~amounts & ~single)
+            holds = (values[:, [first]] > more_than) | (values[:, places] > 0)
+            hits = holds.T.astype(np.float32) @ y[:, k]
+            accuracy, error = balanced(hits, holds.sum(axis=0) - hits, positive[k], negative[k])
+            # Spans of habits, classes and patterns overlap
+            share = np.maximum(stands[first, k], stands[places, k])
+            value = accuracy - error + STANDS * share - 2 * EACH_WORD
+            value[places == first] = -np.inf
+            if len(value) and value.max() > choices[0][0] + BETTER:
+                more = table.columns[places[int(np.argmax(value))]]
+                choices.append((float(value.max()), Rule((Atom(atom.kind, atom.name, more_than), more))))
         choices.append(_of_words(table, y[:, k], learning, words[:, k], standing, k))
         if len(open_worth):
             at = int(np.argmax(open_worth[:, k]))

@@ -46,7 +46,7 @@ CLASSES: tuple[WordClass, ...] = (
     _words("forms of to be", "is are was were be been being am there's"),
     _words("forms of to have", "has have had having"),
     _words("forms of to do", "do does did doing done"),
-    _words("and, or, but", "and or but yet & plus", False),
+    _words("conjunctions", "and or but yet & plus"),
     _words("subordinate clauses", "because if although though while since unless whereas when whenever until once"),
     _words(
         "prepositions",
@@ -62,7 +62,7 @@ CLASSES: tuple[WordClass, ...] = (
         "four five six seven eight nine ten first second third",
     ),
     _words("intensifiers", "very really so too quite just only even still also already always often again ever"),
-    _words("here and there", "here there now then here's where's"),
+    _words("pointing words", "here there now then here's where's"),
     _words(
         "connectives",
         "however therefore thus hence additionally furthermore moreover finally overall instead meanwhile otherwise "
