@@ -7,7 +7,7 @@ balanced accuracy on the others. No test of the audit reads labels.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 # Pairs that are looked at, drawn from more.
 LABEL_PAIRS = 20_000
-# Pairs whose text a rule is learned and scored on; of each concept so many that show it in any case.
-RULE_PAIRS, SHOWING = 4_000, 40
+# Pairs whose text a rule is learned and scored on; of each concept so many that show it, and so many in all.
+RULE_PAIRS, SHOWING, MOST_RULE = 4_000, 40, 8_000
 # Pairs whose tokens are read; of each concept so many that show it, and so many in all.
 READ_PAIRS, READ_SHOWING, MOST_READ = 400, 6, 1_500
 # Contexts of a concept, as many with one and the same token; characters before and after.
@@ -117,7 +117,7 @@ def label_concepts(
     )
     known = np.union1d(known, telling)
     strength, fires = _strengths(read, known, features, sides, table["shown_above"].to_numpy(), tau)
-    some = _draw(fires, rng, RULE_PAIRS, SHOWING, LABEL_PAIRS, len(sides))
+    some = _draw(fires, rng, RULE_PAIRS, SHOWING, MOST_RULE, len(sides))
     drawn = known[some]
     texts = [pairs.response_text(int(i), side) for side in sides for i in drawn]
     if values is None:
@@ -200,21 +200,29 @@ def _strengths(
         known: (n,) pairs, ascending.
         shown_above: (K,) share of the features beyond which a response shows the concept; NaN: to be found.
     """
-    parts: dict[str, list[sparse.csr_array]] = {side: [] for side in sides}
-    start = 0
-    for shard in read.shards():
-        stop = start + len(shard.rows)
-        here = shard.select(known[np.searchsorted(known, start) : np.searchsorted(known, stop)] - start)
-        start = stop
-        for side in sides:
-            parts[side].append(sparse.csr_array(here.frequency(side)))
-    frequency = sparse.csr_array(sparse.vstack([part for side in sides for part in parts[side]], format="csr"))
+
+    def damped() -> Iterator[tuple[str, sparse.csr_array, np.ndarray]]:
+        """Frequencies of each side of each shard, and the same of longer responses."""
+        start = 0
+        for shard in read.shards():
+            stop = start + len(shard.rows)
+            here = shard.select(known[np.searchsorted(known, start) : np.searchsorted(known, stop)] - start)
+            start = stop
+            for side in sides:
+                frequency = sparse.csr_array(here.frequency(side))
+                longer = here.lengths[side] / (here.lengths[side] + float(SHORT))
+                yield side, frequency, frequency.data * np.repeat(longer, np.diff(frequency.indptr))
+
+    total = np.zeros(read.d_sae)
+    for _, frequency, value in damped():
+        total += np.bincount(frequency.indices, value, read.d_sae)
+    unit = np.where(total > 0, len(known) * len(sides) / np.maximum(total, 1e-12), 0.0)
+    parts: dict[str, list[tuple[np.ndarray, ...]]] = {side: [] for side in sides}
+    for side, frequency, value in damped():
+        fired = above(frequency.data, tau)
+        parts[side].append(cluster_sums(frequency, features, value * unit[frequency.indices], fired))
+    sums, count = (np.concatenate([part[i] for side in sides for part in parts[side]]) for i in range(2))
     length = np.concatenate([read.lengths[side][known] for side in sides]).astype(np.float64)
-    damped = frequency.data * np.repeat(length / (length + SHORT), np.diff(frequency.indptr))
-    mean = np.bincount(frequency.indices, damped, read.d_sae) / max(1, frequency.shape[0])
-    unit = np.where(mean > 0, 1 / np.maximum(mean, 1e-12), 0.0)
-    fired = above(frequency.data, tau)
-    sums, count = cluster_sums(frequency, features, damped * unit[frequency.indices], fired)
     size = np.maximum(1, [len(of) for of in features])
     strength = (sums / size).astype(np.float32)
     fires = np.rint(count).astype(np.int64)

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -135,30 +136,40 @@ class TextTable:
     """
 
     def __init__(self, texts: Sequence[str], habits: Mapping[str, Habit], values: np.ndarray) -> None:
-        counts = [Counter(term for term, _, _ in terms_at(text)) for text in texts]
-        firsts = [_opening([term for term, _, _ in terms_at(text[:200])]) for text in texts]
-        in_texts = Counter(term for count in counts for term in count)
-        names = [term for term, n in in_texts.most_common(MOST_TERMS) if n >= LEAST_TEXTS]
+        known: dict[str, int] = {}
+        parts, firsts, n_terms = [], [], []
+        for text in texts:
+            terms = [term for term, _, _ in terms_at(text)]
+            ids = np.array([known.setdefault(term, len(known)) for term in terms], dtype=np.int32)
+            parts.append(np.unique(ids, return_counts=True))
+            firsts.append(_opening(terms))
+            n_terms.append(len(terms))
+        length = np.maximum(1, n_terms)
+        row = np.repeat(np.arange(len(texts)), [len(ids) for ids, _ in parts])
+        column = np.concatenate([ids for ids, _ in parts])
+        count = np.concatenate([counts for _, counts in parts])
+        in_texts = np.bincount(column, minlength=len(known))
+        often = np.argsort(-in_texts, kind="stable")[:MOST_TERMS]
+        often = often[in_texts[often] >= LEAST_TEXTS]
+        every = list(known)
+        names = [every[t] for t in often]
         self.vocabulary = {term: t for t, term in enumerate(names)}
-        length = np.maximum(1, [sum(count.values()) for count in counts])
-        entries = [
-            (i, t, n)
-            for i, count in enumerate(counts)
-            for term, n in count.items()
-            if (t := self.vocabulary.get(term)) is not None
-        ]
-        row, column, count = np.array(entries, dtype=np.int64).reshape(-1, 3).T
+        place = np.full(len(known), -1, dtype=np.int64)
+        place[often] = np.arange(len(often))
+        kept = place[column] >= 0
+        row, column, count = row[kept], place[column[kept]], count[kept]
         shape = (len(texts), len(names))
         density = sparse.csr_array((100.0 * count / length[row], (row, column)), shape=shape, dtype=np.float32)
         self.has = sparse.csc_array((np.ones(len(row), np.float32), (row, column)), shape=shape)
         closed = np.array([OF_TERM.get(term, -1) for term in names], dtype=np.int64)
-        known = np.flatnonzero(closed >= 0)
-        member = sparse.csr_array((np.ones(len(known)), (known, closed[known])), shape=(len(names), len(CLASSES)))
+        in_class = np.flatnonzero(closed >= 0)
+        shape = (len(names), len(CLASSES))
+        member = sparse.csr_array((np.ones(len(in_class)), (in_class, closed[in_class])), shape=shape)
         found = [
             [100.0 * sum(1 for _ in regex.finditer(text)) / n for regex in _REGEX.values()]
             for text, n in zip(texts, length, strict=True)
         ]
-        listed_words = [t for t in known if CLASSES[closed[t]].listed]
+        listed_words = [t for t in in_class if CLASSES[closed[t]].listed]
         self.habits = habits
         self.columns = [
             *(Atom("habit", name) for name in habits),
@@ -166,17 +177,17 @@ class TextTable:
             *(Atom("pattern", name) for name in PATTERNS),
             *(Atom("word", names[t]) for t in listed_words),
         ]
-        parts = [
+        blocks = [
             np.nan_to_num(values),
             (density @ member).toarray(),
             np.array(found).reshape(len(texts), len(PATTERNS)),
             density[:, listed_words].toarray(),
         ]
-        self.amounts = np.concatenate(parts, axis=1).astype(np.float32)
+        self.amounts = np.concatenate(blocks, axis=1).astype(np.float32)
         opened = Counter(firsts)
         self.openings = [word for word, n in opened.items() if word and n >= LEAST_TEXTS]
-        place = {word: k for k, word in enumerate(self.openings)}
-        at = np.array([(i, place[word]) for i, word in enumerate(firsts) if word in place]).reshape(-1, 2).astype(int)
+        which = {word: k for k, word in enumerate(self.openings)}
+        at = np.array([(i, which[word]) for i, word in enumerate(firsts) if word in which]).reshape(-1, 2).astype(int)
         self.opens = sparse.csc_array(
             (np.ones(len(at), np.float32), (at[:, 0], at[:, 1])), shape=(len(texts), len(self.openings))
         )
@@ -198,7 +209,7 @@ class TextTable:
             return self.has[:, [self.vocabulary[atom.name]]].toarray().ravel() > 0
         return self.opens[:, [self.openings.index(atom.name)]].toarray().ravel() > 0
 
-    @property
+    @cached_property
     def _places(self) -> dict[tuple[str, str], int]:
         return {(atom.kind, atom.name): k for k, atom in enumerate(self.columns)}
 
