@@ -619,7 +619,8 @@ def _describe(
     for k, features in enumerate(prompts.geometry.prompts):
         pairs = int(prompts.members.indptr[k + 1] - prompts.members.indptr[k])
         contexts[f"A{k + 1}"] = {"pairs": pairs, "terms": terms[k], "features": features.tolist()}
-    for name, said in context_names({name: entry["terms"] for name, entry in contexts.items()}).items():
+    named = {name: entry["terms"] for name, entry in contexts.items() if name != "B0"}  # silent pairs have no topic
+    for name, said in context_names(named).items():
         contexts[name]["name"] = said
         contexts[name]["terms"] = contexts[name]["terms"][:5]
     return (
