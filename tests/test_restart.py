@@ -83,7 +83,7 @@ def undisturbed(root: Path) -> dict[str, str]:
     assert ended(in_a_process(lambda: run.run_audit(config_for(root, "straight"), progress=False) and None)) == 0
     found = digests(root / "straight" / "audit")
     tables = ("audit.json", *(f"{name}.parquet" for name in ("concepts", "habits", "hypotheses", "pairs", "problems")))
-    tables += ("findings.parquet", "samples.parquet")
+    tables += ("findings.parquet", "samples.parquet", "sae_fit.json")
     shards = [f"harvest/{kind}-{i:05d}.safetensors" for kind in ("codes", "shard") for i in range(5)]
     assert sorted(found) == sorted([*tables, "labels.json", "report.html", "harvest/manifest.json", *shards])
     return found
@@ -95,8 +95,8 @@ def finish(config: AuditConfig) -> dict[str, str]:
     return digests(Path(config.out))
 
 
-# Files are flushed, then moved into place, in this order: five times a shard and the manifest (calls 1 to 10), four
-# tables (11 to 14), audit.json (15), the labels (16), the page (17). `fsync` dies with a whole file beside its place,
+# Files are flushed, then moved into place, in this order: the SAE's verdict (call 1), five times a shard and the
+# manifest (2 to 11), the tables, audit.json, the labels, the page. `fsync` dies with a whole file beside its place,
 # `replace` too.
 @pytest.mark.parametrize(("name", "calls"), [("fsync", (1, 5, 9)), ("fsync", (15, 5)), ("replace", (2, 10, 4))])
 def test_killed_again_and_again_while_it_writes(

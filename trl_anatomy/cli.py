@@ -306,6 +306,8 @@ def _print_size(audit: Audit) -> None:
     )
     for note in [*notes, *column_notes(data.get("unread_columns", []), data.get("looks_like_prompt"))]:
         print(note)
+    if (fit := audit.info.get("sae", {}).get("fit")) is not None:
+        print(f"The SAE's verdict on these pairs: {fit['verdict']}: {fit['reason']}.")
 
 
 def _print_audit(audit: Audit) -> None:

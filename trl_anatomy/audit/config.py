@@ -90,6 +90,9 @@ class AuditConfig:
     sae_minutes: float = field(
         default=30.0, metadata={"help": "With --sae auto: the longest training of an SAE that is begun."}
     )
+    force: bool = field(
+        default=False, metadata={"help": "Audit also with an SAE whose verdict on these pairs is: do not use."}
+    )
     layer: int | None = field(
         default=None, metadata={"help": "Decoder layer whose output the SAE reads. Default: the SAE's own."}
     )

@@ -1,10 +1,8 @@
 """`--sae auto`: a published SAE of the model or of its base model, else one trained here if that is quick enough."""
 
 import json
-import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +10,7 @@ import yaml
 
 from ..errors import AnatomyError
 from ..reading.sae_list import published_sae
+from .judge_sae import judged, sae_command
 
 if TYPE_CHECKING:
     from ..reading.sae import SAE
@@ -65,7 +64,7 @@ def find_sae(
     """
     from ..reading.locate import decoder_layers, hidden_size
     from ..reading.sae import check_sae, load_sae
-    from ..reading.sae_check import REFUSE, check_fit
+    from ..reading.sae_check import REFUSE
     from ..reading.sae_training import (
         SETTINGS,
         default_layer,
@@ -81,7 +80,7 @@ def find_sae(
     if listed is not None:
         try:
             sae = load_sae(listed.source, device=device)
-            fit = check_fit(model, sae, pairs, check_sae(sae, model), progress=progress)
+            fit = judged(model, sae, pairs, check_sae(sae, model), out, progress=progress)
             if fit.verdict != REFUSE:
                 return sae, fit, _origin(f"The SAE is {listed.source}, published for {listed.of}", fit)
             problem = f"on these pairs, {fit.reason}."
@@ -96,7 +95,7 @@ def find_sae(
     if not (folder / SETTINGS).is_file():
         read, step = seconds_per_token(model, sequences, [layer], settings, batch_tokens=config.batch_tokens)
         minutes = (step * settings.tokens + read * min(settings.tokens, n_learned)) / 60
-        command = _command(config, layer)
+        command = sae_command(config, layer=layer)
         if minutes > config.sae_minutes:
             raise AnatomyError(
                 f"{unreached}There is no SAE of this model at hand, and training one on {settings.tokens} tokens takes "
@@ -117,21 +116,8 @@ def find_sae(
         progress=progress,
     )
     sae = load_sae(folder, device=device)
-    fit = check_fit(model, sae, pairs, layer, progress=progress)
+    fit = judged(model, sae, pairs, layer, out, progress=progress)
     return sae, fit, _origin(f"{unreached}The SAE was trained on these pairs", fit)
-
-
-def _command(config: "AuditConfig", layer: int) -> str:
-    """The command that trains the SAE of an audit, on the same tokens."""
-    data = {"dataset": config.dataset} if config.dataset else {"config": "RECIPE"}  # a mixture is written in a file
-    words = {"model": config.model, **data, "layer": layer, "out": "saes/run1"}
-    usual = {field.name: field.default for field in fields(config)}
-    same = (
-        *("dataset_split", "dataset_subset", "max_length", "truncation", "chat_template_path", "dtype", "device"),
-        *("model_revision", "trust_remote_code"),
-    )
-    words |= {name: getattr(config, name) for name in same if getattr(config, name) != usual[name]}
-    return shlex.join(["trl-anatomy", "sae", *(str(w) for name, value in words.items() for w in (f"--{name}", value))])
 
 
 def _origin(origin: str, fit: "SAEFit") -> str:

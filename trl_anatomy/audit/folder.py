@@ -24,6 +24,7 @@ from .config import AuditConfig
 from .finding_list import FINDINGS
 from .finding_list import SHAPE as FINDINGS_SHAPE
 from .habit_table import HABIT_ROWS
+from .judge_sae import FIT_SHAPE
 from .predict import CO_FIRING, CONCEPTS, LATER, RESPONSE_GEOMETRY
 from .problems import PROBLEM_ROWS, ranked, rows_with
 from .prompt_view import response_scores
@@ -669,6 +670,8 @@ def _read_info(path: Path) -> dict[str, Any]:
     problem = problem or misfit(info.get("problems", {}), {str: int}, "problems")
     problem = problem or ("choice" in info and misfit(info["choice"], CHOICE_SHAPE, "choice")) or None
     problem = problem or ("findings" in info and misfit(info["findings"], FINDINGS_SHAPE, "findings")) or None
+    if not problem and info.get("kind") != "text" and "fit" in info["sae"]:
+        problem = misfit(info["sae"]["fit"], FIT_SHAPE, "sae.fit")
     date = None if problem else info["data"].get("date")
     if date is not None and not is_date(date):
         problem = "data.date is no date in ISO 8601"

@@ -3,8 +3,9 @@
 import copy
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from .findings import Findings, few_prompts, one_blas_thread, shared_prompts, ti
 from .folder import Audit, load_audit, pairs_table, write_audit
 from .habit_table import habit_table, habit_values, habits_to_count, texts_of, tokens_of
 from .improbable import improbable_labels
+from .judge_sae import fit_notes, fit_record, judged, pairs_to_judge, refuse_unfit
 from .labels import context_names, distinctive_terms, group_terms, member_terms
 from .maps import map_places
 from .predict import RESPONSE_GEOMETRY, concept_table
@@ -184,10 +186,10 @@ def _device(config: AuditConfig) -> str:
     return device
 
 
-def _require(config: AuditConfig, model: Any, dataset: Any) -> None:
+def _require(config: AuditConfig, model: Any, dataset: Any, sae: Any = None) -> None:
     if config.sae == NO_SAE:
         raise AnatomyError("audit setting sae: none counts habits alone; call run_text_audit with sae left empty.")
-    missing = [name for name, given in (("model", model), ("dataset", dataset), ("sae", None)) if given is None]
+    missing = [name for name, given in (("model", model), ("dataset", dataset), ("sae", sae)) if given is None]
     missing = [name for name in missing if not (config.data_name if name == "dataset" else getattr(config, name))]
     if missing:
         raise AnatomyError(f"audit: no {' and no '.join(missing)} given.")
@@ -221,7 +223,8 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
     Returns:
         JSON-able: pairs, left_out, notes (on columns that nothing reads, on rows longer than the model was trained on),
         tokens (a span each, after truncation), longest (tokens of the longest pair), shards and shards_done,
-        batch_tokens, sae, layer, d_sae (None for an SAE that is found or trained first), contexts, out.
+        batch_tokens, judged_on (pairs by which the SAE is judged first), sae, layer, d_sae (None for an SAE that is
+        found or trained first), contexts, out.
     Raises:
         AnatomyError: as `run_audit` would, but for what only weights tell: that a harvest in the folder is of another
             model of the same shape.
@@ -277,6 +280,7 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
         "shards": shards,
         "shards_done": done,
         "batch_tokens": config.batch_tokens,
+        "judged_on": min(len(pairs), pairs_to_judge(len(pairs))),
         "sae": origin,
         "layer": layer,
         "d_sae": d_sae,
@@ -315,7 +319,7 @@ def run_audit(
 
     timings: dict[str, float] = {}
     ranks = Ranks.current()
-    _require(config, model, dataset)
+    _require(config, model, dataset, sae)
     if config.habits is not None:  # bad ones are told before the pass
         read_habits(config.habits)
     evaluated = eval_prompts(config)
@@ -348,6 +352,12 @@ def run_audit(
                 )
             sae, fit, origin = find_sae(config, model, pairs, out, progress=progress)
         layer = check_sae(sae, model, config.layer)
+    with timed(timings, "judging"):
+        if fit is None:
+            sae.to(next(model.parameters()).device)
+            fit = ranks.in_main(lambda: _judged(config, model, sae, pairs, layer, out, progress))
+        assert fit is not None
+        refuse_unfit(fit, sae, config)
     with timed(timings, "harvest"):
         read = harvest(
             model,
@@ -369,6 +379,16 @@ def run_audit(
     return load_audit(config.out)
 
 
+def _judged(
+    config: AuditConfig, model: Any, sae: "SAE", pairs: "Pairs", layer: int, out: Path, progress: bool
+) -> "SAEFit":
+    """The verdict on the SAE, where the folder is free for this audit."""
+    from ..reading.harvest import shards_done
+
+    shards_done(out / "harvest", pairs, sae, layer=layer, shard_pairs=config.shard_pairs, model=model)
+    return judged(model, sae, pairs, layer, out, progress=progress)
+
+
 def _conclude(
     config: AuditConfig,
     read: "Harvest",
@@ -380,7 +400,7 @@ def _conclude(
     layer: int,
     timings: dict[str, float],
     progress: bool,
-    fit: "SAEFit | None" = None,
+    fit: "SAEFit",
     origin: str = "",
     evaluated: frozenset[int] | None = None,
 ) -> None:
@@ -459,6 +479,7 @@ def _conclude(
     unread, prompt = unread_columns(raw, config.data_kind), prompt_column(raw)
     unfit = check_pairs_fit(pairs, model.config, grows=config.chat_template_path is not None)
     findings.info["notes"][:0] = [*column_notes(unread, prompt), *unfit, *([origin] if origin else [])]
+    findings.info["notes"][:0] = fit_notes(fit, sae, config)
     info = {
         "versions": versions(),
         "model": {
@@ -475,7 +496,7 @@ def _conclude(
             "neuronpedia_id": sae.neuronpedia_id,
             "l0": l0,
             "card_l0": sae.card_l0,
-            **({} if fit is None else {"fit": asdict(fit)}),
+            "fit": fit_record(fit),
         },
         "data": {
             "name": config.data_name or "dataset in memory",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import AnatomyError
 from .locate import attention_window, decoder, layer_module, shares_prompt
-from .spans import Pairs
+from .spans import SPANS, Pairs
 
 Result = TypeVar("Result")
 
@@ -172,6 +172,27 @@ def read_spans(model: nn.Module, pairs: Pairs, indices: Sequence[int], layers: S
         bounds=bounds,
         content=np.concatenate(content),
     )
+
+
+def check_finite(hidden: Tensor, bounds: Sequence[int], pairs: Pairs, batch: Sequence[int], layer: int) -> None:
+    """Refuse hidden states with NaN or infinity.
+
+    Args:
+        hidden, bounds: of `read_spans` for `batch`, at `layer`.
+
+    Raises:
+        AnatomyError: names the first dataset row with such a token.
+    """
+    bad = ~torch.isfinite(hidden).all(dim=1)
+    if bad.any():
+        token = int(bad.nonzero()[0])
+        # Masked attention still multiplies by zero, so one bad token spoils its whole row: the span tells nothing.
+        span = int(np.searchsorted(bounds, token, side="right")) - 1
+        row = int(pairs.rows[batch[span // len(SPANS)]])
+        raise AnatomyError(
+            f"The model gives NaN or infinity at layer {layer} on dataset row {row}: check its weights, or load it in "
+            "bfloat16 or float32."
+        )
 
 
 def _block_mask(blocks: Tensor, real: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

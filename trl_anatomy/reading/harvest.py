@@ -5,7 +5,7 @@ import json
 import re
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -25,7 +25,7 @@ from . import storage
 from .clock import is_date
 from .files import make_folder, misfit, remove_partial, write_atomically
 from .fingerprint import hash_json, model_key
-from .forward import in_halves, length_sorted_batches, read_spans
+from .forward import check_finite, in_halves, length_sorted_batches, read_spans
 from .progress import Progress
 from .ranks import Ranks
 from .sae import SAE
@@ -521,7 +521,7 @@ def _read_shard(
 
     def fold(batch: list[int]) -> None:
         read = read_spans(model, pairs, batch, [layer])
-        _check_finite(read.hidden[layer], read.bounds, pairs, batch, layer)
+        check_finite(read.hidden[layer], read.bounds, pairs, batch, layer)
         hidden, bounds = read.pooled(layer)
         for first in range(0, len(bounds) - 1, group):
             last = min(first + group, len(bounds) - 1)
@@ -595,19 +595,6 @@ def _sparse_rows(maximum: Tensor, count: Tensor) -> list[tuple[np.ndarray, np.nd
     splits = torch.bincount(row, minlength=len(count)).cumsum(0)[:-1].cpu().numpy()
     parts = (column.int(), maximum[row, column], count[row, column])
     return list(zip(*(np.split(part.cpu().numpy(), splits) for part in parts), strict=True))
-
-
-def _check_finite(hidden: Tensor, bounds: Sequence[int], pairs: Pairs, batch: Sequence[int], layer: int) -> None:
-    bad = ~torch.isfinite(hidden).all(dim=1)
-    if bad.any():
-        token = int(bad.nonzero()[0])
-        # Masked attention still multiplies by zero, so one bad token spoils its whole row: the span tells nothing.
-        span = int(np.searchsorted(bounds, token, side="right")) - 1
-        row = int(pairs.rows[batch[span // len(SPANS)]])
-        raise AnatomyError(
-            f"The model gives NaN or infinity at layer {layer} on dataset row {row}: check its weights, or load it in "
-            "bfloat16 or float32."
-        )
 
 
 def _pack(blocks: Mapping[str, tuple[np.ndarray, ...]], rows: np.ndarray, d_sae: int) -> dict[str, np.ndarray]:

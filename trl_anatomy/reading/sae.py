@@ -156,15 +156,15 @@ class SAE:
         """
         if self.architecture in _SEPARATE:
             return self._encode_separately(h, slice(None))
-        return self._inner.encode(self._centre(h))
+        return self._inner.encode(self.centre(h))
 
-    def _centre(self, h: Tensor) -> Tensor:
-        """(n, d_in) float32 as it was in training."""
+    def centre(self, h: Tensor) -> Tensor:
+        """(n, d_in) float32 as it was in training: for a `centred` SAE without the mean of each token."""
         h = h.float()
         return h - h.mean(dim=-1, keepdim=True) if self.centred else h
 
     def _prepare(self, h: Tensor) -> Tensor:
-        return self._inner.process_sae_in(self._centre(h))
+        return self._inner.process_sae_in(self.centre(h))
 
     def _encode_separately(self, h: Tensor, index: Any) -> Tensor:
         # relu(pre) * (pre > threshold) without sae-lens' three copies of the largest tensor; NaN stays NaN.
@@ -204,7 +204,7 @@ class SAE:
         A normalisation per token keeps state between encoding and decoding, so both happen here. What `centred` takes
         from a token is put back.
         """
-        return self._inner.decode(self.encode(h)) + (h.float() - self._centre(h))
+        return self._inner.decode(self.encode(h)) + (h.float() - self.centre(h))
 
     @torch.no_grad()
     def decoder_rows(self, features: Sequence[int]) -> Tensor:

@@ -21,6 +21,7 @@ from .first import first_screen
 from .habits import habits_section
 from .policies import snippet
 from .problems import problems_section
+from .sae import sae_section, sae_warning
 from .shell import number, render_page
 from .text_page import render_text_page
 from .texts import RowTexts
@@ -158,6 +159,8 @@ def _view(audit: Audit, texts: RowTexts | None, samples: dict[int, dict[str, Any
         "choice": choice_part(info["choice"], listed=listed) if "choice" in info else "",
         "habits": habits,
         "problems": problems_section(audit),
+        "sae": sae_section(info),
+        "sae_warning": sae_warning(info),
         "regions": _regions(audit, apart, by_name, texts) if sft else [],
         "n_apart": len(apart),
         "info": info,
