@@ -28,6 +28,7 @@ from trl_anatomy.audit.finding_list import (
     habit_lines,
     list_findings,
 )
+from trl_anatomy.audit.finding_words import finding_sentences
 from trl_anatomy.audit.text_audit import run_text_audit
 from trl_anatomy.reading.habits import HABITS as LIBRARY
 
@@ -130,9 +131,11 @@ def test_planted_habits_are_the_lines(weights: dict[str, float], lines: dict[str
         assert row["difference_low"] < row["difference"] < row["difference_high"]
         assert row["stability"] >= 0.6
     # Of two that go together either may come first.
-    assert {frozenset({name, *folded}) for name, folded in found.items()} == {
-        frozenset({name, *folded}) for name, folded in lines.items()
-    }
+    assert len(found) == len(lines)
+    groups = [{name, *folded} for name, folded in found.items()]
+    assert all(any({name, *folded} <= group for group in groups) for name, folded in lines.items())
+    # At a q-value of 0.05 chance may fold one more under a line.
+    assert sum(map(len, groups)) <= sum(1 + len(folded) for folded in lines.values()) + 1
     assert [row["rank"] for row in rows] == list(range(1, len(rows) + 1))
     assert info["verdict"] == LISTED
     assert rows[0]["adds"] == pytest.approx(max(row["adds"] for row in rows))
@@ -341,3 +344,90 @@ def test_the_folder_holds_the_list(tmp_path: Path) -> None:
     (text.path / "audit.json").write_text(json.dumps({**info, "findings": {"verdict": 3}}))
     with pytest.raises(AnatomyError, match="findings"):
         load_audit(text.path)
+
+
+def row_of(name: str, chosen: float, rejected: float, **more: Any) -> dict[str, Any]:
+    """A row of the table of habits."""
+    habit = LIBRARY[name]
+    gap = chosen - rejected
+    return {
+        "habit": name,
+        "says": habit.says,
+        "kind": habit.kind,
+        "unit": habit.unit,
+        "chosen": chosen,
+        "rejected": rejected,
+        "difference": gap,
+        "difference_low": gap - abs(gap) / 2,
+        "difference_high": gap + abs(gap) / 2,
+        "p": 0.001,
+        "verdict": "more in chosen" if gap > 0 else "more in rejected",
+        **more,
+    }
+
+
+def line(kind: str, name: str, says: str, chosen: float, rejected: float, *folded: tuple[str, float]) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "name": name,
+        "says": says,
+        "favours": "chosen" if chosen > rejected else "rejected",
+        "chosen": chosen,
+        "rejected": rejected,
+        "folded": [
+            {"kind": HABIT, "name": other, "says": "", "chosen": 0.5, "rejected": 0.1, "correlation": r}
+            for other, r in folded
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("findings", "said"),
+    [
+        (
+            [line(HABIT, "bold", "use bold", 0.73, 0.06, ("bullet", 0.8), ("first_person", 0.1))],
+            [
+                "Chosen responses more often use bold (73 % against 6 %) and bullets (67 % against 14 %).",
+                "Rejected responses more often speak in the first person (40 % against 20 %).",
+            ],
+        ),
+        (
+            [line(HABIT, "tokens", "tokens", 171, 125), line(CONCEPT, "T3", "openings of a story", 0.1, 0.3)],
+            [
+                "Chosen responses are 37 % longer (171 tokens on average, against 125).",
+                "Beyond these habits, rejected responses more often show “openings of a story” (30 % against 10 %).",
+            ],
+        ),
+        (
+            [line(CONCEPT, "T1", "code", 0.3, 0.1), line(CONCEPT, "T3", "dates", 0.1, 0.3)],
+            [
+                "Chosen responses more often show “code” (30 % against 10 %); rejected responses more often show "
+                "“dates” (30 % against 10 %).",
+            ],
+        ),
+        (
+            [line(HABIT, "digits", "use numbers", 2.5, 1.25)],
+            ["Chosen responses use more numbers (2.5 against 1.2 per 100 words)."],
+        ),
+    ],
+)
+def test_what_is_said_of_the_list(findings: list[dict[str, Any]], said: list[str]) -> None:
+    habits = [
+        row_of("bold", 0.73, 0.06),
+        row_of("bullet", 0.67, 0.14),
+        row_of("first_person", 0.2, 0.4),
+        row_of("tokens", 171.0, 125.0),
+        row_of("digits", 2.5, 1.25),
+    ]
+    assert finding_sentences(findings, {"verdict": LISTED}, habits) == said
+
+
+def test_what_is_not_significant_is_called_so() -> None:
+    info = {"verdict": NOTHING, "prompts": 300, "tested": 60}
+    said = finding_sentences([], info, [row_of("digits", 2.5, 1.25), row_of("bold", 0.5, 0.5)])
+    assert said == [
+        "Nothing sets chosen and rejected responses apart beyond chance: 60 habits and concepts were tested (300 "
+        "prompts).",
+        "The interval of digits excludes zero, which is not significant after correction.",
+    ]
+    assert len(finding_sentences([], info, [row_of("bold", 0.5, 0.5)])) == 1

@@ -186,15 +186,13 @@ def _audit_text(config: AuditConfig, flags: Any) -> int:
 
 
 def _print_habits(audit: TextAudit) -> None:
-    from .audit.choice_words import choice_sentences
+    from .audit.finding_words import what_pairs_say
     from .audit.habit_table import LESS, MORE
-    from .audit.habit_words import habit_sentences
     from .reading.storage import shown
 
     _print_size(audit)
     rows = audit.habits.to_pylist()
-    print("\n".join(habit_sentences(rows, audit.info["counts"]["n_prompts"])))
-    print("\n".join(choice_sentences(audit.info["choice"])))
+    print("\n".join(what_pairs_say(audit)))
     _print_findings(audit)
     found = sorted((row for row in rows if row["verdict"] in (MORE, LESS)), key=lambda row: row["q"])
     if audit.findings is not None and audit.findings.num_rows:
@@ -311,9 +309,8 @@ def _print_size(audit: Audit) -> None:
 
 
 def _print_audit(audit: Audit) -> None:
-    from .audit.choice_words import choice_sentences
     from .audit.concept_words import HELD, lean_sentence, rates_of
-    from .audit.habit_words import habit_sentences
+    from .audit.finding_words import what_pairs_say
     from .audit.number_words import percent
     from .reading.storage import shown
 
@@ -322,9 +319,7 @@ def _print_audit(audit: Audit) -> None:
     found = [row for row in rows if row["verdict"] in ("rises", "falls")]
     by_length = sum(row["verdict"] == "explained by length" for row in rows)
     if audit.habits is not None:
-        print("\n".join(habit_sentences(audit.habits.to_pylist(), audit.info["counts"]["n_prompts"])))
-        if "choice" in audit.info:
-            print("\n".join(choice_sentences(audit.info["choice"])))
+        print("\n".join(what_pairs_say(audit)))
     elif found:
         print(lean_sentence(found))
     _print_problems(audit)

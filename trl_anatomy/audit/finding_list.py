@@ -5,7 +5,7 @@ differs and says the same as a line, or adds nothing to the lines, is folded und
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,13 @@ HABIT, CONCEPT = "habit", "concept"
 # Verdicts on the list as a whole.
 LISTED, NOTHING, TOO_FEW = "listed", "nothing beyond chance", "too few prompts to tell"
 RULE = (
-    "family-wise 5 %: half for habits, half for concepts with a label of score 0.75; a line at 0.5 %, also in what it "
-    "adds to the lines above it"
+    "a line at a family-wise 0.5 % over habits, or over concepts with a label of score 0.75, also in what it adds to "
+    "the lines above it; folded under a line at q <= 0.05"
 )
 
-# Family-wise error over all habits, and over all concepts, of what differs; of what is a line of its own. A line has
-# to hold at so low a level that another half of the same data finds it again.
-DIFFERS, LINE = 0.025, 0.005
+# What differs: q-value over all habits, or over all concepts. A line has to hold at a family-wise level that is so low
+# that another half of the same data finds it again.
+DIFFERS, LINE = 0.05, 0.005
 MOST_LINES = 10
 # Correlation over both directions of all pairs from which on two findings say the same.
 SAME = 0.5
@@ -127,29 +127,43 @@ class Shown:
 
 @dataclass(frozen=True)
 class _Tested:
-    """Means of chosen minus rejected with errors, z, p and Holm-adjusted p, each (n_columns,)."""
+    """Means of chosen minus rejected with errors, z, p, q and Holm-adjusted p, each (n_columns,); tests in all."""
 
     mean: np.ndarray
     error: np.ndarray
     z: np.ndarray
     p: np.ndarray
+    q: np.ndarray
     adjusted: np.ndarray
+    n: int
 
     @classmethod
     def of(cls, parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> "_Tested":
         mean, error, p = (np.concatenate(part) for part in zip(*parts, strict=True))
         with np.errstate(invalid="ignore", divide="ignore"):
             z = np.where(error > stats.ROUNDING, mean / error, np.where(np.isnan(p), 0.0, np.sign(mean) * np.inf))
-        return cls(mean, error, z, p, stats.holm(p))
+        n = int((~np.isnan(p)).sum())
+        return cls(mean, error, z, p, stats.benjamini_hochberg(p), stats.holm(p), n)
+
+    @property
+    def differs(self) -> np.ndarray:
+        """(n_columns,) bool."""
+        return (self.q <= DIFFERS) & (self.z != 0)
+
+    def only(self, columns: np.ndarray) -> "_Tested":
+        """The same of some columns, as tested among all."""
+        names = ("mean", "error", "z", "p", "q", "adjusted")
+        return replace(self, **{name: getattr(self, name)[columns] for name in names})
 
 
 @one_blas_thread
 def habit_lines(counted: Counted, seed: int = 0) -> list[Line]:
     """The fewest habits that together say what all that differ say.
 
-    A habit differs if its mean of chosen minus rejected is not zero at a family-wise 2.5 % (Holm, robust to shared
-    prompts). The first line is the one that differs most. A further one differs at 0.5 %, and so does the efficient
-    score of what it adds to the lines above, on the same side. Under a line are folded: habits that vary with it
+    A habit differs if its mean of chosen minus rejected is not zero (q <= 0.05, robust to shared prompts); of a line
+    that holds at a family-wise 0.5 % (Holm). The first is the one that differs most. A further one has to add to those
+    above, by its efficient score at 0.5 % over all habits, on the same side. Under a line are folded: habits that vary
+    with it
     (|correlation| above 0.5 over both directions of all pairs), those of its family (layout, or length) on its side,
     and of the others that differ those that add nothing, each under the line that it varies with most. A line has to be
     selected, or one that is folded under it, in 60 % of halves (`selected`).
@@ -166,10 +180,9 @@ def habit_lines(counted: Counted, seed: int = 0) -> list[Line]:
     gaps, names = counted.gaps(), list(counted.habits)
     tested = _test_habits(counted)
     family = [next((i for i, of in enumerate((FORMATTING, LENGTHS)) if name in of), -1) for name in names]
-    lines = pick_lines(gaps, tested.z, tested.adjusted, counted.groups, np.array(family))
+    lines = pick_lines(gaps, tested, counted.groups, np.array(family))
     lines = selected(lines, gaps, counted.groups, seed)
-    differ = [int(k) for k in np.flatnonzero(tested.adjusted <= DIFFERS) if tested.z[k]]
-    return _fold_rest(lines, differ, gaps)
+    return _fold_rest(lines, np.flatnonzero(tested.differs).tolist(), gaps)
 
 
 def _test_habits(counted: Counted) -> _Tested:
@@ -178,8 +191,7 @@ def _test_habits(counted: Counted) -> _Tested:
 
 def pick_lines(
     gaps: np.ndarray,
-    z: np.ndarray,
-    adjusted: np.ndarray,
+    tested: _Tested,
     groups: np.ndarray,
     family: np.ndarray,
     above: np.ndarray | None = None,
@@ -189,7 +201,7 @@ def pick_lines(
 
     Args:
         gaps: (n, J) chosen minus rejected of the candidates.
-        z, adjusted: (J,) of the plain comparison: robust z, and family-wise p.
+        tested: of the candidates.
         groups: (n,) prompt of each pair.
         family: (J,) the same number for candidates that say the same if they speak for the same side; -1 for none.
         above: (n, m) columns that the model has already; default none.
@@ -199,14 +211,14 @@ def pick_lines(
         Lines with those folded under them that vary with them, or are of their family. What adds nothing is in none.
     """
     model = np.zeros((len(gaps), 0)) if above is None else np.asarray(above, dtype=np.float64)
-    left = [int(k) for k in np.argsort(-np.abs(z), kind="stable") if adjusted[k] <= DIFFERS and z[k]]
-    n_varying = max(1, int((~np.isnan(adjusted)).sum()))
+    z = tested.z
+    left = [int(k) for k in np.argsort(-np.abs(z), kind="stable") if tested.differs[k]]
     lines: list[Line] = []
     while len(lines) < most:
-        able = [k for k in left if adjusted[k] <= LINE]
+        able = [k for k in left if tested.adjusted[k] <= LINE]
         if model.shape[1] and able:
             score, p = score_test(model, gaps[:, able], groups)
-            adds = (p * n_varying <= LINE) & (score * z[able] > 0)
+            adds = (p * tested.n <= LINE) & (score * z[able] > 0)
             able = [able[i] for i in np.argsort(-np.abs(score), kind="stable") if adds[i]]
         if not able:
             break
@@ -336,9 +348,7 @@ def list_findings(
     lines = habit_lines(counted, seed) if lines is None else lines
     tested = _test_habits(counted)
     gaps, habits = counted.gaps(), list(counted.habits.values())
-    info["tested"] = int((~np.isnan(tested.adjusted)).sum())
-    info["significant"] = int((tested.adjusted <= DIFFERS).sum())
-    q = stats.benjamini_hochberg(tested.p)
+    info["tested"], info["significant"] = tested.n, int(tested.differs.sum())
     found = []
     for line in lines:
         habit = habits[line.at]
@@ -348,7 +358,7 @@ def list_findings(
                 "name": habit.name,
                 "says": habit.says,
                 "unit": "share" if is_share(habit) else habit.unit,
-                **_sides(counted.values[:, :, line.at].mean(axis=1), tested, q, line.at, n_prompts),
+                **_sides(counted.values[:, :, line.at].mean(axis=1), tested, line.at, n_prompts),
                 "stability": line.stability,
                 "label_score": None,
                 "folded": [
@@ -388,12 +398,11 @@ def _concept_rows(
     if not blocks:
         return [], []
     compared = _Tested.of([stats.mean_test(concepts.gaps(block), counted.groups) for block in blocks])
-    differ = (compared.adjusted <= DIFFERS) & (compared.z != 0)
-    info["tested"] += int((~np.isnan(compared.adjusted)).sum())
-    info["significant"] += int(differ.sum())
-    at = np.flatnonzero(differ)
+    info["tested"] += compared.n
+    info["significant"] += int(compared.differs.sum())
+    at = np.flatnonzero(compared.differs)
     at = at[np.argsort(-np.abs(compared.z[at]), kind="stable")][:MOST_CONCEPTS]
-    of, q = concepts.gaps(good[at]), stats.benjamini_hochberg(compared.p)
+    of = concepts.gaps(good[at])
     rate = [side[:, good[at]].mean(axis=0) for side in concepts.shown]
 
     def folded(i: int, correlation: float) -> dict[str, Any]:
@@ -411,17 +420,9 @@ def _concept_rows(
         left[mine] = False
     stay = np.flatnonzero(left)
     _, label = np.unique([concepts.labels[good[at[i]]] for i in stay], return_inverse=True)
-    above = gaps[:, (tested.adjusted <= DIFFERS) & (tested.z != 0)]
+    above = gaps[:, tested.differs]
     of_left = of[:, stay].astype(np.float64)
-    picked = pick_lines(
-        of_left,
-        compared.z[at[stay]],
-        compared.adjusted[at[stay]],
-        counted.groups,
-        label,
-        above,
-        MOST_LINES - len(lines),
-    )
+    picked = pick_lines(of_left, compared.only(at[stay]), counted.groups, label, above, MOST_LINES - len(lines))
     # Beside the habits that differ, so that a concept is not selected for what they say.
     picked = selected(picked, np.column_stack([of_left, above]), counted.groups, seed)
     more = []
@@ -435,7 +436,7 @@ def _concept_rows(
                 "name": concepts.names[k],
                 "says": concepts.labels[k],
                 "unit": "share",
-                **_sides([side[stay[line.at]] for side in rate], compared, q, j, info["prompts"]),
+                **_sides([side[stay[line.at]] for side in rate], compared, j, info["prompts"]),
                 "stability": line.stability,
                 "label_score": float(concepts.label_scores[k]),
                 "folded": [folded(stay[i], r) for i, r in zip(line.folded, related, strict=True)],
@@ -445,7 +446,7 @@ def _concept_rows(
     return more, [of_left[:, line.at] for line in picked]
 
 
-def _sides(sides: Sequence[float], tested: _Tested, q: np.ndarray, at: int, n_prompts: int) -> dict[str, Any]:
+def _sides(sides: Sequence[float], tested: _Tested, at: int, n_prompts: int) -> dict[str, Any]:
     half = distributions.t.ppf(0.975, n_prompts - 1) * tested.error[at]
     return {
         "favours": "chosen" if tested.mean[at] > 0 else "rejected",
@@ -456,7 +457,7 @@ def _sides(sides: Sequence[float], tested: _Tested, q: np.ndarray, at: int, n_pr
         "difference_high": float(tested.mean[at] + half),
         "z": float(tested.z[at]) if np.isfinite(tested.z[at]) else None,
         "p": float(tested.p[at]),
-        "q": float(q[at]),
+        "q": float(tested.q[at]),
     }
 
 

@@ -1,6 +1,6 @@
 """What habits say, in sentences that a person would write."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..reading.habits import LENGTHS
@@ -38,13 +38,13 @@ def habit_sentences(habits: Sequence[Mapping[str, Any]], n_prompts: int) -> list
     for verdict, side in ((MORE, "Chosen"), (LESS, "Rejected")):
         mine = [habit for habit in found if habit["verdict"] == verdict]
         shares = [h for h in mine if h["kind"] == "rate" or h["unit"] == SHARE]
-        told = sorted((h for h in shares if abs(h["difference"]) >= LEAST), key=lambda h: -abs(h["difference"]))[
+        shown = sorted((h for h in shares if abs(h["difference"]) >= LEAST), key=lambda h: -abs(h["difference"]))[
             :N_NAMED
         ]
-        named |= {habit["habit"] for habit in told}
-        parts = [f"more often {_told(told, verdict)}"] if told else []
+        named |= {habit["habit"] for habit in shown}
+        parts = [f"more often {told(shown, side.lower())}"] if shown else []
         if length in mine:
-            parts.append(f"are {_longer(length, verdict)}")
+            parts.append(f"are {longer(length, side.lower())}")
             named |= {habit["habit"] for habit in mine if habit["habit"] in LENGTHS}
         if parts:
             sentences.append(f"{side} responses {', and '.join(parts)}.")
@@ -55,26 +55,28 @@ def habit_sentences(habits: Sequence[Mapping[str, Any]], n_prompts: int) -> list
     return sentences
 
 
-def _told(habits: Sequence[Mapping[str, Any]], verdict: str) -> str:
-    """Each habit with its rates, the largest difference first; what is used stands last, behind one verb."""
+def told(habits: Sequence[Mapping[str, Any]], side: str) -> str:
+    """Each habit with its rates, of `side` first; what is used stands last, behind one verb."""
 
-    def told(habit: Mapping[str, Any]) -> str:
-        return f"{habit['says'].removeprefix('use ')} ({_against(habit, verdict, percent)})"
+    def with_rates(habit: Mapping[str, Any]) -> str:
+        return f"{habit['says'].removeprefix('use ')} ({against(habit, side)})"
 
-    used = [told(habit) for habit in habits if habit["says"].startswith("use ")]
-    others = [told(habit) for habit in habits if not habit["says"].startswith("use ")]
+    used = [with_rates(habit) for habit in habits if habit["says"].startswith("use ")]
+    others = [with_rates(habit) for habit in habits if not habit["says"].startswith("use ")]
     if not used or not others:
         return f"use {listed(used)}" if used else listed(others)
     return f"{', '.join(others)}{',' if len(others) > 1 else ''} and use {listed(used)}"
 
 
-def _against(habit: Mapping[str, Any], verdict: str, written: Any) -> str:
-    more, less = ("chosen", "rejected") if verdict == MORE else ("rejected", "chosen")
-    return f"{written(habit[more])} against {written(habit[less])}"
+def against(row: Mapping[str, Any], side: str, written: Callable[[float], str] | None = None) -> str:
+    """What a row holds of `side`, against the other: in per cent by default."""
+    written = percent if written is None else written
+    return f"{written(row[side])} against {written(row['rejected' if side == 'chosen' else 'chosen'])}"
 
 
-def _longer(habit: Mapping[str, Any], verdict: str) -> str:
-    more, less = ("chosen", "rejected") if verdict == MORE else ("rejected", "chosen")
+def longer(habit: Mapping[str, Any], side: str) -> str:
+    """How much longer responses of `side` are, of a habit that measures length."""
+    more, less = side, "rejected" if side == "chosen" else "chosen"
     amounts = f"({habit[more]:,.0f} {habit['unit']} on average, against {habit[less]:,.0f})"
     if not habit[less] > 0:
         return f"longer {amounts}"

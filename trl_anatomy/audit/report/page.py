@@ -8,9 +8,9 @@ from ...errors import AnatomyError
 from ...reading.files import write_atomically
 from ...reading.storage import local
 from ..concept_words import HELD, LEANS, NOT_SIGNIFICANT, lean_sentence, only_uncorrected, rates_of, shown_in
+from ..finding_words import what_pairs_say
 from ..findings import data_notes
 from ..folder import REPORT, Audit
-from ..habit_words import habit_sentences
 from ..labels import neuronpedia_url
 from ..predict import BY_LENGTH, FALLS, NO_EVIDENCE, RISES, TOO_FEW
 from ..text_folder import TextAudit
@@ -151,7 +151,7 @@ def _view(audit: Audit, texts: RowTexts | None, samples: dict[int, dict[str, Any
     listed = audit.findings is not None and audit.findings.num_rows > 0
     if audit.habits is not None:
         habits = habits_section(audit.habits, alpha, tokens=True, listed=listed)
-        sentences = habit_sentences(audit.habits.to_pylist(), info["counts"]["n_prompts"])
+        sentences = what_pairs_say(audit)
     return {
         "first": ""
         if sft

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..concept_words import HELD
-from ..habit_words import habit_sentences
+from ..finding_words import what_pairs_say
 from ..text_folder import TextAudit
 from .choice import choice_part
 from .first import first_screen
@@ -41,7 +41,7 @@ def render_text_page(audit: TextAudit) -> str:
         data_name=Path(info["data"]["name"]).name,
         model_name=Path(info["model"]["name"]).name,
         left_out=[f"{number(count)} {reason}" for reason, count in info["data"]["left_out"].items()],
-        first=first_screen(audit, habit_sentences(rows, info["counts"]["n_prompts"])),
+        first=first_screen(audit, what_pairs_say(audit)),
         choice=choice_part(info["choice"], listed=listed) if "choice" in info else "",
         habits=habits_section(audit.habits, info["settings"]["alpha"], tokens=audit.reads_tokens, listed=listed),
         problems=problems_section(audit),
