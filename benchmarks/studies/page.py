@@ -327,6 +327,28 @@ def choice_figure(found: dict[str, Any]) -> str:
         return svg(figure)
 
 
+def reading_figure(found: dict[str, Any]) -> str:
+    """How much of the lists of two halves of each real set is the same, and how often swapped sides list anything."""
+    names = list(found["sets"])
+    with drawn(7.6, 0.36 * len(names) + 0.9) as (figure, axes):
+        for offset, (kind, colour, label) in enumerate(
+            (("text", "#c2410c", "habits, the whole set"), ("sae", "#1d4ed8", "with an SAE, 450 pairs"))
+        ):
+            rows = [(y, found["sets"][name][kind]) for y, name in enumerate(names) if kind in found["sets"][name]]
+            if rows:
+                at = [y + 0.24 * (offset - 0.5) for y, _ in rows]
+                axes.plot(
+                    [row["halves"]["jaccard"] for _, row in rows], at, "o", color=colour, markersize=4, label=label
+                )
+        axes.axvline(0.7, color="#9ca3af", linewidth=0.8, zorder=0)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_xlabel("share of lines that both halves of the prompts list, mean of ten splits")
+        axes.legend(frameon=False, fontsize=8, loc="lower left")
+        return svg(figure)
+
+
 def picture() -> str:
     """The README's: what was predicted and seen, what the verbs take out, and what is known of that before."""
     with drawn(13, 3.8, 3, width_ratios=[1, 1.1, 0.9]) as (figure, (left, middle, right)):
@@ -365,6 +387,12 @@ FIGURES: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
         "choice",
         "How often length alone, and all named habits, tell the chosen response of a held-out pair.",
         choice_figure,
+    ),
+    (
+        "The list of findings, twice",
+        "reading",
+        "Whether two halves of the prompts list the same findings; the goal is 0.7. The control set lists nothing.",
+        reading_figure,
     ),
     (
         "The style matrix",
