@@ -333,6 +333,9 @@ def test_bad_input_ends_in_one_sentence(model, tmp_path):
     for call, told in (
         (lambda: train_saes(model, texts(), [9], good, tmp_path / "a", progress=False), "Layer 9 is out of range"),
         (lambda: recipe(32, TOKENS, d_sae=16, k=17), "k is 17"),
+        (lambda: recipe(32, TOKENS, d_sae=-3), "number of latents is -3"),
+        (lambda: recipe(32, TOKENS, architecture="matryoshka", d_sae=15), "matryoshka needs 16 or more"),
+        (lambda: recipe(32, TOKENS, lr=float("nan")), "lr is nan"),
         (lambda: recipe(32, 500), "needs 32 at least"),
         (lambda: recipe(32, TOKENS, architecture="gated"), "allowed: batchtopk, topk, jumprelu, matryoshka"),
         (lambda: sequences_of(None, [[4]], 0), "no token to train an SAE on"),

@@ -175,6 +175,8 @@ def recipe(
     d_sae = d_in * (8 if tokens < 100_000_000 else 16) if d_sae is None else d_sae
     if d_sae < 1:
         raise AnatomyError(f"The number of latents is {d_sae}; allowed: 1 or more.")
+    if architecture == "matryoshka" and d_sae < 16:
+        raise AnatomyError(f"The number of latents is {d_sae}; matryoshka needs 16 or more, for levels of a 16th.")
     if k is None:
         k = min(d_sae, round(2 * math.sqrt(d_in)))
     if not 0 < k <= d_sae:
