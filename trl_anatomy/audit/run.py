@@ -478,8 +478,8 @@ def _conclude(
         findings.info["notes"].append(note)
     unread, prompt = unread_columns(raw, config.data_kind), prompt_column(raw)
     unfit = check_pairs_fit(pairs, model.config, grows=config.chat_template_path is not None)
-    findings.info["notes"][:0] = [*column_notes(unread, prompt), *unfit, *([origin] if origin else [])]
-    findings.info["notes"][:0] = fit_notes(fit, sae, config)
+    about_sae = [*([origin] if origin else []), *fit_notes(fit, sae, config)]
+    findings.info["notes"][:0] = [*column_notes(unread, prompt), *unfit, *about_sae]
     info = {
         "versions": versions(),
         "model": {
