@@ -21,6 +21,7 @@ from trl_anatomy.audit.finding_list import FINDINGS
 from trl_anatomy.audit.folder import Audit, write_audit
 from trl_anatomy.audit.report import render, write_report
 from trl_anatomy.audit.report.drawing import WIDTH, paired, share_scale
+from trl_anatomy.audit.report.explore import explore_data
 from trl_anatomy.audit.report.text_page import render_text_page
 from trl_anatomy.audit.text_audit import run_text_audit
 from trl_anatomy.audit.text_folder import TextAudit, write_text_audit
@@ -254,6 +255,31 @@ def test_the_sentence_on_concepts_names_each_label_once():
     assert lean_sentence(found[3:]) == "The pairs lean away from T4 I · you."
     assert lean_sentence(found[4:]) == ""
     assert concept_words.N_NAMED == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ("follow up", "agrees with it"),
+        ("numbered list", "is folded under it"),
+        ("opening praise", "is its line"),
+    ],
+)
+def test_a_habits_plain_name_finds_the_concepts_that_belong_to_it(asked: str, why: str, plain: Audit, tmp_path: Path):
+    """Labels are of tokens: nobody who looks for "follow up" types what the concept fires on."""
+    rows, concepts = [], pa.concat_tables([plain.concepts, plain.responses])
+    if why == "agrees with it":
+        evidence = {"tokens": [], "promoted": [], "place": "end", "habit": "closing_question", "correlation": 0.8}
+        at = concepts.column_names.index("evidence")
+        told = [None, evidence] + [None] * (len(concepts) - 2)
+        concepts = concepts.set_column(at, concepts.schema.field(at), pa.array(told, concepts.schema.field(at).type))
+    elif why == "is folded under it":
+        rows = [finding("habit", "numbered", folded=[folded("T2", "concept")])]
+    else:
+        rows = [finding("concept", "T2", folded=[folded("flattery")])]
+    data = explore_data(sae_audit(plain, rows, tmp_path, concepts), {})["concepts"]
+    held = {row[0]: row[data["columns"].index("habits")] for row in data["rows"]}
+    assert [name for name, words in held.items() if asked in words] == ["T2"]
 
 
 @pytest.mark.parametrize("kind", ["text", "sae"])

@@ -68,13 +68,18 @@ def _text(row: Mapping[str, Any], units: Mapping[str, str]) -> FindingText:
         interval=between(row["difference_low"], row["difference_high"], unit),
         adds=f"{points(row['adds'])} points",
         adds_interval=between(row["adds_low"], row["adds_high"], SHARE),
-        folded=tuple((_title(other), _rates(other, units)) for other in row["folded"][:N_FOLDED]),
+        folded=tuple((_folded_title(other), _rates(other, units)) for other in row["folded"][:N_FOLDED]),
         more=max(0, len(row["folded"]) - N_FOLDED),
     )
 
 
 def _title(row: Mapping[str, Any]) -> str:
     return row["name"].replace("_", " ") if row["kind"] == HABIT else row["says"] or row["name"]
+
+
+def _folded_title(other: Mapping[str, Any]) -> str:
+    """A concept with its name, since its label may be that of the habit that it stands under."""
+    return _title(other) if other["kind"] == HABIT else f"{other['name']} {other['says']}".rstrip()
 
 
 def _rates(other: Mapping[str, Any], units: Mapping[str, str]) -> str:

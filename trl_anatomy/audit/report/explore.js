@@ -134,11 +134,11 @@
     const other = asked.filter((word) => !NAME.test(word)).map((word) => word.toLowerCase());
     const fit = (has, text) => names.every(has) && (!other.length || other.every((word) => text().includes(word)));
     if (view === "concepts") {
-      return [...concepts.values()].filter((c) => fit((name) => c.concept === name, () => `${c.label} ${c.words} ${leans(c.verdict)} ${c.kind}`.toLowerCase()));
+      return [...concepts.values()].filter((c) => fit((name) => c.concept === name, () => `${c.label} ${c.words} ${c.habits} ${leans(c.verdict)} ${c.kind}`.toLowerCase()));
     }
     if (view === "hypotheses") {
       return hypotheses.filter((h) => fit((name) => h.context === name || h.concept === name,
-        () => `${contexts.get(h.context)?.words} ${concepts.get(h.concept)?.words} ${h.lean} ${significant(h) ? "differs" : "no evidence"}`.toLowerCase()));
+        () => `${contexts.get(h.context)?.words} ${concepts.get(h.concept)?.label} ${concepts.get(h.concept)?.words} ${concepts.get(h.concept)?.habits} ${h.lean} ${significant(h) ? "differs" : "no evidence"}`.toLowerCase()));
     }
     const found = pairs().rows.filter((p) => fit((name) => p.names.has(name), () => {
       p.lower ??= `${p.prompt || ""}\n${p.chosen || ""}\n${p.rejected || ""}`.toLowerCase();
@@ -372,7 +372,7 @@
 
   function searchedNames(kind) {
     const asked = state.q.trim().toLowerCase().split(/\s+/);
-    const items = kind === "concepts" ? [...concepts.values()].map((c) => [c.concept, c.words]) : [...contexts.values()].map((c) => [c.context, c.words]);
+    const items = kind === "concepts" ? [...concepts.values()].map((c) => [c.concept, `${c.label} ${c.words} ${c.habits}`]) : [...contexts.values()].map((c) => [c.context, c.words]);
     return items.filter(([name, text]) => asked.every((word) => (NAME.test(word) ? name.toLowerCase() === word : text.toLowerCase().includes(word)))).map(([name]) => name);
   }
 

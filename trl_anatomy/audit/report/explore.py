@@ -6,8 +6,11 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from ...reading.habits import ALSO, HABITS
 from ...reading.progress import Progress
 from ..concept_words import LEANS, NOT_SIGNIFICANT
+from ..finding_list import CONCEPT as CONCEPT_KIND
+from ..finding_list import HABIT
 from ..folder import Audit
 from ..shown import CONTEXT_RATES, RATES
 from .texts import RowTexts
@@ -70,6 +73,7 @@ def explore_data(audit: Audit, snippets: dict[str, str]) -> dict[str, Any]:
         for table in (audit.concepts, audit.responses)
         for concept in sorted(audit.labelled(table).to_pylist(), key=lambda c: -abs(c["predicted"] or 0))
     ]
+    plain = _plain_names(audit)
     return {
         "n_pairs": audit.pairs.num_rows,
         "alpha": audit.info["settings"]["alpha"],
@@ -77,8 +81,11 @@ def explore_data(audit: Audit, snippets: dict[str, str]) -> dict[str, Any]:
         "not_significant": NOT_SIGNIFICANT,
         "n_hypotheses": tested.num_rows,
         "concepts": {
-            "columns": (*CONCEPT, *_NAMED),
-            "rows": [[*(c[key] for key in CONCEPT), *_named(audit, c["concept"], c["terms"])] for c in concepts],
+            "columns": (*CONCEPT, *_NAMED, "habits"),
+            "rows": [
+                [*(c[key] for key in CONCEPT), *_named(audit, c["concept"], c["terms"]), plain.get(c["concept"], "")]
+                for c in concepts
+            ],
         },
         "contexts": {
             "columns": ("context", "pairs", "terms", *_NAMED),
@@ -100,6 +107,28 @@ def _named(audit: Audit, name: str, terms: list[str]) -> list[str]:
     """What is said of a label, and what a search looks in."""
     label = audit.labels.get(name)
     return ["", " ".join(terms)] if label is None else [label.told(terms[:4]), label.words(terms)]
+
+
+def _plain_names(audit: Audit) -> dict[str, str]:
+    """Concept -> plain names of the habits that it agrees with, or that it is folded under as a finding."""
+    habits: dict[str, set[str]] = {}
+    for row in (*audit.concepts.to_pylist(), *audit.responses.to_pylist()):
+        if row["evidence"] is not None and row["evidence"]["habit"]:
+            habits.setdefault(row["concept"], set()).add(row["evidence"]["habit"])
+    for row in [] if audit.findings is None else audit.findings.to_pylist():
+        group = [row, *row["folded"]]
+        names = {each["name"] for each in group if each["kind"] == HABIT}
+        for each in group:
+            if each["kind"] == CONCEPT_KIND:
+                habits.setdefault(each["name"], set()).update(names)
+    return {concept: " ".join(map(_plain, sorted(names))) for concept, names in habits.items()}
+
+
+def _plain(habit: str) -> str:
+    """A habit's name, its other names, and what is counted."""
+    known = HABITS.get(habit)
+    names = [habit, *(other for other, name in ALSO.items() if name == habit)]
+    return " ".join([*(name.replace("_", " ") for name in names), known.description if known else ""])
 
 
 def pair_data(audit: Audit, held: RowTexts | None, samples: dict[int, dict[str, Any]]) -> dict[str, Any]:

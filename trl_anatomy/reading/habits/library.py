@@ -351,6 +351,7 @@ ALSO: Mapping[str, str] = {
     "numbered_list": "numbered",
     "code_block": "code_fence",
     "code": "code_fence",
+    "follow_up": "closing_question",
     "opening_praise": "flattery",
     "ai_selfref": "as_an_ai",
     "language": "other_language",
