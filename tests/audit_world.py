@@ -203,4 +203,5 @@ def make_audit(path: Path, world: World, config: AuditConfig | None = None, samp
         "timings": findings.timings,
     }
     kept = word_samples(findings, world) if samples else None
-    return write_audit(path, info, findings.hypotheses, findings.concepts, findings.pairs, kept)
+    tables = (findings.hypotheses, findings.concepts, findings.pairs)
+    return write_audit(path, info, *tables, kept, levels=findings.levels)

@@ -360,22 +360,24 @@ def test_an_audit_of_an_earlier_version_is_read(setup, tmp_path):
     info = json.loads((path / "audit.json").read_text())
     since = {
         "data": ("unread_columns", "looks_like_prompt", "date", "chat_template", "cut"),
-        "settings": ("sae_minutes", "chat_template_path", "habits", "pool_special_tokens"),
+        "settings": ("sae_minutes", "chat_template_path", "habits", "pool_special_tokens", "concepts"),
     }
     for part, names in since.items():
         for name in names:
             del info[part][name]
-    for name in ("too_few_prompts", "copies"):
+    for name in ("too_few_prompts", "copies", "findings"):
         del info[name]
-    del info["files"]["habits.parquet"]
-    (path / "habits.parquet").unlink()
+    for name in ("habits.parquet", "findings.parquet", "levels.parquet"):
+        del info["files"][name]
+        (path / name).unlink()
     (path / "audit.json").write_text(json.dumps(info))
     for file in (path / "harvest").glob("codes-*"):
         file.unlink()
 
     audit = load_audit(path)
-    assert (audit.habits, audit.date) == (None, None)
+    assert (audit.habits, audit.date, audit.tau) == (None, None, 0.01)
     source = reopen(audit)
+    assert source.config.concepts == "published"
     assert source.pairs.pool_special_tokens
     assert audit.harvest.n_pairs == len(source.pairs) == 399
     assert "pooled over special tokens" in write_report(audit, source.pairs).read_text()

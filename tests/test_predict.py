@@ -10,7 +10,6 @@ from scipy import stats as reference
 
 from trl_anatomy.audit import predict, views
 from trl_anatomy.audit.config import AuditConfig
-from trl_anatomy.checking.compare import _disparity
 from trl_anatomy.checking.responses import activities
 
 COMMUNITIES = [np.array(h["features"]) for h in HABITS.values()]
@@ -160,13 +159,15 @@ def test_no_concepts_give_an_empty_table(world):
 def test_observed_disparity_is_in_the_unit_of_u(world):
     """What `compare` observes, with chosen for "after" and rejected for "before", must be what was predicted."""
     scores = views.activity(world, COMMUNITIES)
-    observed = _disparity(world.frequency("chosen"), world.frequency("rejected"), COMMUNITIES, AuditConfig().tau)
+    sides = [views.concept_activity(world.frequency(side), COMMUNITIES) for side in ("chosen", "rejected")]
+    observed = np.subtract(*sides)
     np.testing.assert_allclose(observed, scores.u, atol=1e-12)
     assert np.array_equal(np.subtract(*activities(world, COMMUNITIES, AuditConfig().tau)), observed)  # shard by shard
     np.testing.assert_allclose(observed.mean(axis=0), predict.predicted_shift(scores.u), atol=1e-12)
     before = sparse.csr_array(np.array([[0.5, 0.005, 0.0]], np.float32))
     after = sparse.csr_array(np.array([[0.5, 0.02, 0.0]], np.float32))
-    np.testing.assert_allclose(_disparity(after, before, [np.array([0, 1]), np.array([2])], 0.01), [[0.5, 0.0]])
+    shares = [views.concept_activity(of, [np.array([0, 1]), np.array([2])], 0.01) for of in (after, before)]
+    np.testing.assert_allclose(np.subtract(*shares), [[0.5, 0.0]])
 
 
 def test_agreement_equals_scipy():

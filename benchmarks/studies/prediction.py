@@ -26,14 +26,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_anatomy.audit import stats
 from trl_anatomy.audit.clusters import cofiring_communities
 from trl_anatomy.audit.communities import MIN_COUNT, fired_responses
-from trl_anatomy.audit.config import AuditConfig
+from trl_anatomy.audit.config import PUBLISHED, recorded
 from trl_anatomy.audit.folder import Audit, load_audit
 from trl_anatomy.audit.predict import agreement, concept_means, odds_shift, predicted_shift, step_shift, tilted_shift
-from trl_anatomy.audit.views import concept_activity
 from trl_anatomy.checking.compare import cheap_predictions, fired_counts, split_half_reliability
 from trl_anatomy.checking.first_step import first_step, log_prob_changes
 from trl_anatomy.checking.likelihood import log_likelihoods
 from trl_anatomy.checking.rates import rate_interval
+from trl_anatomy.checking.responses import activities
 from trl_anatomy.checking.rollouts import rollouts
 from trl_anatomy.reading.harvest import Harvest, harvest
 from trl_anatomy.reading.sae import load_sae
@@ -155,8 +155,8 @@ def prompt_view(found: dict[str, Any]) -> dict[str, dict]:
 def by_size(result: DemoResult, told: dict[str, np.ndarray], out: Path) -> dict[str, dict]:
     """R² of some predictions over concepts of one latent, of at least two, and of at least four; with noise ceilings.
 
-    Communities do not depend on the smallest size that is kept (checked here), so the concepts of at least four are
-    those of an audit with `min_community` 4.
+    Published communities do not depend on the smallest size that is kept (checked here), so the concepts of at least
+    four are those of an audit with `min_community` 4.
     """
     audit, (u, _) = result.audit, result.audit.disparity()
     shifts = rollout_shifts(result, out)
@@ -181,10 +181,10 @@ def by_size(result: DemoResult, told: dict[str, np.ndarray], out: Path) -> dict[
             "ceiling by the noise of rollouts and pairs": both_allow,
             "mean disparity, share of that ceiling": plain.r2 / both_allow,
         }
-    config = AuditConfig(**audit.info["settings"])
+    config = recorded(audit.info["settings"])
     fired = fired_responses(audit.harvest, config.tau, config.community_pairs, config.seed)
     resolution = audit.info["settings_used"]["resolution"]
-    for least in (2, 4):
+    for least in (2, 4) if config.concepts == PUBLISHED else ():
         again = cofiring_communities(
             fired,
             edge_share=config.edge_share,
@@ -212,8 +212,7 @@ class Shifts:
 def rollout_shifts(result: DemoResult, out: Path) -> Shifts:
     """What `compare` kept of its rollouts, read again."""
     audit, read = result.audit, Harvest.open(out / "compare" / "harvest-dpo")
-    tau = audit.info["settings"]["tau"]
-    after, before = (concept_activity(read.frequency(s), audit.communities, tau) for s in ("chosen", "rejected"))
+    after, before = activities(read, audit.communities, audit.tau)
     kept = [json.loads((out / "compare" / f"{name}.json").read_text()) for name in ("before", "dpo")]
     shown = [np.array([[h.shows(of["responses"][i]) for h in HABITS] for i in read.rows], dtype=float) for of in kept]
     prompts = np.array([kept[0]["prompts"][i] for i in read.rows])
@@ -294,9 +293,9 @@ def predictors(result: DemoResult, out: Path) -> dict[str, dict]:
     prompt_of = np.concatenate([start.prompt_groups, start.prompt_groups])
     sae = load_sae(result.world.sae_path)
     read = harvest(model, sae, start, out / "hv-roll", layer=audit.info["sae"]["layer"], progress=False)
-    tau = settings["tau"]
+    tau = audit.tau
     sides = ("chosen", "rejected")
-    before = np.concatenate([concept_activity(read.frequency(side), audit.communities, tau) for side in sides])
+    before = np.concatenate(activities(read, audit.communities, tau))
 
     tilt = tilted_shift(u, before, prompt_of)
     trainer = dpo_trainer(result.world, out / "step", seed=result.world.seed)
@@ -351,10 +350,7 @@ def reported(result: DemoResult) -> list[dict]:
     audit, data = result.audit, result.world.dataset.select(result.audit.harvest.rows.tolist())
     alpha = audit.info["settings"]["alpha"]
     concepts = audit.concepts.to_pylist()
-    sides = [
-        concept_activity(audit.harvest.frequency(side), audit.communities, audit.info["settings"]["tau"])
-        for side in ("chosen", "rejected")
-    ]
+    sides = activities(audit.harvest, audit.communities, audit.tau)
     fires = np.concatenate([side - side.mean(axis=0) for side in sides])
     place = np.argsort(np.argsort([-abs(concept["predicted"]) for concept in concepts])) + 1
     deltas = audit.response_scores.u - audit.response_scores.u.mean(axis=0)
@@ -403,8 +399,7 @@ def discoveries(result: DemoResult) -> dict[str, int]:
     predicted side of zero.
     """
     audit, data = result.audit, result.world.dataset.select(result.audit.harvest.rows.tolist())
-    tau = audit.info["settings"]["tau"]
-    sides = [concept_activity(audit.harvest.frequency(s), audit.communities, tau) for s in ("chosen", "rejected")]
+    sides = activities(audit.harvest, audit.communities, audit.tau)
     fires = np.concatenate([side - side.mean(axis=0) for side in sides])
     roles = {habit.name: habit.role for habit in HABITS} | {"correct": "quality"}
     association = []

@@ -193,7 +193,9 @@ def associations(audit: Audit, mine: Responses, others: list[Responses]) -> dict
         [
             np.column_stack(
                 [
-                    read.centred(concept_activity(read.pooled["freq"], audit.communities, settings["tau"])),
+                    read.centred(
+                        concept_activity(read.pooled["freq"], audit.communities, audit.tau, read.pooled["max"])
+                    ),
                     read.centred(of_clusters(read.pooled[settings["pooling"]])),
                 ]
             ).astype(np.float64)

@@ -44,6 +44,7 @@ from trl_anatomy.checking.compare import compare
 from trl_anatomy.checking.likelihood import log_likelihoods, log_probs
 from trl_anatomy.checking.prediction import PLAIN, predict
 from trl_anatomy.checking.rates import TEXT_RULES, recovery, rule_hits, word_counts
+from trl_anatomy.checking.responses import activities
 from trl_anatomy.checking.rollouts import encode_prompt, rollouts
 from trl_anatomy.reading.harvest import Harvest
 from trl_anatomy.reading.spans import Pairs, read_pairs
@@ -300,8 +301,8 @@ def towards_chosen(audit: Audit, read: Harvest, prompts: list[Any]) -> float:
     As for the tilt in `compare`, half the prompts predict the other half, both ways.
     """
     chosen, trained, start = (
-        concept_activity(frequency, audit.communities, audit.info["settings"]["tau"])
-        for frequency in (audit.harvest.frequency("chosen"), read.frequency("chosen"), read.frequency("rejected"))
+        concept_activity(of.frequency(side), audit.communities, audit.tau, of.maximum(side))
+        for of, side in ((audit.harvest, "chosen"), (read, "chosen"), (read, "rejected"))
     )
     _, group = np.unique([prompts[row][0]["content"] for row in read.rows], return_inverse=True)
     half = group % 2 == 0
@@ -333,8 +334,7 @@ def found_by_audit(audit: Audit, shows: np.ndarray) -> dict[str, Any]:
 
     Within the sides, so that the match owes nothing to the difference that is tested.
     """
-    sides = [audit.harvest.frequency(side) for side in SIDES]
-    active = [concept_activity(side, audit.communities, audit.info["settings"]["tau"]) for side in sides]
+    active = activities(audit.harvest, audit.communities, audit.tau)
     centred = np.concatenate([side - side.mean(axis=0) for side in active])
     trait = np.concatenate([part - part.mean() for part in np.split(shows.astype(float), 2)])
     spread = np.sqrt(np.square(centred).sum(axis=0) * np.square(trait).sum())

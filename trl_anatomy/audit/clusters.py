@@ -59,16 +59,18 @@ def live_features(fired: sparse.csr_array, min_count: int) -> np.ndarray:
     return np.flatnonzero((count >= min_count) & (count <= fired.shape[0] - min_count))
 
 
-def affordable(fired: sparse.csr_array, seed: int = 0) -> sparse.csr_array:
-    """As many samples as the co-firing table can be counted from with `COFIRING_WORK` additions; all, mostly.
+def affordable(fired: sparse.csr_array, seed: int = 0, most: float | None = None) -> sparse.csr_array:
+    """As many samples as the co-firing table can be counted from with `most` additions; all, mostly.
 
-    A sample in which m features fire adds to m²/2 pairs. Samples are drawn at random; their order stays.
+    `most` is `COFIRING_WORK` by default. A sample in which m features fire adds to m²/2 pairs. Samples are drawn at
+    random; their order stays.
     """
+    most = COFIRING_WORK if most is None else most
     work = np.square(np.diff(fired.indptr).astype(np.float64)) / 2
-    if work.sum() <= COFIRING_WORK:
+    if work.sum() <= most:
         return fired
     order = np.random.default_rng(seed).permutation(len(work))
-    n = max(1, int(np.searchsorted(np.cumsum(work[order]), COFIRING_WORK, side="right")))
+    n = max(1, int(np.searchsorted(np.cumsum(work[order]), most, side="right")))
     return fired[np.sort(order[:n])]
 
 
@@ -130,14 +132,14 @@ def cofiring_graph(fired: sparse.csr_array, live: np.ndarray, edge_share: float 
         parts.append((i[keep].astype(np.int32), j[keep].astype(np.int32), value[keep]))
         held += int(keep.sum())
         if held > 2 * wanted:
-            parts = [_strongest(parts, wanted)]
+            parts = [strongest(parts, wanted)]
             held, floor = len(parts[0][2]), float(parts[0][2].min())
-    i, j, value = _strongest(parts, wanted)
+    i, j, value = strongest(parts, wanted)
     shape = (size, size)
     return sparse.csr_matrix((np.r_[value, value], (np.r_[i, j], np.r_[j, i])), shape=shape)
 
 
-def _strongest(
+def strongest(
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]], wanted: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The `wanted` largest of the collected edges and every edge tied with the last of them."""
@@ -184,13 +186,13 @@ def cofiring_communities(
     if len(linked):
         graph = graph[linked][:, linked]
         leiden = Leiden(resolution, shuffle_nodes=True, random_state=seed, return_probs=False, return_aggregate=False)
-        _seed_libc(seed)
+        seed_libc(seed)
         labels = leiden.fit_predict(graph)
         communities += [live[linked[labels == label]] for label in np.unique(labels)]
     return sorted((c for c in communities if len(c) >= min_size), key=lambda c: (-len(c), c[0]))
 
 
-def _seed_libc(seed: int) -> None:
+def seed_libc(seed: int) -> None:
     """Seed C's `rand()`: scikit-network's refinement draws from it, whatever its `random_state` says."""
     ctypes.CDLL("ucrtbase" if os.name == "nt" else None).srand(ctypes.c_uint(seed))
 

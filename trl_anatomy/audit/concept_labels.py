@@ -19,10 +19,11 @@ from ..reading.habits import TOKENS, Habit, measure
 from ..reading.habits.parts import Parts
 from ..reading.token_text import pieces
 from . import stats
+from .levels import Levels, shard_firing
 from .predict import EVIDENCE, LABELLED
 from .shown import split_points
 from .text_rules import Atom, Rule, Standing, TextTable, held_out_scores, learn_rules, noun, phrase
-from .views import above, cluster_sums
+from .views import cluster_sums
 from .word_classes import CLASSES, OF_TERM, PATTERNS, is_content, terms_at
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def label_concepts(
     layer: int,
     habits: Mapping[str, Habit],
     values: np.ndarray | None = None,
-    tau: float = 0.01,
+    tau: float | Levels = 0.01,
     sides: Sequence[str] = ("chosen", "rejected"),
     batch_tokens: int = 8192,
     seed: int = 0,
@@ -102,7 +103,7 @@ def label_concepts(
         read: the harvest of `pairs`.
         habits: name -> habit.
         values: (n_sides, n_pairs, n_habits) of the responses, where they are known already.
-        tau: share of tokens above which a feature counts as firing in a response.
+        tau: what a feature must exceed to have fired in a response: one share of tokens for all, or levels.
         sides: spans that are responses.
     Returns:
         The table with the columns `label` and `predict.LABELLED`; labels are unique.
@@ -188,7 +189,7 @@ def _strengths(
     features: Sequence[np.ndarray],
     sides: Sequence[str],
     shown_above: np.ndarray,
-    tau: float,
+    tau: float | Levels,
 ) -> tuple[np.ndarray, np.ndarray]:
     """How much of each concept's features a response shows, and whether it shows the concept; (n_sides * n, K) each.
 
@@ -201,25 +202,24 @@ def _strengths(
         shown_above: (K,) share of the features beyond which a response shows the concept; NaN: to be found.
     """
 
-    def damped() -> Iterator[tuple[str, sparse.csr_array, np.ndarray]]:
-        """Frequencies of each side of each shard, and the same of longer responses."""
+    def damped() -> Iterator[tuple[str, sparse.csr_array, np.ndarray, np.ndarray]]:
+        """Frequencies of each side of each shard, the same of longer responses, and whether a feature has fired."""
         start = 0
         for shard in read.shards():
             stop = start + len(shard.rows)
             here = shard.select(known[np.searchsorted(known, start) : np.searchsorted(known, stop)] - start)
             start = stop
             for side in sides:
-                frequency = sparse.csr_array(here.frequency(side))
+                frequency, fires = shard_firing(here, side, tau)
                 longer = here.lengths[side] / (here.lengths[side] + float(SHORT))
-                yield side, frequency, frequency.data * np.repeat(longer, np.diff(frequency.indptr))
+                yield side, frequency, frequency.data * np.repeat(longer, np.diff(frequency.indptr)), fires
 
     total = np.zeros(read.d_sae)
-    for _, frequency, value in damped():
+    for _, frequency, value, _ in damped():
         total += np.bincount(frequency.indices, value, read.d_sae)
     unit = np.where(total > 0, len(known) * len(sides) / np.maximum(total, 1e-12), 0.0)
     parts: dict[str, list[tuple[np.ndarray, ...]]] = {side: [] for side in sides}
-    for side, frequency, value in damped():
-        fired = above(frequency.data, tau)
+    for side, frequency, value, fired in damped():
         parts[side].append(cluster_sums(frequency, features, value * unit[frequency.indices], fired))
     sums, count = (np.concatenate([part[i] for side in sides for part in parts[side]]) for i in range(2))
     length = np.concatenate([read.lengths[side][known] for side in sides]).astype(np.float64)

@@ -13,6 +13,8 @@ RANKINGS = ("delta_min", "delta", "d", "z")
 DATA_KINDS = ("pairs", "sft")
 POOLINGS = ("freq", "max")
 PROMPT_SCORES = ("fired", "raw")
+# How concepts are found: each feature by its own base and communities whose members agree, or as published.
+OWN_BASE, PUBLISHED = "own_base", "published"
 TRUNCATIONS = ("keep_start", "keep_end", "drop")
 # Annotation of a setting -> what it may be, in code (NumPy's numbers too) and in words.
 _KINDS: dict[Any, tuple[Any, str]] = {
@@ -41,8 +43,8 @@ def named(setting: str, text: str) -> dict[str, Any]:
 
 
 def recorded(settings: dict[str, Any]) -> "AuditConfig":
-    """The settings of an audit folder. Audits of earlier versions pooled over all tokens, and do not say so."""
-    return AuditConfig(**{"pool_special_tokens": True, **settings})
+    """The settings of an audit folder. Those of earlier versions do not say what they all did."""
+    return AuditConfig(**{"pool_special_tokens": True, "concepts": PUBLISHED, **settings})
 
 
 def is_region(text: str) -> bool:
@@ -167,22 +169,36 @@ class AuditConfig:
     batch_tokens: int = field(default=8192, metadata={"help": "Tokens in one batch of the frozen pass."})
     shard_pairs: int = field(default=2048, metadata={"help": "Pairs in one shard of the harvest."})
     seed: int = field(default=0, metadata={"help": "Seed of communities, contexts and resampling."})
-    tau: float = field(default=0.01, metadata={"help": "A feature fires in a response above this share of tokens."})
+    concepts: str = field(
+        default=OWN_BASE,
+        metadata={
+            "help": "own_base (features that fire in most responses are judged by their medians; communities of "
+            "features that agree, and lone features) or published (one tau, communities by one resolution)."
+        },
+    )
+    tau: float = field(
+        default=0.01, metadata={"help": "Least share of tokens above which a feature fires in a response."}
+    )
     edge_share: float = field(default=0.01, metadata={"help": "Share of pairs of live features that become edges."})
     resolution: float = field(
         default=1.0,
-        metadata={"help": "Resolution of Leiden's modularity; larger gives smaller communities. Doubled below 4096."},
+        metadata={
+            "help": "Published concepts: resolution of Leiden's modularity; larger gives smaller communities. Doubled "
+            "below 4096 live features."
+        },
     )
     min_community: int = field(
         default=4,
         metadata={
-            "help": "Smaller communities are dropped. Scaled down below 4096 live features, to 1 at least: that keeps "
-            "features that fire with no other, of which a small SAE has many."
+            "help": "Published concepts: smaller communities are dropped. Scaled down below 4096 live features, to 1 "
+            "at least: that keeps features that fire with no other, of which a small SAE has many."
         },
     )
     min_concept: int = field(
         default=10,
-        metadata={"help": "Features a concept needs for a kept hypothesis. Scaled down below 4096 live features."},
+        metadata={
+            "help": "Features a published concept needs for a kept hypothesis. Scaled down below 4096 live features."
+        },
     )
     community_pairs: int = field(default=20_000, metadata={"help": "Pairs from which communities are found, at most."})
     n_contexts: int = field(
@@ -255,6 +271,7 @@ class AuditConfig:
             (self.region is None or is_region(self.region), "region", "COLUMN=VALUE or prompt~REGEX"),
             (not (sft and self.permutations), "permutations", "0 for SFT data, which have no sides to swap"),
             (self.truncation in TRUNCATIONS, "truncation", f"one of {', '.join(TRUNCATIONS)}"),
+            (self.concepts in (OWN_BASE, PUBLISHED), "concepts", f"{OWN_BASE} or {PUBLISHED}"),
             (self.rank_by in RANKINGS, "rank_by", f"one of {', '.join(RANKINGS)}"),
             (self.dtype in ("auto", "float32", "bfloat16", "float16"), "dtype", "auto, float32, bfloat16 or float16"),
             (self.max_length is None or self.max_length > 0, "max_length", "a positive number or none"),

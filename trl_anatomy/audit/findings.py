@@ -14,6 +14,7 @@ from ..reading.progress import Progress
 
 if TYPE_CHECKING:
     from .improbable import Improbable
+    from .levels import Levels
 
 # The last digits of a product depend on how many threads share it, and torchrun leaves one to each process: with one
 # in any case, the number of processes changes nothing in an audit.
@@ -47,6 +48,7 @@ class Findings:
         improbable: pairs whose label looks improbable; None where nothing tells that.
         shown: of chosen and of rejected, (n_pairs, K) bool: responses that show each co-firing concept; None of SFT
             data.
+        levels: what features must exceed to have fired; None is the setting `tau` for all.
     """
 
     hypotheses: pa.Table
@@ -56,6 +58,7 @@ class Findings:
     timings: dict[str, float]
     improbable: "Improbable | None" = None
     shown: tuple[np.ndarray, np.ndarray] | None = None
+    levels: "Levels | None" = None
 
 
 def shared_prompts(prompt_groups: np.ndarray | None, what: str = "pair") -> tuple[np.ndarray | None, list[str]]:

@@ -25,6 +25,7 @@ from .finding_list import FINDINGS
 from .finding_list import SHAPE as FINDINGS_SHAPE
 from .habit_table import HABIT_ROWS
 from .judge_sae import FIT_SHAPE
+from .levels import LEVELS, Levels, fits
 from .predict import CO_FIRING, CONCEPTS, LATER, RESPONSE_GEOMETRY
 from .problems import PROBLEM_ROWS, ranked, rows_with
 from .prompt_view import response_scores
@@ -65,6 +66,7 @@ SAMPLE_FILE = "samples.parquet"
 HABIT_FILE = "habits.parquet"
 PROBLEM_FILE = "problems.parquet"
 FINDING_FILE = "findings.parquet"
+LEVEL_FILE = "levels.parquet"
 # What makes an audit look for problems that not every audit looks for.
 _TO_LOOK = {
     "eval_prompts": "audit again, with --eval_dataset.",
@@ -366,11 +368,30 @@ class Audit:
             )
 
     @cached_property
+    def tau(self) -> float | Levels:
+        """What a latent must exceed to have fired in a response: levels, or the setting `tau` in audits without them.
+
+        Raises:
+            AnatomyError: the file of levels is missing or damaged.
+        """
+        tau, d_sae = self.info["settings"]["tau"], self.info["sae"]["d_sae"]
+        hashes = self.info.get("files", {})
+        if LEVEL_FILE not in hashes:
+            return tau
+        table = read_table(self.path / LEVEL_FILE, LEVELS, hashes)
+        if not fits(table, d_sae):
+            raise AnatomyError(
+                f"{self.name}/{LEVEL_FILE}: names latents that the SAE has not, or measures that there are not. Run "
+                "the audit again."
+            )
+        return Levels.of_table(table, tau, d_sae)
+
+    @cached_property
     def activity(self) -> Activity:
         """Disparity, activity and intensity of every pair, computed again from the harvest."""
         found = self.concepts["shown_above"].to_numpy()
         known = None if np.isnan(found).any() else found
-        return activity(self.harvest, self.communities, self.info["settings"]["tau"], shown_above=known)
+        return activity(self.harvest, self.communities, self.tau, shown_above=known)
 
     @cached_property
     def response_scores(self) -> Disparity:
@@ -463,6 +484,7 @@ def write_audit(
     habits: pa.Table | None = None,
     problems: pa.Table | None = None,
     findings: pa.Table | None = None,
+    levels: Levels | None = None,
 ) -> Audit:
     """Write the tables and `audit.json` of an audit.
 
@@ -480,6 +502,7 @@ def write_audit(
     storage.remove(path / INFO)
     files = {f"{name}.parquet": table for name, table in tables.items()}
     optional = {SAMPLE_FILE: samples, HABIT_FILE: habits, PROBLEM_FILE: problems, FINDING_FILE: findings}
+    optional[LEVEL_FILE] = None if levels is None else levels.table(info["settings"]["tau"])
     for name, more in optional.items():
         storage.remove(path / name)
         if more is not None:

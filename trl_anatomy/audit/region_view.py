@@ -110,10 +110,10 @@ def analyse_regions(read: "Harvest", config: AuditConfig, rows: "Pairs") -> "Fin
     with timed(timings, "regions"):
         members, regions, said = _regions(read, config, rows, has_prompts, distinct)
     with timed(timings, "communities"):
-        found = find_communities(read, config, distinct)
+        found = find_communities(read, config, distinct, groups)
         communities, sizes = found.features, found.sizes
     with timed(timings, "view"):
-        scores = activity(read, communities, config.tau, distinct=distinct)
+        scores = activity(read, communities, found.tau(config), distinct=distinct)
         fit = np.array([len(c) >= sizes.min_concept for c in communities], dtype=bool)
         hypotheses = region_table(scores, members, config, fit=fit, groups=groups, copies=copies)
     with timed(timings, "labels"):
@@ -133,9 +133,8 @@ def analyse_regions(read: "Harvest", config: AuditConfig, rows: "Pairs") -> "Fin
         pairs=_rows_table(scores, members, rows.prompt_groups),
         info={
             "settings_used": {
-                "min_community": sizes.min_community,
+                **found.used(),
                 "min_concept": sizes.min_concept,
-                "resolution": sizes.resolution,
                 "n_regions": len(regions),
                 "n_tested_region": hypotheses.num_rows,
                 "n_kept_region": int(np.sum(hypotheses["kept"].to_numpy())),
@@ -150,6 +149,7 @@ def analyse_regions(read: "Harvest", config: AuditConfig, rows: "Pairs") -> "Fin
             },
         },
         timings=timings,
+        levels=found.levels,
     )
 
 

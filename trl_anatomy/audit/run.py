@@ -458,7 +458,7 @@ def _conclude(
             layer=layer,
             habits=known,
             values=None if counted is None else counted.values,
-            tau=config.tau,
+            tau=config.tau if findings.levels is None else findings.levels,
             sides=responses,
             batch_tokens=config.batch_tokens,
             seed=config.seed,
@@ -517,7 +517,16 @@ def _conclude(
         "timings": {**timings, **findings.timings},
     }
     audit = write_audit(
-        config.out, info, findings.hypotheses, findings.concepts, findings.pairs, samples, habits, problems, listed
+        config.out,
+        info,
+        findings.hypotheses,
+        findings.concepts,
+        findings.pairs,
+        samples,
+        habits,
+        problems,
+        listed,
+        findings.levels,
     )
     label_audit(audit, pairs.texts)
     write_report(audit, pairs)
@@ -548,10 +557,11 @@ def analyse(
     groups, note = shared_prompts(prompt_groups)
     repeat = copies.group if copies is not None and copies.n_distinct < read.n_pairs else None
     with timed(timings, "communities"):
-        found = find_communities(read, config, None if repeat is None else first_of(repeat))
+        found = find_communities(read, config, None if repeat is None else first_of(repeat), groups)
         communities, sizes = found.features, found.sizes
     with timed(timings, "view"):
-        view = feature_view(read, communities, config, min_concept=sizes.min_concept, groups=groups, copies=repeat)
+        how: dict[str, Any] = {"min_concept": sizes.min_concept, "groups": groups, "copies": repeat}
+        view = feature_view(read, communities, config, tau=found.tau(config), **how)
     with timed(timings, "prompt_view"):
         prompts = prompt_view(read, config, groups, repeat)
     with timed(timings, "labels"):
@@ -576,8 +586,7 @@ def analyse(
         pairs=pairs_table(view.activity, view.contexts, prompts.members, prompt_groups),
         info={
             "settings_used": {
-                "min_community": sizes.min_community,
-                "resolution": sizes.resolution,
+                **found.used(),
                 **view.settings_used,
                 **prompts.settings_used,
             },
@@ -597,6 +606,7 @@ def analyse(
         timings=timings,
         improbable=improbable,
         shown=view.activity.shown,
+        levels=found.levels,
     )
 
 

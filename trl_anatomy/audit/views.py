@@ -13,10 +13,11 @@ from . import stats
 from .clusters import spherical_kmeans
 from .config import AuditConfig
 from .findings import few_prompts
+from .levels import Levels, firing, firing_by_count, shard_firing
 from .shown import CONTEXT_RATES, context_rates, shown_where, split_points
 
 if TYPE_CHECKING:
-    from ..reading.harvest import Harvest
+    from ..reading.harvest import Harvest, Shard
 
 # Stored entries, and rows of scores, that are worked on at a time: they should stay in the cache.
 ENTRIES, ROWS = 1 << 18, 4096
@@ -109,23 +110,30 @@ def _sizes(clusters: Sequence[np.ndarray]) -> np.ndarray:
     return np.maximum(1.0, np.array([len(c) for c in clusters], dtype=np.float64))
 
 
-def above(frequency: np.ndarray, tau: float) -> np.ndarray:
-    """1.0 where a frequency is above tau, else 0.0.
-
-    Compared in float32, as frequencies are stored: a share of exactly tau does not count, whatever its rounding.
-    """
-    return (frequency.astype(np.float32, copy=False) > np.float32(tau)).astype(np.float64)
-
-
-def concept_activity(frequency: sparse.csr_array, communities: Sequence[np.ndarray], tau: float = 0.01) -> np.ndarray:
+def concept_activity(
+    frequency: sparse.csr_array,
+    communities: Sequence[np.ndarray],
+    tau: float | Levels = 0.01,
+    maximum: sparse.csr_array | None = None,
+) -> np.ndarray:
     """Share of each concept's features that fire in each response: the unit of u, for single responses.
 
     Args:
         frequency: (n_responses, d_sae) share of tokens in which a feature fires.
+        tau, maximum: what a feature must exceed to have fired, as `levels.firing` takes them.
     Returns:
         (n_responses, K) float64 in [0, 1].
     """
-    (fired,) = cluster_sums(frequency, communities, above(frequency.data, tau))
+    (fired,) = cluster_sums(frequency, communities, firing(frequency, tau, maximum))
+    return fired / _sizes(communities)
+
+
+def shard_activity(
+    shard: "Shard", span: str, communities: Sequence[np.ndarray], tau: float | Levels = 0.01
+) -> np.ndarray:
+    """`concept_activity` of a span of a shard of a harvest."""
+    frequency, fires = shard_firing(shard, span, tau)
+    (fired,) = cluster_sums(frequency, communities, fires)
     return fired / _sizes(communities)
 
 
@@ -141,8 +149,8 @@ class Disparity:
         lengths: span -> (n,) int64 tokens.
         support: (K,) int64 pairs in which a feature of the concept fires in either response.
         by_count: (n, K) float32, `u` if the tokens on which a feature fires were counted on the length of the shorter
-            response on both sides: what fires equally often on both sides is 0, however long they are. None where it
-            was not asked for.
+            response on both sides: what fires equally often on both sides is 0, however long they are. Of features
+            measured by intensity it is u. None where it was not asked for.
         shown: of chosen and of rejected, (n, K) bool: which responses show the concept (`shown`). None of concepts that
             are no sets of firing features.
         shown_above: (K,) float64, the share of its features beyond which a response shows the concept; None with
@@ -199,7 +207,7 @@ def by_shorter(frequency: sparse.csr_array, length: np.ndarray, other: np.ndarra
 def activity(
     harvest: "Harvest",
     communities: Sequence[np.ndarray],
-    tau: float = 0.01,
+    tau: float | Levels = 0.01,
     *,
     distinct: np.ndarray | None = None,
     shown_above: np.ndarray | None = None,
@@ -207,6 +215,7 @@ def activity(
     """Disparity, symmetric activity and intensity of every concept in every pair, shard by shard.
 
     Args:
+        tau: what a feature must exceed to have fired: one share of tokens for all, or levels.
         distinct: (n,) bool, one pair of each set of copies, from which split points are found; default all.
         shown_above: (K,) split points that an audit has found already, instead of finding them.
     Source: method.md section 4.
@@ -217,7 +226,7 @@ def activity(
     u = scratch_array(shape, np.float64, folder, order="F")
     by_count = scratch_array(shape, np.float32, folder, order="F")
     s, v = (scratch_array(shape, np.float32, folder) for _ in range(2))
-    fires = [scratch_array(shape, np.min_scalar_type(sizes.max(initial=0)), folder) for _ in range(2)]
+    n_fire = [scratch_array(shape, np.min_scalar_type(sizes.max(initial=0)), folder) for _ in range(2)]
     rows, support, start = [], np.zeros(len(communities), dtype=np.int64), 0
     lengths: dict[str, list[np.ndarray]] = {"prompt": [], "chosen": [], "rejected": []}
     for shard in harvest.shards():
@@ -225,15 +234,16 @@ def activity(
         start = here.stop
         sides = []
         for side, other in (("chosen", "rejected"), ("rejected", "chosen")):
-            frequency = sparse.csr_array(shard.frequency(side))
+            frequency, fires = shard_firing(shard, side, tau)
             data = frequency.data.astype(np.float64)
-            counted = above(by_shorter(frequency, shard.lengths[side], shard.lengths[other]).data, tau)
-            sides.append(cluster_sums(frequency, communities, above(frequency.data, tau), data, counted))
+            shorter = by_shorter(frequency, shard.lengths[side], shard.lengths[other])
+            counted = firing_by_count(shorter, tau, fires)
+            sides.append(cluster_sums(frequency, communities, fires, data, counted))
         (in_chosen, of_chosen, counted_chosen), (in_rejected, of_rejected, counted_rejected) = sides
         support += ((in_chosen > 0) | (in_rejected > 0)).sum(axis=0)
         u[here] = (in_chosen - in_rejected) / _sizes(communities)
         by_count[here] = (counted_chosen - counted_rejected) / _sizes(communities)
-        fires[0][here], fires[1][here] = in_chosen, in_rejected
+        n_fire[0][here], n_fire[1][here] = in_chosen, in_rejected
         s[here] = of_chosen + of_rejected
         v[here] = of_chosen - of_rejected
         rows.append(np.asarray(shard.rows, dtype=np.int64))
@@ -241,10 +251,10 @@ def activity(
             lengths[span].append(np.asarray(shard.lengths[span], dtype=np.int64))
     tokens = {span: np.concatenate(parts) for span, parts in lengths.items()}
     if shown_above is None:
-        split = split_points((fires[0], fires[1]), sizes, (tokens["chosen"], tokens["rejected"]), distinct)
+        split = split_points((n_fire[0], n_fire[1]), sizes, (tokens["chosen"], tokens["rejected"]), distinct)
     else:
         split = np.rint(shown_above * sizes).astype(np.int64)
-    shown = [shown_where(side, split, scratch_array(shape, np.bool_, folder)) for side in fires]
+    shown = [shown_where(side, split, scratch_array(shape, np.bool_, folder)) for side in n_fire]
     return Activity(
         rows=np.concatenate(rows),
         u=u,
@@ -334,6 +344,7 @@ def feature_view(
     min_concept: int | None = None,
     groups: np.ndarray | None = None,
     copies: np.ndarray | None = None,
+    tau: float | Levels | None = None,
 ) -> FeatureView:
     """Group pairs by what is active in them, then test where each concept leans to chosen or to rejected.
 
@@ -344,10 +355,16 @@ def feature_view(
         min_concept: features a concept needs for a kept hypothesis; default the setting.
         groups: (n,) prompt of each pair, for errors robust to what pairs of one prompt share; default none repeats.
         copies: (n,) the same number for copies of a pair, which count once; default none are.
+        tau: what a feature must exceed to have fired; default the setting.
     Source: method.md section 4.
     """
     least = config.min_concept if min_concept is None else min_concept
-    scores = activity(harvest, communities, config.tau, distinct=None if copies is None else first_of(copies))
+    scores = activity(
+        harvest,
+        communities,
+        config.tau if tau is None else tau,
+        distinct=None if copies is None else first_of(copies),
+    )
     contexts, notes = find_contexts(scores.s, config, copies)
     sizes = np.array([len(c) for c in communities], dtype=np.int64)
     table = compare_contexts(scores, contexts, sizes, least, config, groups, copies)

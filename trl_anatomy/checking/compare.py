@@ -35,9 +35,8 @@ from .responses import (
 )
 
 if TYPE_CHECKING:
-    import scipy.sparse as sp
-
     from ..audit.folder import Audit
+    from ..audit.levels import Levels
     from ..reading.harvest import Harvest
     from ..reading.spans import Pairs
 
@@ -156,7 +155,7 @@ def compare(
         responses[name] = sampled(load_model(model), tokenizer, prompts, out / f"{slug(name)}.json", sampling)
 
     settings, concepts = audit.info["settings"], audit.labelled(audit.concepts).to_pylist()
-    tau = settings["tau"]
+    tau = audit.tau
     features = [np.asarray(row["features"], dtype=np.int64) for row in concepts]
     predicted = np.array([row["predicted"] for row in concepts], dtype=np.float64)
     fired = [fired_counts(audit.harvest, side, tau) for side in ("chosen", "rejected")]
@@ -423,27 +422,26 @@ def _shown(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.2f}"
 
 
-def _disparity(chosen: sp.csr_array, rejected: sp.csr_array, features: Sequence[np.ndarray], tau: float) -> np.ndarray:
-    """u, (n, K): share of each cluster's features that fire in `chosen`, minus the same for `rejected`."""
-    from ..audit.views import concept_activity
+def _mean_disparity(read: Harvest, features: Sequence[np.ndarray], tau: float | Levels) -> np.ndarray:
+    """(K,): share of each cluster's features that fire in chosen, minus the same for rejected; mean over pairs."""
+    from ..audit.views import shard_activity
 
-    return concept_activity(chosen, features, tau) - concept_activity(rejected, features, tau)
-
-
-def _mean_disparity(read: Harvest, features: Sequence[np.ndarray], tau: float) -> np.ndarray:
     total = np.zeros(len(features))
     for shard in read.shards():
-        total += _disparity(shard.frequency("chosen"), shard.frequency("rejected"), features, tau).sum(axis=0)
+        chosen, rejected = (shard_activity(shard, span, features, tau) for span in ("chosen", "rejected"))
+        total += (chosen - rejected).sum(axis=0)
     return total / max(1, read.n_pairs)
 
 
-def _random_features(read: Harvest, features: Sequence[np.ndarray], tau: float, seed: int) -> list[np.ndarray]:
+def _random_features(read: Harvest, features: Sequence[np.ndarray], tau: float | Levels, seed: int) -> list[np.ndarray]:
     """Clusters of the same sizes, drawn from the latents that fire in some response: a control."""
+    from ..audit.levels import shard_firing
+
     fires = np.zeros(read.d_sae, dtype=bool)
     for shard in read.shards():
         for span in ("chosen", "rejected"):
-            frequency = shard.frequency(span)
-            fires[frequency.indices[frequency.data > tau]] = True
+            frequency, fired = shard_firing(shard, span, tau)
+            fires[frequency.indices[fired > 0]] = True
     live, rng = np.flatnonzero(fires), np.random.default_rng(seed)
     return [rng.choice(live, size=min(len(cluster), len(live)), replace=False) for cluster in features]
 
@@ -459,7 +457,7 @@ def _by_odds(
     n_pairs: int,
     rollouts: Harvest,
     features: Sequence[np.ndarray],
-    tau: float,
+    tau: float | Levels,
     rows: np.ndarray,
 ) -> np.ndarray:
     """(K,) shift by log-odds; `fired` are the counts of chosen and of rejected, which are the same for all models."""
@@ -493,16 +491,17 @@ def _by_start_model(
     return None if np.isnan(found).any() else float(np.mean(found))
 
 
-def fired_counts(read: Harvest, span: str, tau: float, rows: np.ndarray | None = None) -> np.ndarray:
+def fired_counts(read: Harvest, span: str, tau: float | Levels, rows: np.ndarray | None = None) -> np.ndarray:
     """(d_sae,) responses in which each latent fires, as concepts count it; of `rows` (n,) bool, by default all."""
-    from ..audit.views import above
+    from ..audit.levels import shard_firing
 
     found, start = np.zeros(read.d_sae), 0
     for shard in read.shards():
-        frequency = shard.frequency(span)
+        n = len(shard.rows)
         if rows is not None:
-            frequency, start = frequency[rows[start : start + frequency.shape[0]]], start + frequency.shape[0]
-        found += np.bincount(frequency.indices, above(frequency.data, tau), read.d_sae)
+            shard, start = shard.select(np.flatnonzero(rows[start : start + n])), start + n
+        frequency, fires = shard_firing(shard, span, tau)
+        found += np.bincount(frequency.indices, fires, read.d_sae)
     return found
 
 

@@ -123,7 +123,7 @@ def predict(
     )
     concepts = audit.labelled(audit.concepts).to_pylist()
     features = [np.asarray(row["features"], dtype=np.int64) for row in concepts]
-    activity = np.concatenate(activities(read, features, settings["tau"]))
+    activity = np.concatenate(activities(read, features, audit.tau))
     texts = written_texts(asked, said, tokenizer)
     hits = {rule: _of_pairs(found, pairs) for rule, found in rule_hits(texts, rules).items()}
     groups = np.concatenate([pairs.prompt_groups, pairs.prompt_groups])

@@ -21,6 +21,7 @@ from .rollouts import Response, rollouts, stop_ids
 
 if TYPE_CHECKING:
     from ..audit.folder import Audit
+    from ..audit.levels import Levels
     from ..reading.harvest import Harvest
     from ..reading.spans import Pairs
 
@@ -263,12 +264,12 @@ def written_texts(prompts: Sequence[Prompt], responses: Sequence[str], processin
     return texts
 
 
-def activities(read: Harvest, features: Sequence[np.ndarray], tau: float) -> list[np.ndarray]:
+def activities(read: Harvest, features: Sequence[np.ndarray], tau: float | Levels) -> list[np.ndarray]:
     """(n, K) share of each cluster's features that fire in chosen, and in rejected; read shard by shard."""
-    from ..audit.views import concept_activity
+    from ..audit.views import shard_activity
 
     return [
-        np.concatenate([concept_activity(shard.frequency(span), features, tau) for shard in read.shards()])
+        np.concatenate([shard_activity(shard, span, features, tau) for shard in read.shards()])
         for span in ("chosen", "rejected")
     ]
 
