@@ -199,10 +199,9 @@ def test_names_are_shown_everywhere_and_change_nothing_else(
             assert set(again.concepts["terms"].to_pylist()[again.concept_names.index(row["concept"])]) <= set(
                 row["words"].split()
             )
-    # A context's prompts are told by nothing here: its name of words stays (its words alone, where it has no name).
+    # A context's prompts are told by nothing here: its words stay.
     assert {context: again.about(context) for context in again.info["contexts"]} == {
-        context: [entry["name"]] if "name" in entry else entry["terms"]
-        for context, entry in again.info["contexts"].items()
+        context: entry["terms"] for context, entry in again.info["contexts"].items()
     }
 
 

@@ -252,11 +252,9 @@ class Audit:
         return label.name if score is None or label.score > score else None
 
     def about(self, context: str) -> list[str]:
-        """What to call a context: a name that held-out texts bear out, else one of its words, else its terms."""
-        said = self.labels[context].name if context in self.labels else None
-        entry = self.info.get("contexts", {}).get(context, {})
-        name = said or entry.get("name")
-        return [name] if name else entry.get("terms", [])
+        """What to call a context: a name that held-out texts bear out, else words of its prompts; maybe nothing."""
+        name = self.labels[context].name if context in self.labels else None
+        return [name] if name else self.info.get("contexts", {}).get(context, {}).get("terms", [])
 
     @cached_property
     def concept_names(self) -> list[str]:

@@ -17,8 +17,8 @@ MAX_TERM = 30
 CHARACTERS = 3
 # Words of a context's name.
 NAMED = 3
-# Words of no more texts than this are never a template's.
-MIN_COMMON = 20
+# A word of more than this share of the texts is a template's; of no more texts than this, never.
+TEMPLATE, MIN_COMMON = 0.9, 20
 
 
 def terms_of(text: str) -> list[str]:
@@ -105,13 +105,13 @@ def member_terms(
 
     Args:
         texts: n texts; members: (n_groups, n) of ones and zeros, groups may overlap.
-        every: also stop words, signs, numbers, and words of more than half of all texts (a template's).
+        every: also stop words, signs, numbers, and words of nearly all texts (a template's).
     Returns:
         n_groups lists of terms, the strongest first; a group of no text has none.
     """
     matrix, names = _weighted(texts)
     if not every:
-        common = np.bincount(matrix.indices, minlength=len(names)) > max(MIN_COMMON, len(texts) / 2)
+        common = np.bincount(matrix.indices, minlength=len(names)) > max(MIN_COMMON, TEMPLATE * len(texts))
         fit = np.flatnonzero([is_content(name) and not often for name, often in zip(names, common, strict=True)])
         matrix, names = matrix[:, fit], [names[t] for t in fit]
     size = np.maximum(1, members.sum(axis=1))
@@ -122,24 +122,23 @@ def member_terms(
     ]
 
 
-def context_names(terms: Mapping[str, Sequence[str]], what: str = "prompts") -> dict[str, str]:
-    """What to call contexts: "prompts on python, function, list"; no two are called the same.
+def own_words(terms: Mapping[str, Sequence[str]], n: int = 5) -> dict[str, list[str]]:
+    """The words that each context is called by: of contexts with the same strongest words, later ones bring others up.
 
     Args:
         terms: context -> its terms, the strongest first.
-        what: what its texts are.
+        n: words of each at most; the first three tell it from the others, where its words can.
 
-    >>> context_names({"A1": ["soup", "salt", "pan", "oil"], "A2": ["soup", "salt", "pan", "egg"], "A3": []})
-    {'A1': 'prompts on soup, salt, pan', 'A2': 'prompts on soup, salt, egg', 'A3': 'prompts with no words of their own'}
+    >>> own_words({"A1": ["soup", "salt", "pan", "oil"], "A2": ["soup", "salt", "pan", "egg"], "A3": []}, 3)
+    {'A1': ['soup', 'salt', 'pan'], 'A2': ['soup', 'salt', 'egg'], 'A3': []}
     """
-    found: dict[str, str] = {}
-    taken: set[str] = set()
+    found: dict[str, list[str]] = {}
+    taken: set[frozenset[str]] = set()
     for context, of in terms.items():
-        first, more = list(of[:NAMED]), list(of[NAMED:])
-        tries = [first, *([*first[: NAMED - 1], other] for other in more), *([*first, other] for other in more)]
-        said = [f"{what} on {', '.join(words)}" if words else f"{what} with no words of their own" for words in tries]
-        found[context] = next((name for name in said if name not in taken), f"{said[0]} ({context})")
-        taken.add(found[context])
+        tries = [list(of[:NAMED]), *([*of[: NAMED - 1], other] for other in of[NAMED:])]
+        first = next((words for words in tries if frozenset(words) not in taken), tries[0])
+        taken.add(frozenset(first))
+        found[context] = [*first, *(word for word in of if word not in first)][:n]
     return found
 
 

@@ -17,7 +17,7 @@ from ..errors import AnatomyError
 from .communities import find_communities
 from .config import AuditConfig
 from .findings import Findings, few_prompts, one_blas_thread, shared_prompts, timed
-from .labels import context_names, member_terms
+from .labels import member_terms, own_words
 from .predict import CO_FIRING, CONCEPTS, LABELLED, LETTERS, NO_PAIRS, telling_rows
 from .prompt_view import TOP_SHARE, find_geometry, prompt_scores, top_pairs
 from .shown import RATES, rates
@@ -121,12 +121,9 @@ def analyse_regions(read: "Harvest", config: AuditConfig, rows: "Pairs") -> "Fin
         # Where a concept fires more than it does on average: many fire a little everywhere.
         shown = sparse.csr_array((scores.u > scores.u.mean(axis=0)).T.astype(np.float64))
         terms = member_terms([response for _, response, _ in texts], shown, n_terms=8, every=True)
-        about = member_terms([prompt or response for prompt, response, _ in texts], members)
-    for entry, of in zip(regions.values(), about, strict=True):
-        entry["terms"] = of
-    named = {name: entry["terms"] for name, entry in regions.items() if "rule" not in entry}
-    for name, called in context_names(named, "prompts" if has_prompts else "responses").items():
-        regions[name]["name"] = called
+        about = member_terms([prompt or response for prompt, response, _ in texts], members, n_terms=10)
+    for name, words in own_words(dict(zip(regions, about, strict=True))).items():
+        regions[name]["terms"] = words
     return Findings(
         hypotheses=hypotheses,
         concepts=_concepts(scores, communities, terms),

@@ -32,7 +32,7 @@ from .folder import Audit, load_audit, pairs_table, write_audit
 from .habit_table import habit_table, habit_values, habits_to_count, texts_of, tokens_of
 from .improbable import improbable_labels
 from .judge_sae import fit_notes, fit_record, judged, pairs_to_judge, refuse_unfit
-from .labels import context_names, distinctive_terms, group_terms, member_terms
+from .labels import distinctive_terms, group_terms, member_terms, own_words
 from .maps import map_places
 from .predict import RESPONSE_GEOMETRY, concept_table
 from .problems import count_problems, eval_prompts, find_problems, looked_for, with_improbable
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 # Pairs whose text is read for labels.
 LABEL_PAIRS = 20_000
-# Words of a context that its name is made of.
+# Words of a context that those it is called by are taken from.
 CONTEXT_TERMS = 10
 # Pairs of a prompt context whose text is read in any case.
 LABEL_MEMBERS = 30
@@ -650,10 +650,8 @@ def _describe(
     for k, features in enumerate(prompts.geometry.prompts):
         pairs = int(prompts.members.indptr[k + 1] - prompts.members.indptr[k])
         contexts[f"A{k + 1}"] = {"pairs": pairs, "terms": terms[k], "features": features.tolist()}
-    named = {name: entry["terms"] for name, entry in contexts.items() if name != "B0"}  # silent pairs have no topic
-    for name, said in context_names(named).items():
-        contexts[name]["name"] = said
-        contexts[name]["terms"] = contexts[name]["terms"][:5]
+    for name, words in own_words({name: entry["terms"] for name, entry in contexts.items()}).items():
+        contexts[name]["terms"] = words
     return (
         distinctive_terms(chosen, rejected, view.activity.u[drawn]),
         distinctive_terms(chosen, rejected, _clear(prompts.scores.u[drawn])),
