@@ -29,11 +29,13 @@ class Improbable:
         pairs: (n,) int64 index of each among all pairs.
         probability: (n,) out-of-fold probability of the given label.
         why: what speaks against it most, in words.
+        every: (n_pairs,) the probability of all pairs, in their order.
     """
 
     pairs: np.ndarray
     probability: np.ndarray
     why: Sequence[str]
+    every: np.ndarray
 
 
 @one_blas_thread
@@ -86,7 +88,7 @@ def improbable_labels(
     probability = np.exp(log_sigmoid(scale * margins))
     listed = np.flatnonzero(_improbable(probability))
     listed = listed[np.argsort(probability[listed], kind="stable")]
-    return Improbable(listed, probability[listed], columns.reasons(listed, models[fold[listed]], gaps))
+    return Improbable(listed, probability[listed], columns.reasons(listed, models[fold[listed]], gaps), probability)
 
 
 def _source(choice: Mapping[str, Any]) -> str | None:

@@ -55,7 +55,9 @@ PROBLEMS: Mapping[str, Problem] = {
         "pairs alike after truncation", "chosen and rejected differ only behind what max_length leaves", TOKENS
     ),
     "blank_sides": Problem("pairs with a blank side", "a response has no visible character"),
-    "cut_sides": Problem("pairs cut by max_length", "truncation takes away part of a response", TOKENS),
+    "cut_sides": Problem(
+        "pairs cut by max_length", "truncation takes away part of a response, or leaves out the pair", TOKENS
+    ),
     "template_text": Problem(
         "pairs with template text inside", "a response holds a special token or header, such as <|im_start|>"
     ),
@@ -120,6 +122,7 @@ _USER = re.compile(
     r"^\W{0,3}(?:User|USER)\W{0,2}:(?=[\s\S]*^\W{0,3}(?:Assistant|ASSISTANT|AI|Bot|Model)\W{0,2}:)", re.M
 )
 _FENCE = re.compile("`{3,}")
+_AROUND_PROMPTS = " .,;:?!…\"'“”‘’`*"
 # Role names that plain prompts carry.
 _ROLES = re.compile(r"^\s*(?:human|user|assistant)\s*:\s*|\s*\b(?:assistant)\s*:\s*$", re.IGNORECASE)
 # What languages and scripts are called in prompts, which want what they name; words of prompts that may want another.
@@ -149,7 +152,7 @@ _OF_LANGUAGE = re.compile(
 # Letters and characters from which a language is told.
 _LETTERS, _TOLD_FROM = 12, 1000
 # Characters of a beginning that may end within a word: it was cut there.
-_LONG = 20
+_LONG = 8
 
 Span = tuple[int, int]
 Finder = Callable[[str], Span | None]
@@ -283,20 +286,20 @@ def find_problems(raw: "Dataset", *, pairs: "Pairs | None" = None, evaluated: fr
         for kind, side in _of_row(asked, sides, special):
             found[kind].append((row, side, -1))
             blank[row] |= kind == "blank_sides"
-        prompts[row] = _hash(plain(prompt))
+        prompts[row] = _hash(_asks(prompt))
         hashes[row] = [_hash(f"{prompt.strip()}\0{side.strip()}") for side in sides]
         if evaluated and _prompt_key(asked) in evaluated:
             found["eval_prompts"].append((row, "prompt", -1))
-    rows = np.flatnonzero(~blank)
+    tokens = np.zeros(0, np.int64) if pairs is None else pairs.rows
+    once = np.ones(len(raw), bool)
     if pairs is not None:
-        rows, copies = pairs.rows, pairs.copies
-        _add_truncation(found, pairs)
-    else:
+        _add_truncation(found, pairs, blank)
+        _add_copies(found, tokens, pairs.copies, once)
+    rows = np.setdiff1d(np.flatnonzero(~blank), tokens)  # those that truncation leaves out are known by their text
+    if len(rows):
         _, group = np.unique(np.sort(hashes[rows], axis=1), axis=0, return_inverse=True)
         copies = Copies(group.reshape(-1), np.where(hashes[rows, 0] <= hashes[rows, 1], 1, -1))
-    _add_copies(found, rows, copies)
-    once = np.ones(len(raw), bool)
-    once[rows[np.unique(copies.group, return_index=True)[1]]] = False
+        _add_copies(found, rows, copies, once)
 
     def read(wanted: np.ndarray) -> Iterator[tuple[str, str]]:
         return ((chosen, rejected) for _, _, chosen, rejected in _texts(raw.select(wanted)))
@@ -442,8 +445,13 @@ def _prompt_key(asked: Any) -> int | None:
     if isinstance(asked, list):
         asked = [message for message in asked if message.get("role") == "user"] or asked
     text = flatten_text(asked) if isinstance(asked, str | list) else ""
-    text = plain(_ROLES.sub("", _ROLES.sub("", text)))
+    text = _asks(_ROLES.sub("", _ROLES.sub("", text)))
     return _hash(text) if text else None
+
+
+def _asks(prompt: str) -> str:
+    """A prompt whose case, white space and signs around it do not matter."""
+    return plain(prompt).strip(_AROUND_PROMPTS) or plain(prompt)
 
 
 def _hash(text: str) -> int:
@@ -451,7 +459,14 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
-def _add_truncation(found: dict[str, list[tuple[int, str, int]]], pairs: "Pairs") -> None:
+def _add_truncation(found: dict[str, list[tuple[int, str, int]]], pairs: "Pairs", blank: np.ndarray) -> None:
+    """Rows that are cut, those included of which nothing is left to train on, and pairs that are alike then."""
+    from ..reading.spans import usable_rows
+
+    left_out = np.setdiff1d(np.flatnonzero(~blank), pairs.rows)
+    if len(left_out):
+        left_out = left_out[usable_rows(pairs.raw.select(left_out))[0]]
+    found["cut_sides"] += [(row, "both", -1) for row in left_out.tolist()]
     cut = np.stack([pairs.cut[side] for side in _SIDES], axis=1)
     same = {row for row, *_ in found["same_sides"]}
     for i in np.flatnonzero(cut.any(axis=1)).tolist():
@@ -462,8 +477,11 @@ def _add_truncation(found: dict[str, list[tuple[int, str, int]]], pairs: "Pairs"
             found["same_after_cut"].append((row, "both", -1))
 
 
-def _add_copies(found: dict[str, list[tuple[int, str, int]]], rows: np.ndarray, copies: Copies) -> None:
-    """Rows that repeat an earlier one, and rows of pairs that stand both ways round."""
+def _add_copies(
+    found: dict[str, list[tuple[int, str, int]]], rows: np.ndarray, copies: Copies, once: np.ndarray
+) -> None:
+    """Rows that repeat an earlier one, and rows of pairs that stand both ways round; `once` is False at first rows."""
+    once[rows[np.unique(copies.group, return_index=True)[1]]] = False
     _, first, which = np.unique(copies.identical, return_index=True, return_inverse=True)
     first = first[which.reshape(-1)]
     for i in np.flatnonzero(first < np.arange(len(rows))).tolist():
