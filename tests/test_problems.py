@@ -277,6 +277,49 @@ def test_a_language_that_is_asked_for_is_no_problem() -> None:
     assert "other_language" not in find_problems(Dataset.from_list(rows))["problem"].to_pylist()
 
 
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected"),
+    [
+        ("What is tea ", "It is a drink, made of leaves; hot.", "Yes.."),
+        ("what is tea?", "It is a drink made of leaves, hot.", "YES"),
+        ("“What is tea?”", "It is a drink, made of leaves, hot.", "“Yes!”"),
+    ],
+)
+def test_short_responses_and_signs_make_no_other_pair(prompt: str, chosen: str, rejected: str) -> None:
+    first = {"prompt": "What is tea?", "chosen": "It is a drink, made of leaves, hot.", "rejected": "Yes."}
+    for sides in ((chosen, rejected), (rejected, chosen)):
+        again = {"prompt": prompt, **dict(zip(("chosen", "rejected"), sides, strict=True))}
+        table = find_problems(Dataset.from_list([first, again])).to_pylist()
+        kind = "near_copies" if sides[0] == chosen else "reversed_copies"
+        assert (kind, 1, 0) in [(row["problem"], row["row"], row["other_row"]) for row in table]
+    other = {"prompt": "What is tea?", "chosen": "No.", "rejected": first["chosen"]}
+    assert not find_problems(Dataset.from_list([first, other])).num_rows
+
+
+def test_rows_that_truncation_leaves_out_are_cut_and_known_by_their_text() -> None:
+    long = {"prompt": sentences(np.random.default_rng(1), 20), "chosen": "It is so.", "rejected": "It is not so."}
+    rows = [*clean_rows(3), long, long, {**long, "chosen": long["rejected"], "rejected": long["chosen"]}]
+    data = Dataset.from_list([*rows, {**long, "chosen": ""}])
+    pairs = read_pairs(data, build_tokenizer(), max_length=180)
+    assert len(pairs) == 3
+    table = find_problems(data, pairs=pairs).to_pylist()
+    found = {kind: {row["row"] for row in table if row["problem"] == kind} for kind in PROBLEMS}
+    assert found["copies"] == {4}
+    assert found["reversed_copies"] == {3, 4, 5}
+    assert found["cut_sides"] >= {3, 4, 5}
+    assert found["blank_sides"] == {6}
+    assert 6 not in found["cut_sides"]
+
+
+def test_a_language_that_is_named_by_the_way_is_not_asked_for() -> None:
+    rows = [
+        {"prompt": f"Write a motto for a shop that sells {thing}.", "chosen": "Sweet history.", "rejected": FOREIGN[k]}
+        for k, thing in ((0, "Italian ice"), (1, "French fries"), (2, "Greek yoghurt"))
+    ]
+    table = find_problems(Dataset.from_list(rows))
+    assert table.filter(table["problem"].to_numpy() == "other_language")["row"].to_pylist() == [0, 1, 2]
+
+
 def test_sketches_estimate_the_overlap() -> None:
     rng = np.random.default_rng(0)
     errors = []

@@ -24,6 +24,7 @@ import numpy as np
 from datasets import Dataset
 from habits import load
 
+from trl_anatomy import AuditConfig
 from trl_anatomy.audit.choice import Counted, choice_of
 from trl_anatomy.audit.habit_table import habit_values, habits_to_count, prompt_groups
 from trl_anatomy.audit.improbable import improbable_labels
@@ -32,13 +33,13 @@ from trl_anatomy.audit.run import load_tokenizer
 from trl_anatomy.reading.spans import read_pairs
 
 SETS = ("alpaca_eval2_cross_model", "ultrafeedback_subset", "hh_helpful_test", "overrefusal_steered", "dsp_domain")
-MOST, N, MAX_LENGTH, EVIDENT = 900, 20, 512, 0.9
-# Rows that the untouched sets show, read one by one (all, where there were fewer than twenty): kind -> read, right.
-# Wrong were dialogues that their prompt asked for, a text with an odd number of fences, and a translation.
+MOST, N, MAX_LENGTH, EVIDENT = 900, 20, 1024, 0.9
+# Rows that the untouched sets show, read one by one: kind -> read, right. Wrong were dialogues and languages that their
+# prompt asked for in a roundabout way, an odd number of fences in a row, and a plural.
 READ = {
     "open_fences": (14, 13),
-    "length_only": (17, 17),
-    "other_language": (20, 19),
+    "length_only": (18, 17),
+    "other_language": (29, 25),
     "extra_turns": (8, 5),
     "blank_sides": (1, 1),
     "template_text": (1, 1),
@@ -111,7 +112,7 @@ FAULTS: dict[str, Callable[[Row, int], Row]] = {
     "eval_prompts": lambda row, k: row,
 }
 # What takes a tokenizer: text beyond `MAX_LENGTH` tokens.
-FILLING = "Every word here counts as at least one token of the text. " * 60
+FILLING = "Every word here counts as at least one token of the text. " * 120
 CUT: dict[str, Callable[[Row, int], Row]] = {
     "same_after_cut": lambda row, k: {
         **row,
@@ -126,13 +127,10 @@ def seeded(rows: list[Row], clean: dict[str, set[int]], kinds: dict[str, Callabl
     """The rows with faults, kind -> rows that have it, and rows that are faulty in any way."""
     rng = np.random.default_rng(seed)
     shown = set().union(*clean.values())
-    prompts: dict[str, int] = {}
-    for row in rows:
-        prompts[row["prompt"]] = prompts.get(row["prompt"], 0) + 1
     free = [i for i in rng.permutation(len(rows)).tolist() if i not in shown]
     made, planted, touched = [dict(row) for row in rows], {}, set(shown)
     for kind, fault in kinds.items():
-        fit = [i for i in free if _fits(kind, rows[i], prompts)]
+        fit = [i for i in free if _fits(kind, rows[i])]
         taken = fit[:N]
         free = [i for i in free if i not in taken]
         planted[kind] = set()
@@ -145,10 +143,12 @@ def seeded(rows: list[Row], clean: dict[str, set[int]], kinds: dict[str, Callabl
                 made[i] = fault(rows[i], k)
                 planted[kind].add(i)
                 touched.add(i)
+    held = {rows[i]["prompt"] for i in planted["eval_prompts"]}
+    planted["eval_prompts"] |= {i for i, row in enumerate(made) if row["prompt"] in held}  # all pairs of these prompts
     return made, planted, touched
 
 
-def _fits(kind: str, row: Row, prompts: dict[str, int]) -> bool:
+def _fits(kind: str, row: Row) -> bool:
     """Whether a row with this fault has it, and no other: what a reader would call decidable."""
     if kind == "other_language":
         return row["prompt"].isascii() and len(row["prompt"].split()) > 3 and not _speaks_of_languages(row["prompt"])
@@ -156,8 +156,7 @@ def _fits(kind: str, row: Row, prompts: dict[str, int]) -> bool:
         return len(row["chosen"]) >= 60
     if kind in CUT:  # else there is no pair
         return len(row["chosen"]) > 10 and len(row["prompt"]) < 600
-    # pairs of one prompt: another response to it is no fault
-    return prompts[row["prompt"]] == 1 if kind == "eval_prompts" else len(row["chosen"]) > 10
+    return len(row["chosen"]) > 10
 
 
 def _speaks_of_languages(prompt: str) -> bool:
@@ -182,10 +181,9 @@ def study(rows: list[Row], tokenizer: Any, folder: Path, seed: int) -> dict[str,
     kinds = {**REPEATED, **FAULTS, **({} if tokenizer is None else CUT)}
     made, planted, touched = seeded(rows, clean, kinds, seed)
     file = folder / "held_out.jsonl"
-    held = [{"prompt": (rows[i]["prompt"], rows[i]["prompt"].upper() + " \n")[i % 2]} for i in planted["eval_prompts"]]
+    asked = sorted({made[i]["prompt"] for i in planted["eval_prompts"]})
+    held = [{"prompt": (prompt, prompt.upper() + " \n")[i % 2]} for i, prompt in enumerate(asked)]
     file.write_text("\n".join(map(json.dumps, held)), encoding="utf-8")
-    from trl_anatomy import AuditConfig
-
     found = search(made, tokenizer, eval_prompts(AuditConfig(eval_dataset=str(file))))
     file.unlink()
     return {

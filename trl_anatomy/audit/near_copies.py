@@ -1,6 +1,6 @@
 """Rows that nearly repeat others: MinHash sketches find candidates, the overlap of their texts decides."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -9,6 +9,11 @@ Sides = tuple[str, str]
 
 # Bytes of a shingle; bands of a sketch, and how many agree before texts are compared; the overlap of near-copies.
 SHINGLE, BANDS, AGREE, NEARLY = 5, 16, 6, 0.75
+# A word more makes another text of one so short: there half is enough, if both sides together overlap as they should.
+SHORT, HALF = 40, 0.5
+
+# Signs of which one more or less makes no other text.
+_SIGNS = str.maketrans("", "", ".,;:!?'\"…’‘“”")
 
 _MIX, _MIX_TOO = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
 _EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
@@ -20,7 +25,8 @@ def plain(text: str) -> str:
 
 
 def shingles(text: str) -> np.ndarray:
-    """(n,) uint64: a number for each run of `SHINGLE` bytes of the plain text."""
+    """(n,) uint64: a number for each run of `SHINGLE` bytes of the plain text, without commas and the like."""
+    text = text.translate(_SIGNS) or text
     data = np.frombuffer(plain(text).encode("utf-8", "replace"), np.uint8).astype(np.uint64)
     if len(data) < SHINGLE:
         data = np.pad(data, (0, SHINGLE - len(data)))
@@ -48,6 +54,18 @@ def overlap(one: np.ndarray, other: np.ndarray) -> float:
     """Jaccard index of two sets of shingles, each sorted and without repeats."""
     n_shared = len(np.intersect1d(one, other, assume_unique=True))
     return n_shared / (len(one) + len(other) - n_shared)
+
+
+def nearly_same(mine: Iterable[np.ndarray], theirs: Iterable[np.ndarray]) -> bool:
+    """Whether the responses of two pairs, as sets of shingles in the same order, are nearly the same."""
+    n_shared = n_all = 0
+    for one, other in zip(mine, theirs, strict=True):
+        shared = overlap(one, other)
+        if shared < (HALF if min(len(one), len(other)) < SHORT else NEARLY):
+            return False
+        together = (len(one) + len(other)) / (1 + shared)
+        n_shared, n_all = n_shared + shared * together, n_all + together
+    return n_shared >= NEARLY * n_all - 1e-9
 
 
 def near_copies(
@@ -98,8 +116,7 @@ def near_copies(
             continue
         mine, theirs = known(row), known(other)
         for swapped in (False, True):
-            pairs = zip(mine, theirs[::-1] if swapped else theirs, strict=True)
-            if all(overlap(a, b) >= NEARLY for a, b in pairs):
+            if nearly_same(mine, theirs[::-1] if swapped else theirs):
                 found.add(row)
                 yield row, other, swapped
                 break

@@ -145,9 +145,9 @@ _NAMES = {
     "Greek": "greek",
     "Hebrew": "hebrew|yiddish",
 }
-_OF_LANGUAGE = re.compile(
+_ANY_LANGUAGE = re.compile(
     r"(?i)translat|language|traduc|tradu[iz]|übersetz|перев[её]д|перевод|翻译|翻譯|翻訳|"
-    rf"\b(?:{'|'.join(_NAMES.values())}|latin|turkish|vietnamese|thai|bengali|punjabi|panjabi|tamil|telugu|indonesian)\b"
+    r"\b(?:latin|turkish|vietnamese|thai|bengali|punjabi|panjabi|tamil|telugu|indonesian)\b"
 )
 # Letters and characters from which a language is told.
 _LETTERS, _TOLD_FROM = 12, 1000
@@ -408,9 +408,7 @@ def _other_language(asked: Any, sides: list[str]) -> list[bool]:
         plain_english = prompt.isascii() and len(prompt.split()) > 2
         wanted = "English" if plain_english or "English" in tongues else ""
     other = [bool(wanted and tongue and _differ(wanted, tongue)) for tongue in tongues]
-    if not any(other) or not _OF_LANGUAGE.search(prompt):
-        return other
-    if wanted not in tongues:
+    if any(other) and wanted not in tongues and _ANY_LANGUAGE.search(prompt):
         return [False, False]
     named = [bool(re.search(rf"(?i)\b(?:{_NAMES.get(tongue, tongue)})", prompt)) for tongue in tongues]
     return [differs and not asked_for for differs, asked_for in zip(other, named, strict=True)]
