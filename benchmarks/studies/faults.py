@@ -15,6 +15,7 @@ import datetime
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -175,17 +176,18 @@ def search(rows: list[Row], tokenizer: Any, evaluated: frozenset[int] | None = N
     return found
 
 
-def study(rows: list[Row], tokenizer: Any, folder: Path, seed: int) -> dict[str, Any]:
+def study(rows: list[Row], tokenizer: Any, seed: int) -> dict[str, Any]:
     """Per kind: rows of the untouched data, faults put and found, false alarms and their share of the other rows."""
     clean = search(rows, tokenizer)
     kinds = {**REPEATED, **FAULTS, **({} if tokenizer is None else CUT)}
     made, planted, touched = seeded(rows, clean, kinds, seed)
-    file = folder / "held_out.jsonl"
     asked = sorted({made[i]["prompt"] for i in planted["eval_prompts"]})
     held = [{"prompt": (prompt, prompt.upper() + " \n")[i % 2]} for i, prompt in enumerate(asked)]
-    file.write_text("\n".join(map(json.dumps, held)), encoding="utf-8")
-    found = search(made, tokenizer, eval_prompts(AuditConfig(eval_dataset=str(file))))
-    file.unlink()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "held_out.jsonl"
+        file.write_text("\n".join(map(json.dumps, held)), encoding="utf-8")
+        evaluated = eval_prompts(AuditConfig(eval_dataset=str(file)))
+    found = search(made, tokenizer, evaluated)
     return {
         kind: {
             "untouched": len(clean[kind]),
@@ -275,8 +277,8 @@ def main() -> None:
         ]
         sets[name] = {
             "pairs": len(rows),
-            "text": study(rows, None, args.results.parent, 0),
-            **({} if tokenizer is None else {"tokens": study(rows, tokenizer, args.results.parent, 1)}),
+            "text": study(rows, None, 0),
+            **({} if tokenizer is None else {"tokens": study(rows, tokenizer, 1)}),
             "labels": labels(rows, range(args.seeds)),
         }
         print(name, json.dumps(sets[name]))
