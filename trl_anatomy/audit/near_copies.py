@@ -58,7 +58,7 @@ def overlap(one: np.ndarray, other: np.ndarray) -> float:
 
 def nearly_same(mine: Iterable[np.ndarray], theirs: Iterable[np.ndarray]) -> bool:
     """Whether the responses of two pairs, as sets of shingles in the same order, are nearly the same."""
-    n_shared = n_all = 0
+    n_shared = n_all = 0.0
     for one, other in zip(mine, theirs, strict=True):
         shared = overlap(one, other)
         if shared < (HALF if min(len(one), len(other)) < SHORT else NEARLY):
