@@ -329,6 +329,7 @@ class _Tokens:
             for pair, of in token_activations(model, sae, self.pairs, wanted.tolist(), **how)
             for side in self.sides
         ]
+        read.sort(key=lambda entry: entry[0])  # what was kept and what is read again come in different orders
         peak = np.zeros(sae.d_sae, np.float32)
         for _, _, of in read:
             np.maximum.at(peak, of.indices, of.data)
@@ -353,6 +354,8 @@ class _Tokens:
         self._term, self._place = np.concatenate(terms), np.concatenate(places)
         self._inside = np.concatenate(columns)
         self._activation = sparse.csc_array(sparse.vstack(activations, format="csc"))
+        # Ties must not be broken by the last digits, which depend on what is read in a batch.
+        self._activation.data = np.round(self._activation.data, 4)
         self._response = np.concatenate(response)
         self._start = np.concatenate([[0], np.cumsum([len(texts) for texts in self.responses])])
         total = np.maximum(1e-12, np.asarray(self._activation.sum(axis=0)).ravel())
