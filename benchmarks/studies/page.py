@@ -372,6 +372,19 @@ def faults_figure(found: dict[str, Any]) -> str:
         return svg(figure)
 
 
+def sae_figure(found: dict[str, Any]) -> str:
+    """Pairs of each source that an SAE was not trained on: variance explained of each span, and cross-entropy lost."""
+    spans = {"prompt": "explained, prompts", "chosen": "explained, chosen", "rejected": "explained, rejected"}
+    rows = {
+        name: {label: [100 * of["variance_explained"][span]] for span, label in spans.items()}
+        | {"cross-entropy lost": [100 * of["loss_lost"]]}
+        for name, of in found["held_out"]["sources"].items()
+    }
+    with drawn(9, 0.36 * len(rows) + 0.9) as (figure, axes):
+        dots(axes, rows)
+        return svg(figure)
+
+
 def picture() -> str:
     """The README's: what was predicted and seen, what the verbs take out, and what is known of that before."""
     with drawn(13, 3.8, 3, width_ratios=[1, 1.1, 0.9]) as (figure, (left, middle, right)):
@@ -423,6 +436,13 @@ FIGURES: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
         "Twenty faults of each kind put into five real sets, read with and without a tokenizer; labels are turned at "
         "pairs whose label is at least 90 % probable.",
         faults_figure,
+    ),
+    (
+        "An SAE made for a model",
+        "sae",
+        "Pairs of sources that the SAE was not trained on: the share of the variance that it explains, and the "
+        "cross-entropy lost when its reconstruction takes the place of the layer's output.",
+        sae_figure,
     ),
     (
         "The style matrix",
