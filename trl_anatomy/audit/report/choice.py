@@ -19,13 +19,14 @@ def choice_part(choice: Mapping[str, Any], *, listed: bool = False) -> Markup:
     """The part of a page on `choice.choice_of`.
 
     Args:
-        listed: whether the page lists findings, which say what carries the choice.
+        listed: whether the audit lists findings: these say what carries the choice, and the first sentences of the
+            page how much of it each source tells, so neither is said again here.
     """
     carried = [] if listed else choice["carried_by"]
     return render_part(
         "choice.html",
         __package__,
-        sentences=choice_sentences(choice),
+        sentences=[] if listed and choice["sources"] else choice_sentences(choice),
         sources=[_shown(entry) for entry in choice["sources"]],
         carried=[{**row, "folded": folded_names(row["with_it"]), "times": _odds(row["odds"])} for row in carried],
         width=WIDTH,

@@ -156,7 +156,7 @@ def _view(audit: Audit, texts: RowTexts | None, samples: dict[int, dict[str, Any
         "first": ""
         if sft
         else first_screen(audit, sentences, notes=notes, samples=samples, cards=[c["concept"] for c in cards]),
-        "choice": choice_part(info["choice"], listed=listed) if "choice" in info else "",
+        "choice": choice_part(info["choice"], listed=audit.findings is not None) if "choice" in info else "",
         "habits": habits,
         "problems": problems_section(audit),
         "sae": sae_section(info),

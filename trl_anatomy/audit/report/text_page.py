@@ -42,7 +42,7 @@ def render_text_page(audit: TextAudit) -> str:
         model_name=Path(info["model"]["name"]).name,
         left_out=[f"{number(count)} {reason}" for reason, count in info["data"]["left_out"].items()],
         first=first_screen(audit, what_pairs_say(audit)),
-        choice=choice_part(info["choice"], listed=listed) if "choice" in info else "",
+        choice=choice_part(info["choice"], listed=audit.findings is not None) if "choice" in info else "",
         habits=habits_section(audit.habits, info["settings"]["alpha"], tokens=audit.reads_tokens, listed=listed),
         problems=problems_section(audit),
         snippet="" if listed else habit_policy(rows),
