@@ -398,6 +398,13 @@ def line(kind: str, name: str, says: str, chosen: float, rejected: float, *folde
                 "Beyond these habits, rejected responses more often show “openings of a story” (30 % against 10 %).",
             ],
         ),
+        (  # fewer paragraphs in a longer response: both sides were called longer
+            [line(HABIT, "bold", "use bold", 0.73, 0.06, ("paragraphs", 0.6), ("tokens", 0.7))],
+            [
+                "Chosen responses more often use bold (73 % against 6 %), and are 37 % longer (171 tokens on average, "
+                "against 125).",
+            ],
+        ),
         (
             [line(CONCEPT, "T1", "code", 0.3, 0.1), line(CONCEPT, "T3", "dates", 0.1, 0.3)],
             [
@@ -417,6 +424,7 @@ def test_what_is_said_of_the_list(findings: list[dict[str, Any]], said: list[str
         row_of("bullet", 0.67, 0.14),
         row_of("first_person", 0.2, 0.4),
         row_of("tokens", 171.0, 125.0),
+        row_of("paragraphs", 3.0, 5.0),
         row_of("digits", 2.5, 1.25),
     ]
     assert finding_sentences(findings, {"verdict": LISTED}, habits) == said

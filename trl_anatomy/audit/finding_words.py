@@ -57,6 +57,9 @@ def finding_sentences(
         mine = [each for each in folded if (abs(each["correlation"]) > SAME) == close]
         order += [each["name"] for each in sorted(mine, key=lambda each: -abs(each["chosen"] - each["rejected"]))]
     known = [by_name[name] for name in order if name in by_name]
+    # The surest of the lengths speaks: one side may have more words, and the other more paragraphs.
+    length = next((name for name in LENGTHS if name in order), None)
+    known = [habit for habit in known if habit["habit"] not in LENGTHS or habit["habit"] == length]
     sides = sorted((CHOSEN, REJECTED), key=lambda side: not known or _side(known[0]) != side)
     sentences = [_habits(side, [habit for habit in known if _side(habit) == side]) for side in sides]
     concepts = [row for row in findings if row["kind"] == CONCEPT]
@@ -74,7 +77,7 @@ def _habits(side: str, habits: Sequence[Mapping[str, Any]]) -> str:
     shown = [h for h in shares if abs(h["difference"]) >= LEAST][:N_NAMED]
     shown = shown or shares[:1]
     parts = [f"more often {told(shown, side)}"] if shown else []
-    length = next((h for name in LENGTHS for h in habits if h["habit"] == name), None)
+    length = next((h for h in habits if h["habit"] in LENGTHS), None)
     if length is not None:
         parts.append(f"are {longer(length, side)}")
     amounts = [h for h in habits if h not in shares and h["habit"] not in LENGTHS]
