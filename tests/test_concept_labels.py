@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trl_anatomy.audit.concept_labels import clearly, marked
+from trl_anatomy.audit.concept_labels import WEAK, Label, clearly, marked, unique_labels
 from trl_anatomy.audit.text_rules import Rule, TextTable, held_out_scores, learn_rules, phrase, rule_of
 from trl_anatomy.errors import AnatomyError
 from trl_anatomy.reading.habits import HABITS, TOKENS, measure
@@ -83,3 +83,49 @@ def test_responses_that_show_a_concept_clearly() -> None:
 def test_marked_text_keeps_our_brackets_to_us() -> None:
     shown = marked(["a⟦b", "\n", " <b>", "\x00x"], 2, np.array([False, False, True, False]))
     assert shown == "a[b↵ ⟦<b>⟧x"
+
+
+def test_a_habit_that_agrees_is_taken_before_a_word_that_comes_with_it() -> None:
+    rng = np.random.default_rng(4)
+    n = 300
+    refuses = rng.random(n) < 0.4
+    texts = [
+        "I cannot help with that recipe." if yes else f"{FILLER[i % 3]}{' A recipe.' * (rng.random() < 0.03)}"
+        for i, yes in enumerate(refuses)
+    ]
+    table = TextTable(texts, KNOWN, measure(texts, KNOWN))
+    learning = np.arange(n) % 4 < 2
+    strength = refuses[:, None] + 0.1 * rng.random((n, 1))
+    (rule,) = learn_rules(table, refuses[:, None], learning, None, strength)
+    assert rule is not None
+    assert phrase(rule, {}) == "refusal"
+
+
+def label(words: str, score: float, place: str = "everywhere") -> Label:
+    return Label(words, score, None, {"place": place, "promoted": []})
+
+
+def test_no_two_labels_are_the_same() -> None:
+    given = [
+        label("bold", 0.8),
+        label("bold", 0.9),
+        label("bold", 0.85),
+        label(f"bold{WEAK}", 0.6),
+        label("bold", 0.76),
+    ]
+    found = unique_labels(given, ["T1", "T2", "T3", "T4", "T5"], [["step"], ["**"], [":"], [], ["step"]])
+    words = [of.words for of in found]
+    assert words == ["bold, on “step”", "bold", "bold, on colons", f"bold (T4){WEAK}", "bold (T5)"]
+    assert [of.score for of in found] == [0.8, 0.9, 0.85, 0.6, 0.76]
+
+
+def test_hostile_words_stay_text() -> None:
+    n = 200
+    shows = np.arange(n) % 5 < 2
+    texts = made({'<script>alert("x")</script> zorp\u202e': shows}, n)
+    table = TextTable(texts, KNOWN, measure(texts, KNOWN))
+    (rule,) = learn_rules(table, shows[:, None], np.arange(n) % 4 < 2, None)
+    assert rule is not None
+    said = phrase(rule, {})
+    assert said.isprintable()
+    assert "<script>" not in said

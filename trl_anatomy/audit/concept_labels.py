@@ -22,7 +22,18 @@ from . import stats
 from .levels import Levels, shard_firing
 from .predict import EVIDENCE, LABELLED
 from .shown import split_points
-from .text_rules import Atom, Rule, Standing, TextTable, held_out_scores, learn_rules, noun, phrase
+from .text_rules import (
+    AGREES,
+    Atom,
+    Rule,
+    Standing,
+    TextTable,
+    correlations,
+    held_out_scores,
+    learn_rules,
+    noun,
+    phrase,
+)
 from .views import cluster_sums
 from .word_classes import CLASSES, OF_TERM, PATTERNS, is_content, terms_at
 
@@ -49,8 +60,6 @@ SHORT = 20
 NEARLY_ALL = 0.95
 OPEN, CLOSE = "⟦", "⟧"
 N_PROMOTED, READABLE = 10, 300
-# From this correlation on a concept is said to agree with a habit.
-AGREES = 0.6
 # A rule of a lower held-out score names a concept weakly.
 GOOD = 0.75
 WEAK = " (weak name)"
@@ -137,7 +146,7 @@ def label_concepts(
     how: dict[str, Any] = {"layer": layer, "batch_tokens": batch_tokens, "progress": progress, "codes": read.codes}
     tokens.read(model, sae, looked, **how)
     standing = tokens.standing()
-    rules = learn_rules(words, fired, learning, standing)
+    rules = learn_rules(words, fired, learning, standing, strength)
     scores = held_out_scores(words, rules, fired, learning)
     promoted = promoted_tokens(model, sae, tokenizer, features, set(words.vocabulary))
     named, correlation = _agreeing(strength, counted, list(habits))
@@ -277,13 +286,9 @@ def _agreeing(
     strength: np.ndarray, values: np.ndarray, names: Sequence[str]
 ) -> tuple[list[str | None], list[float | None]]:
     """The habit that each concept agrees with most, and its correlation over responses, from `AGREES` on."""
-    x = strength - strength.mean(axis=0)
-    y = np.nan_to_num(values)
-    y = y - y.mean(axis=0)
-    spread = np.outer(np.linalg.norm(y, axis=0), np.linalg.norm(x, axis=0))
-    together = np.divide(y.T @ x, spread, out=np.zeros_like(spread), where=spread > 1e-12)
+    together = correlations(np.nan_to_num(values), strength)
     best = together.argmax(axis=0)
-    value = together[best, np.arange(x.shape[1])]
+    value = together[best, np.arange(strength.shape[1])]
     agrees = value >= AGREES
     return (
         [names[h] if yes else None for h, yes in zip(best, agrees, strict=True)],

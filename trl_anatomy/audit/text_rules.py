@@ -26,9 +26,11 @@ LEAST_TEXTS, MOST_TERMS = 4, 20_000
 QUANTILES = (0.2, 0.35, 0.5, 0.65, 0.8)
 # What a rule is worth for standing where the concept fires, and loses for each more word, for a split that is not
 # "has it or not", for telling by length, and for telling by what is not there.
-STANDS, EACH_WORD, SPLIT, BY_LENGTH, ABSENCE = 0.2, 0.01, 0.02, 0.08, 0.08
+STANDS, EACH_WORD, SPLIT, BY_LENGTH, ABSENCE = 0.2, 0.01, 0.02, 0.08, 0.2
 # A habit of the library, which has a name of its own, is preferred by this.
 NAMED = 0.03
+# What a habit gains for its correlation with how much of the concept a response shows, where that is so large.
+AGREEING, AGREES = 0.1, 0.6
 # A further word makes a rule better by so much.
 BETTER = 0.01
 # A second habit, class or pattern joins a rule where it holds this share of the concept's activation.
@@ -245,7 +247,11 @@ def balanced(hits: np.ndarray, false: np.ndarray, positive: Any, negative: Any) 
 
 
 def learn_rules(
-    table: TextTable, fires: np.ndarray, learning: np.ndarray, standing: Standing | None
+    table: TextTable,
+    fires: np.ndarray,
+    learning: np.ndarray,
+    standing: Standing | None,
+    strength: np.ndarray | None = None,
 ) -> list[Rule | None]:
     """The rule for each concept that tells best, on the learning half, which responses it fires in.
 
@@ -253,6 +259,7 @@ def learn_rules(
         fires: (n, K) bool.
         learning: (n,) bool; the other texts are not looked at.
         standing: where the concepts fire, so that of rules that tell alike the one that says so is taken.
+        strength: (n, K) how much of the concepts the texts show, so that a habit that they agree with is taken.
     Returns:
         K rules; None where a concept fires in too few or too many of the texts.
     """
@@ -271,6 +278,10 @@ def learn_rules(
     if standing is not None:
         lift = standing.columns > 1.5 * standing.base_columns[:, None]
         stands = np.where(lift, standing.columns, 0.0)
+    agrees = np.zeros(stands.shape)
+    if strength is not None:
+        known = correlations(values[:, named], strength[learning])
+        agrees[named] = np.where(known >= AGREES, known, 0.0)
     for level, cut in enumerate(cuts):
         usable = (cut > 0) if level else ~amounts
         usable &= (values > cut).any(axis=0)
@@ -281,7 +292,7 @@ def learn_rules(
         for negated in (False, True):
             value = (1 - accuracy if negated else accuracy) - error
             value = value + (NAMED * named - BY_LENGTH * lengths)[:, None] - SPLIT * (level > 0)
-            value = value - ABSENCE if negated else value + STANDS * stands
+            value = value - ABSENCE if negated else value + STANDS * stands + AGREEING * agrees
             value[~usable] = -np.inf
             if level and not negated:
                 value[~common & ~amounts] -= SPLIT  # "frequent" of what is seldom there is hard to check by eye
@@ -309,7 +320,7 @@ def learn_rules(
             accuracy, error = balanced(hits, holds.sum(axis=0) - hits, positive[k], negative[k])
             # Spans of habits, classes and patterns overlap
             share = np.maximum(stands[first, k], stands[places, k])
-            value = accuracy - error + STANDS * share - 2 * EACH_WORD
+            value = accuracy - error + STANDS * share + AGREEING * agrees[first, k] - 2 * EACH_WORD
             value[places == first] = -np.inf
             if len(value) and value.max() > choices[0][0] + BETTER:
                 more = table.columns[places[int(np.argmax(value))]]
@@ -320,6 +331,13 @@ def learn_rules(
             choices.append((float(open_worth[at, k]), Rule((Atom("opening", table.openings[at]),))))
         found.append(max(choices, key=lambda choice: choice[0])[1])
     return found
+
+
+def correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(a, b) correlation of every column of x (n, a) with every column of y (n, b); 0 where one does not vary."""
+    x, y = x - x.mean(axis=0), y - y.mean(axis=0)
+    spread = np.outer(np.linalg.norm(x, axis=0), np.linalg.norm(y, axis=0))
+    return np.divide(x.T @ y, spread, out=np.zeros_like(spread), where=spread > 1e-12)
 
 
 def _word_worth(
