@@ -289,7 +289,7 @@ def main() -> None:
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "put": N,
         "max_length": MAX_LENGTH,
-        "read_by_a_person": {kind: {"rows": n, "right": right} for kind, (n, right) in READ.items()},
+        "read_one_by_one": {kind: {"rows": n, "right": right} for kind, (n, right) in READ.items()},
         "sets": sets,
     }
     args.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
