@@ -183,4 +183,4 @@ def test_a_page_and_samples_hold_no_table_of_all_pairs(tmp_path: Path, monkeypat
     assert per_pair(page) < 100
     assert per_pair(lambda n: sample_rows(audit.concepts, audit.hypotheses, tables[n], 20)) < 100
     as_objects = peak(lambda: tables[SIZES[1]].to_pylist()) / SIZES[1]
-    assert as_objects > 1000
+    assert as_objects > 500  # what a table of all pairs would take: more than the bound by far
