@@ -385,6 +385,28 @@ def sae_figure(found: dict[str, Any]) -> str:
         return svg(figure)
 
 
+def verdicts_figure(found: dict[str, Any]) -> str:
+    """What an SAE explains of a real model at least, right and wrong on purpose, and what its reconstruction loses."""
+    units = found["units"]
+    names = [f"{name}: {unit['verdict']}" for name, unit in units.items()]
+    colours = {"fits": "#15803d", "continue training it": "#a16207", "do not use": "#b91c1c"}
+    with drawn(9, 0.3 * len(names) + 0.9, 2) as (figure, (left, right)):
+        for y, unit in enumerate(units.values()):
+            colour = colours[unit["verdict"]]
+            shares = [100 * share for share in unit["variance_explained"].values() if share is not None]
+            left.plot(shares, [y] * len(shares), "o", color=colour, markersize=4)
+            if unit["loss_lost"] is not None:
+                right.plot([100 * unit["loss_lost"]], [y], "o", color=colour, markersize=4)
+        left.set_xlim(-105, 105)
+        left.set_yticks(range(len(names)), names, fontsize=7)
+        left.set_xlabel("percent of variance explained: prompt, chosen, rejected")
+        right.set_yticks(range(len(names)), [""] * len(names))
+        right.set_xlabel("percent of cross-entropy lost")
+        left.invert_yaxis()
+        right.set_ylim(left.get_ylim())
+        return svg(figure)
+
+
 def picture() -> str:
     """The README's: what was predicted and seen, what the verbs take out, and what is known of that before."""
     with drawn(13, 3.8, 3, width_ratios=[1, 1.1, 0.9]) as (figure, (left, middle, right)):
@@ -443,6 +465,12 @@ FIGURES: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
         "Pairs of sources that the SAE was not trained on: the share of the variance that it explains, and the "
         "cross-entropy lost when its reconstruction takes the place of the layer's output.",
         sae_figure,
+    ),
+    (
+        "SAEs that are wrong on purpose",
+        "sae_verdicts",
+        "Each line is an SAE on a real chat model with the verdict it got. Below -100 % is not drawn.",
+        verdicts_figure,
     ),
     (
         "The style matrix",
