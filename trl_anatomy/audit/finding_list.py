@@ -163,10 +163,9 @@ def habit_lines(counted: Counted, seed: int = 0) -> list[Line]:
     A habit differs if its mean of chosen minus rejected is not zero (q <= 0.05, robust to shared prompts); of a line
     that holds at a family-wise 0.5 % (Holm). The first is the one that differs most. A further one has to add to those
     above, by its efficient score at 0.5 % over all habits, on the same side. Under a line are folded: habits that vary
-    with it
-    (|correlation| above 0.5 over both directions of all pairs), those of its family (layout, or length) on its side,
-    and of the others that differ those that add nothing, each under the line that it varies with most. A line has to be
-    selected, or one that is folded under it, in 60 % of halves (`selected`).
+    with it (|correlation| above 0.5 over both directions of all pairs), those of its family (layout, or length) on its
+    side, and of the others that differ those that add nothing, each under the line that it varies with most. A line has
+    to be selected, or one that is folded under it, in 60 % of halves (`selected`).
 
     Args:
         counted: habits of both sides.

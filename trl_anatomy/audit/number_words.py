@@ -16,6 +16,15 @@ def percent(share: float) -> str:
     return f"{value:.1f} %" if 0 < value < 1 or 99 < value < 100 else f"{value:.0f} %"
 
 
+def _minus(text: str) -> str:
+    """A number as written, with a true minus sign; none at zero.
+
+    >>> _minus("-1,200"), _minus("-0.0"), _minus("+0.00")
+    ('−1,200', '0.0', '0.00')
+    """
+    return text.replace("-", "−") if float(text.replace(",", "")) else text.lstrip("+-")
+
+
 def points(value: float | None, sign: bool = True) -> str:
     """A share in percentage points, with a true minus sign.
 
@@ -24,8 +33,7 @@ def points(value: float | None, sign: bool = True) -> str:
     """
     if value is None or math.isnan(value):
         return "n/a"
-    text = f"{100 * value:{'+' if sign else ''}.1f}"
-    return text.replace("-", "−") if float(text) else "0.0"
+    return _minus(f"{100 * value:{'+' if sign else ''}.1f}")
 
 
 def deviations(value: float | None) -> str:
@@ -36,8 +44,7 @@ def deviations(value: float | None) -> str:
     """
     if value is None or math.isnan(value):
         return "n/a"
-    text = f"{value:+.2f}"
-    return text.replace("-", "−") if float(text) else "0.00"
+    return _minus(f"{value:+.2f}")
 
 
 def amount_difference(value: float | None) -> str:
@@ -48,8 +55,7 @@ def amount_difference(value: float | None) -> str:
     """
     if value is None or math.isnan(value):
         return "n/a"
-    text = f"{value:+,.0f}" if abs(value) >= 100 else f"{value:+.1f}"
-    return text.replace("-", "−") if float(text.replace(",", "")) else "0.0"
+    return _minus(f"{value:+,.0f}" if abs(value) >= 100 else f"{value:+.1f}")
 
 
 def written(value: float, unit: str) -> str:
