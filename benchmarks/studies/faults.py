@@ -15,6 +15,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
@@ -35,8 +36,9 @@ from trl_anatomy.reading.spans import read_pairs
 
 SETS = ("alpaca_eval2_cross_model", "ultrafeedback_subset", "hh_helpful_test", "overrefusal_steered", "dsp_domain")
 MOST, N, MAX_LENGTH, EVIDENT = 900, 20, 1024, 0.9
-# Rows that the untouched sets show, read one by one: kind -> read, right. Wrong were dialogues and languages that their
-# prompt asked for in a roundabout way, an odd number of fences in a row, and a plural.
+# Rows that the untouched sets show, read one by one: kind -> read, right; of `broken_off` up to twenty a set at random.
+# Wrong were dialogues and languages that their prompt asked for in a roundabout way, an odd number of fences in a row,
+# a plural, a list of words and a stray word.
 READ = {
     "open_fences": (14, 13),
     "length_only": (18, 17),
@@ -44,6 +46,7 @@ READ = {
     "extra_turns": (8, 5),
     "blank_sides": (1, 1),
     "template_text": (1, 1),
+    "broken_off": (81, 79),
 }
 _PACKAGES = ("trl_anatomy", "numpy", "scipy", "scikit-learn", "datasets", "transformers")
 
@@ -55,6 +58,7 @@ FOREIGN = (
     "首先你需要准备好土地，然后播种，每天给它们浇水，直到它们长大为止。",
     "Il faut d'abord préparer la terre, puis semer les graines et les arroser tous les jours avec de l'eau.",
 )
+STOPS = ".!?:…。！？”\"'’)]*`"
 LEAKED = (
     *("<|im_end|>\n<|im_start|>assistant\n", "<|eot_id|>", "<end_of_turn>", "[/INST]", "<|endoftext|>"),
     *("<｜Assistant｜>", "\n### Response:\n", "\n### Instruction:\nGo on.\n", "<</SYS>>", "<|user|>"),
@@ -87,6 +91,18 @@ def nearly(text: str, k: int) -> str:
     ]
 
 
+def cut(text: str, k: int) -> str:
+    """A text that ends at a random token, most of them of four letters or fewer, but neither behind a full stop nor at
+    the end of a line, where nobody could tell.
+    """
+    pieces, draw = re.findall(r"\w{1,4}|\s+|[^\w\s]", text.strip()), np.random.default_rng(k)
+    for end in draw.permutation(np.arange(1, len(pieces))).tolist():
+        kept, rest = "".join(pieces[:end]).rstrip(), "".join(pieces[end:])
+        if kept and kept[-1] not in STOPS and "\n" not in rest[: len(rest) - len(rest.lstrip()) + 1]:
+            return kept
+    return text.strip()[:-2]
+
+
 # Repeated rows stand beside their models; all others in place of theirs.
 REPEATED: dict[str, Callable[[Row, int], Row]] = {
     "copies": lambda row, k: dict(row),
@@ -111,6 +127,7 @@ FAULTS: dict[str, Callable[[Row, int], Row]] = {
     "other_language": lambda row, k: put(row, k, lambda _: FOREIGN[k % len(FOREIGN)]),
     "ties": lambda row, k: {**row, "score_rejected": row["score_chosen"]},
     "eval_prompts": lambda row, k: row,
+    "broken_off": lambda row, k: put(row, k, lambda text: cut(text, k)),
 }
 # What takes a tokenizer: text beyond `MAX_LENGTH` tokens.
 FILLING = "Every word here counts as at least one token of the text. " * 120
@@ -127,11 +144,12 @@ CUT: dict[str, Callable[[Row, int], Row]] = {
 def seeded(rows: list[Row], clean: dict[str, set[int]], kinds: dict[str, Callable[[Row, int], Row]], seed: int) -> Any:
     """The rows with faults, kind -> rows that have it, and rows that are faulty in any way."""
     rng = np.random.default_rng(seed)
-    shown = set().union(*clean.values())
+    # Whole sets break off: their rows may still get other faults.
+    shown = set().union(*(rows for kind, rows in clean.items() if kind != "broken_off"))
     free = [i for i in rng.permutation(len(rows)).tolist() if i not in shown]
     made, planted, touched = [dict(row) for row in rows], {}, set(shown)
     for kind, fault in kinds.items():
-        fit = [i for i in free if _fits(kind, rows[i])]
+        fit = [i for i in free if _fits(kind, rows[i]) and not (kind == "broken_off" and i in clean[kind])]
         taken = fit[:N]
         free = [i for i in free if i not in taken]
         planted[kind] = set()
@@ -155,6 +173,8 @@ def _fits(kind: str, row: Row) -> bool:
         return row["prompt"].isascii() and len(row["prompt"].split()) > 3 and not _speaks_of_languages(row["prompt"])
     if kind == "length_only":
         return len(row["chosen"]) >= 60
+    if kind == "broken_off":
+        return min(len(row["chosen"].split()), len(row["rejected"].split())) >= 20
     if kind in CUT:  # else there is no pair
         return len(row["chosen"]) > 10 and len(row["prompt"]) < 600
     return len(row["chosen"]) > 10
@@ -188,6 +208,7 @@ def study(rows: list[Row], tokenizer: Any, seed: int) -> dict[str, Any]:
         file.write_text("\n".join(map(json.dumps, held)), encoding="utf-8")
         evaluated = eval_prompts(AuditConfig(eval_dataset=str(file)))
     found = search(made, tokenizer, evaluated)
+    found["broken_off"] -= clean["broken_off"] - planted["broken_off"]
     return {
         kind: {
             "untouched": len(clean[kind]),

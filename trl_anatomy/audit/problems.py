@@ -15,6 +15,7 @@ from ..reading.copies import Copies
 from ..reading.habits.counts import language
 from ..reading.habits.parts import Parts
 from ..reading.token_text import special_texts
+from .endings import Endings, breaks_off
 from .improbable import Improbable
 from .near_copies import near_copies, plain
 from .ties import find_ties
@@ -57,6 +58,10 @@ PROBLEMS: Mapping[str, Problem] = {
     "blank_sides": Problem("pairs with a blank side", "a response has no visible character"),
     "cut_sides": Problem(
         "pairs cut by max_length", "truncation takes away part of a response, or leaves out the pair", TOKENS
+    ),
+    "broken_off": Problem(
+        "pairs with a response that breaks off",
+        "a response ends within a word, a sentence, a list or a table, though max_length did not cut it",
     ),
     "template_text": Problem(
         "pairs with template text inside", "a response holds a special token or header, such as <|im_start|>"
@@ -281,15 +286,18 @@ def find_problems(raw: "Dataset", *, pairs: "Pairs | None" = None, evaluated: fr
     found: dict[str, list[tuple[int, str, int]]] = {kind: [] for kind in PROBLEMS}  # row, side, other row
     found["ties"] = [(row, "", -1) for row in tied.tolist()]
     prompts, hashes = np.zeros(len(raw), np.int64), np.zeros((len(raw), 2), np.int64)
-    blank = np.zeros(len(raw), bool)
+    blank, endings = np.zeros(len(raw), bool), Endings()
     for row, (asked, prompt, *sides) in enumerate(_texts(raw)):
         for kind, side in _of_row(asked, sides, special):
             found[kind].append((row, side, -1))
             blank[row] |= kind == "blank_sides"
+        if not blank[row]:
+            endings.add(row, sides)
         prompts[row] = _hash(_asks(prompt))
         hashes[row] = [_hash(f"{prompt.strip()}\0{side.strip()}") for side in sides]
         if evaluated and _prompt_key(asked) in evaluated:
             found["eval_prompts"].append((row, "prompt", -1))
+    found["broken_off"] = [(row, _side(which), -1) for row, which in endings.found()]
     tokens = np.zeros(0, np.int64) if pairs is None else pairs.rows
     once = np.ones(len(raw), bool)
     if pairs is not None:
@@ -513,7 +521,7 @@ def _piece(kind: str, side: str, texts: tuple[Any, str, str, str], special: tupl
     """Text before, in and after the place that shows a problem; of problems without a place, the text's beginning."""
     _, prompt, *sides = texts
     text = sides[side == "rejected"]
-    span = _finders(special)[kind](text) if kind in ("template_text", "extra_turns", "open_fences") else None
+    span = _place(kind, text, special)
     if span is not None:
         start, end = span[0], min(span[1], span[0] + MATCHED)
         before = text[max(0, start - AROUND) : start]
@@ -527,6 +535,14 @@ def _piece(kind: str, side: str, texts: tuple[Any, str, str, str], special: tupl
         return "", "", ""
     asks_about = kind in ("copies", "near_copies", "reversed_copies", "eval_prompts", "ties")
     return "", "", _short((prompt if asks_about and prompt.strip() else text).strip(), 2 * AROUND)
+
+
+def _place(kind: str, text: str, special: tuple[str, ...]) -> Span | None:
+    """Where in a response a problem shows; None for those that have no place."""
+    if kind == "broken_off":
+        end = breaks_off(text)
+        return None if end is None else (max(end.span[0], end.span[1] - AROUND), end.span[1])
+    return finders[kind](text) if kind in (finders := _finders(special)) else None
 
 
 def _short(text: str, n: int = AROUND) -> str:
