@@ -46,6 +46,7 @@ from trl_anatomy.audit.folder import load_audit
 from trl_anatomy.audit.report import write_report
 from trl_anatomy.checking import compare as comparing
 from trl_anatomy.checking import first_step as stepping
+from trl_anatomy.checking import pilot as piloting
 from trl_anatomy.checking import prediction as predicting
 from trl_anatomy.cli import main
 from trl_anatomy.reading import fit as fitting
@@ -472,6 +473,8 @@ def foretold(root: Path) -> Work:
             (score, "score_pairs", "scoring"),
             (stepping, "first_step", "a first step"),
             (stepping, "log_prob_changes", "what it changes"),
+            (piloting, "train_pilot", "a pilot"),
+            (piloting, "carry_on", "its margins"),
         )
         tell(folder, *stages)
         words = ["predict", "--model_name_or_path", str(root / "model"), "--dataset_name", str(root / "pairs")]

@@ -598,15 +598,29 @@ class PredictArguments:
     n_pairs: int = dataclasses.field(
         default=4000, metadata={"help": "Pairs that the step is taken on, at most (in whole batches of the recipe)."}
     )
+    budget: float = dataclasses.field(
+        default=0.1,
+        metadata={
+            "help": "Share of the training's steps that a pilot trains, to carry them on to its end. 0: no pilot. What "
+            "all of it costs is said first."
+        },
+    )
+    null_drift: bool = dataclasses.field(
+        default=False,
+        metadata={"help": "Train one more pilot on sides swapped at random, to tell apart what any training changes."},
+    )
     prediction: str | None = dataclasses.field(
-        default=None, metadata={"help": "Folder (or URL) for responses and prediction.json. None: AUDIT/prediction."}
+        default=None,
+        metadata={"help": "Folder (or URL) for responses, pilots and prediction.json. None: AUDIT/prediction."},
     )
     json: bool = dataclasses.field(default=False, metadata={"help": "Print the prediction as JSON."})
 
 
 def _predict(argv: list[str]) -> int:
-    """Build the trainer of a `dpo` recipe, and take its first step on paper."""
+    """Build the trainer of a `dpo` recipe, record its first step, and train a pilot of it."""
     from trl import TrlParser
+
+    recipe.refuse_reward(argv)
 
     script = import_module("trl.scripts.dpo")
     parser = TrlParser(
@@ -655,6 +669,8 @@ def _predict(argv: list[str]) -> int:
             batch_size=flags.sample_batch_size,
             seed=training.seed,
             n_pairs=flags.n_pairs,
+            budget=flags.budget,
+            null_drift=flags.null_drift,
         )
     print(json.dumps(result, indent=2) if flags.json else prediction_report(result))
     return 0
@@ -1083,7 +1099,7 @@ def _demo(argv: list[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "audit": (_audit, "Read a preference dataset: what sets its sides apart, where, and how surely."),
     "plan": (_plan, "Show what each rule of a policy would touch, before any training."),
-    "predict": (_predict, "Predict what a `dpo` recipe will change from its first optimizer step."),
+    "predict": (_predict, "Predict what a `dpo` recipe will change, from its first steps."),
     "dpo": (_dpo, "Train with DPO: the flags and YAML of `trl dpo`, plus a concept policy."),
     "reward": (_reward, "Train a reward model: the flags and YAML of `trl reward`, plus a concept policy."),
     "fit": (_fit, "Learn a concept from labelled text, judge it on held-out text, and store it for policies."),

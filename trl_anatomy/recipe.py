@@ -210,6 +210,27 @@ def check_version(audit: Any, model_args: Any, training: Any) -> None:
         )
 
 
+def refuse_reward(argv: Sequence[str]) -> None:
+    """Refuse a recipe of reward training where only one of DPO is understood.
+
+    Raises:
+        AnatomyError: the file of --config has a key of reward training.
+    """
+    recipe, _ = read_recipe(argv)
+    if recipe is not None and (keys := _of_reward(recipe.options)):
+        raise AnatomyError(
+            f"--config: {recipe.file}: {keys[0]} is a key of reward training, and predict reads recipes of dpo: a "
+            "reward model samples no responses; give the recipe of the training that uses it."
+        )
+
+
+def _of_reward(options: Mapping[str, Any]) -> list[str]:
+    """Keys of a recipe that reward training alone has."""
+    trl = _trl_names()
+    keys = sorted(set(options) & trl["reward"] - trl["dpo"])
+    return keys + (["lora_task_type"] if options.get("lora_task_type") == "SEQ_CLS" else [])
+
+
 def refuse_unknown(from_config: list[str], from_line: list[str], parser: Any, launcher: Any = None) -> None:
     """Raise AnatomyError for a word that nobody reads: not the parser, nor the launcher, to whom it may be passed."""
     known = {option for action in parser._actions for option in action.option_strings}
@@ -410,8 +431,7 @@ def _read_as_trained(
     if "truncation" in {*kept, *line} or not set(options) & (trl["dpo"] | trl["reward"]) - set(own):
         return notes
     dpo = sorted(set(options) & trl["dpo"] - trl["reward"])
-    reward = sorted(set(options) & trl["reward"] - trl["dpo"])
-    reward += ["lora_task_type"] if options.get("lora_task_type") == "SEQ_CLS" else []
+    reward = _of_reward(options)
     if dpo and reward:
         raise AnatomyError(
             f"--config: {recipe.file} has keys of dpo ({dpo[0]}) and of reward ({reward[0]}), which read long pairs in "

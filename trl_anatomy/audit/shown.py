@@ -62,6 +62,21 @@ def shown_where(counts: np.ndarray, split: np.ndarray, out: np.ndarray) -> np.nd
     return out
 
 
+def shown_by_share(activity: np.ndarray, sizes: np.ndarray, shown_above: np.ndarray) -> np.ndarray:
+    """Which responses show each concept, by the share of its features that fire.
+
+    Args:
+        activity: (n, K) share of each concept's features that fire in a response.
+        sizes: (K,) features of each concept.
+        shown_above: (K,) share beyond which a response shows it, as an audit keeps it; NaN where it is not known.
+
+    Returns:
+        (n, K) of 0 and 1; NaN in the columns of which it is not known.
+    """
+    counts, split = np.rint(activity * sizes), np.rint(shown_above * sizes)
+    return np.where(np.isnan(split), np.nan, counts > split)
+
+
 def rates(shown: tuple[np.ndarray, np.ndarray], lengths: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """(K,) share of the responses of each side that show each concept; NaN of a side that has no tokens at all."""
     found = tuple(

@@ -692,3 +692,24 @@ def stepped_up(first: np.ndarray, second: np.ndarray) -> float | None:
         return None
     r = float(np.corrcoef(first, second)[0, 1])
     return max(0.0, 2 * r / (1 + r)) if r > -1 else 0.0
+
+
+def split_half_reliability(u: np.ndarray, seed: int, groups: np.ndarray | None = None) -> float | None:
+    """R² that a perfect prediction would reach: reliability of the mean over rows, from random halves of the prompts.
+
+    The correlation over concepts of the two halves' shifts, stepped up by Spearman-Brown; the median of 50 splits.
+
+    Args:
+        u: (n, K) disparity.
+        groups: (n,) prompt of each row, which stays in one half; default every row its own.
+
+    Returns:
+        In [0, 1], or None below four prompts or three concepts.
+    """
+    groups = np.arange(len(u)) if groups is None else groups
+    if len(np.unique(groups)) < 4:
+        return None
+    masks = half_masks(groups, 50, seed)
+    halves = [mask.astype(np.float64) @ u / mask.sum(axis=1)[:, None] for mask in (masks, ~masks)]
+    found = [stepped for pair in zip(*halves, strict=True) if (stepped := stepped_up(*pair)) is not None]
+    return float(np.median(found)) if found else None

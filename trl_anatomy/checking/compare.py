@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..audit.number_words import percent
+from ..audit.stats import split_half_reliability as split_half_reliability  # what other modules find here
 from ..errors import AnatomyError
 from ..reading.files import check_writable, remove_partial, without_nan, write_atomically
 from ..reading.progress import Progress
@@ -112,10 +114,10 @@ def compare(
         responses and pairs, from split prompts, the same for size-matched random clusters, the prompt-conditioned view
         by `prompt_shift.prompt_view_agreement`, R² of the two other predictions, which read the start model's
         responses too: its tilt, and the pairs' change of log-odds from its rates; with `prediction` R² of the first
-        step of training, and of the mean of that and the disparity; and R² of what cheap measures predict: length, text
-        rules, and with `likelihood` that under the start model; None for the last two if the audited dataset is not to
-        be found); per text rule the rates before and after with intervals, and recovery; words per response
-        with an interval.
+        step of training, of the mean of that and the disparity, and of its pilot; and R² of what cheap measures
+        predict: length, text rules, and with `likelihood` that under the start model; None for the last two if the
+        audited dataset is not to be found); per text rule the rates before and after with intervals, and recovery;
+        words per response with an interval.
 
     Raises:
         AnatomyError: no prompt, no trained model, names that cannot be told from each other or from what else is
@@ -256,8 +258,9 @@ def compare(
 
 
 def _foretold(prediction: Mapping[str, Any] | None, shift: np.ndarray) -> dict[str, float | None]:
-    """R² of what `predict` said: by the first step, and by the mean of that and the disparity; {} without it.
+    """R² of what `predict` said: by the first step, the mean of that and the disparity, and a pilot; {} without it.
 
+    `pilot_coverage` is the share of observed shifts inside the pilot's 95 % intervals; both are absent without a pilot.
     The start model's responses were drawn anew for it, so that it shares no noise with `shift`.
     """
     from ..audit.predict import agreement
@@ -266,10 +269,16 @@ def _foretold(prediction: Mapping[str, Any] | None, shift: np.ndarray) -> dict[s
         return {}
     rows = prediction["concepts"]
     told = {"step_r2": [row["step"][PLAIN][0] for row in rows], "both_r2": [row["both"][PLAIN] for row in rows]}
-    return {
+    by_pilot = np.array([row["pilot"][PLAIN] for row in rows] if "pilots" in prediction else [], dtype=np.float64)
+    if len(by_pilot):
+        told["pilot_r2"] = by_pilot[:, 0].tolist()
+    found = {
         name: agreement(np.array(values, dtype=np.float64), shift, n_bootstrap=1, n_permutations=1).to_dict()["r2"]
         for name, values in told.items()
     }
+    if len(by_pilot):
+        found["pilot_coverage"] = float(np.mean((by_pilot[:, 1] <= shift) & (shift <= by_pilot[:, 2])))
+    return found
 
 
 def cheap_predictions(
@@ -353,6 +362,12 @@ def comparison_report(result: Mapping[str, Any]) -> str:
                 f" by the first step of training: {_shown(figures['step_r2'])}, by the mean of it and the disparity:"
                 f" {_shown(figures['both_r2'])};"
                 if "step_r2" in figures
+                else ""
+            )
+            + (
+                f" by the pilot: {_shown(figures['pilot_r2'])}, whose 95 % intervals hold"
+                f" {percent(figures['pilot_coverage'])} of the shifts;"
+                if "pilot_r2" in figures
                 else ""
             )
             + " by cheap measures: "
@@ -503,29 +518,6 @@ def fired_counts(read: Harvest, span: str, tau: float | Levels, rows: np.ndarray
         frequency, fires = shard_firing(shard, span, tau)
         found += np.bincount(frequency.indices, fires, read.d_sae)
     return found
-
-
-def split_half_reliability(u: np.ndarray, seed: int, groups: np.ndarray | None = None) -> float | None:
-    """R² that a perfect prediction would reach: reliability of the mean over rows, from random halves of the prompts.
-
-    The correlation over concepts of the two halves' shifts, stepped up by Spearman-Brown; the median of 50 splits.
-
-    Args:
-        u: (n, K) disparity.
-        groups: (n,) prompt of each row, which stays in one half; default every row its own.
-
-    Returns:
-        In [0, 1], or None below four prompts or three concepts.
-    """
-    from ..audit.stats import half_masks, stepped_up
-
-    groups = np.arange(len(u)) if groups is None else groups
-    if len(np.unique(groups)) < 4:
-        return None
-    masks = half_masks(groups, 50, seed)
-    halves = [mask.astype(np.float64) @ u / mask.sum(axis=1)[:, None] for mask in (masks, ~masks)]
-    found = [stepped for pair in zip(*halves, strict=True) if (stepped := stepped_up(*pair)) is not None]
-    return float(np.median(found)) if found else None
 
 
 def _rates(

@@ -53,6 +53,7 @@ def render_comparison(result: Mapping[str, Any]) -> str:
         concepts=[{**c, "met": {name: _met(c, c["observed"][name]) for name in names}} for c in concepts],
         agreement=result["agreement"],
         baselines=sorted({m for figures in result["agreement"].values() for m in figures.get("baselines_r2", {})}),
+        piloted=all("pilot_r2" in figures for figures in result["agreement"].values()),
         foretold=all("step_r2" in figures for figures in result["agreement"].values()),
         told=[_told(name, result["agreement"][name], concepts) for name in names],
         rates=[{**row, "moved": _apart(row["rates"]["before"], row["rates"][names[0]])} for row in held],
