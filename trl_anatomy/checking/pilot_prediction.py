@@ -11,6 +11,7 @@ import numpy as np
 
 from ..audit.number_words import percent
 from ..errors import AnatomyError
+from ..reading.fingerprint import hash_json
 from ..reading.prompts import Prompt, encode_prompt
 from .pilot_shift import Shifts, reliability, shift_between, statement
 from .responses import sampled
@@ -115,7 +116,8 @@ def run_pilots(
             weights = trained_weights(trainer.model)
             bare = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
             with extrapolated(weights, trained.start, trained.ahead, alpha):
-                after[name] = sampled(bare, tokenizer, asked, out / f"after-{name}.json", sampling)
+                known_as, file = hash_json([trained.key, alpha]), out / f"after-{name}.json"
+                after[name] = sampled(bare, tokenizer, asked, file, sampling, known_as=known_as)
             del trainer, trained, weights, bare
     return pilots, after
 

@@ -173,17 +173,27 @@ def audited_tokenizer(audit: Audit, before: Any) -> Any:
 
 
 def sampled(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], file: Path, sampling: Mapping[str, int]
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    file: Path,
+    sampling: Mapping[str, int],
+    *,
+    known_as: str | None = None,
 ) -> list[Response]:
     """One response to each prompt, kept on disk with its tokens under a key of everything it depends on.
 
     Batches are kept as they are finished: sampling that was interrupted goes on after them.
+
+    Args:
+        known_as: hash of all that the model depends on, where that is known; default its fingerprint, which a trainer
+            changes before it begins (it writes special tokens into the configuration).
     """
     from ..reading.fingerprint import hash_json, model_fingerprint
 
     tokens = [encode_prompt(tokenizer, prompt) for prompt in prompts]  # by tokenizer and chat template
     asked = [prompt_key(prompt) for prompt in prompts]
-    key = hash_json([model_fingerprint(model), asked, tokens, stop_ids(model, tokenizer), dict(sampling)])
+    key = hash_json([known_as or model_fingerprint(model), asked, tokens, stop_ids(model, tokenizer), dict(sampling)])
     if fetch(file, own=True):
         try:
             kept = json.loads(file.read_bytes())
