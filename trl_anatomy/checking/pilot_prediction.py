@@ -60,7 +60,7 @@ def plan_pilots(
         try:
             training = describe(trainers[PLAIN]())
         except AnatomyError as error:
-            return Planned(reason=str(error), told=f"No pilot: {error}")
+            return Planned(reason=str(error).rstrip("."), told=f"No pilot: {error}")
     steps, reason = choose_steps(budget, training)
     cost = price(
         training,
