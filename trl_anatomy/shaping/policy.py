@@ -412,7 +412,7 @@ class _Reader:
             return None
         self.known(entries, path, tuple(WHERE_FIELDS), WHERE_LATER)
         given = set(entries) & set(WHERE_FIELDS)
-        ways = ({"column", "equals"}, {"column", "in"}, {"data"}, {"prompts"}, {"prompt"}, {"problem"})
+        ways = ({"column", "equals"}, {"column", "in"}, {"data"}, {"prompts"}, {"prompt"}, {"asks"}, {"problem"})
         if given not in ways and not set(entries) & set(WHERE_LATER):
             self.problems.add(value.line, path, f"found {', '.join(sorted(given)) or 'no gate'}, allowed: {WAYS}.")
         values = self.values(entries, path, WHERE_FIELDS)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..audit.problems import PROBLEMS
+from ..audit.prompt_rules import RULES, rules_of, rules_of_pairs
 from ..errors import AnatomyError
 from ..reading.progress import Progress
 from .fields import PATTERN, SCALAR, SCALARS, TEXT, Field, found, name_like
@@ -23,17 +24,18 @@ FIELDS: Mapping[str, Field] = {
     "data": name_like(r"B\d+", "a context of the audit, such as B12"),
     "prompts": name_like(r"A\d+", "a prompt context of the audit, such as A12"),
     "prompt": PATTERN,
+    "asks": name_like("|".join(RULES), f"a rule on prompts: {', '.join(RULES)}"),
     "problem": name_like("|".join(PROBLEMS), f"a problem of the audit: {', '.join(PROBLEMS)}"),
 }
 # Gates on what an audit says, and what it is called.
 _KNOWN = {"data": "context", "prompts": "context", "problem": "problem"}
 LATER = ("side",)
-WAYS = "one of {column, equals}, {column, in}, {data}, {prompts}, {prompt} or {problem}"
+WAYS = "one of {column, equals}, {column, in}, {data}, {prompts}, {prompt}, {asks} or {problem}"
 
 
 @dataclass(frozen=True)
 class Where:
-    """A gate: exactly one of `column` (with `values`), `data`, `prompts`, `prompt`, `problem` is set.
+    """A gate: exactly one of `column` (with `values`), `data`, `prompts`, `prompt`, `asks`, `problem` is set.
 
     Args:
         column: a column of the dataset.
@@ -41,6 +43,7 @@ class Where:
         data: a context of the audit ("B12").
         prompts: a prompt context of the audit ("A12"): the pairs whose prompts are most about it.
         prompt: a regular expression that is searched for in the prompt's text.
+        asks: a rule on what prompts ask for (`prompt_rules.RULES`): "list".
         problem: a problem that the audit looked for ("copies"): the pairs that have it.
     """
 
@@ -49,12 +52,13 @@ class Where:
     data: str | None = None
     prompt: str | None = None
     prompts: str | None = None
+    asks: str | None = None
     problem: str | None = None
 
     def __post_init__(self) -> None:
-        ways = (self.column, self.data, self.prompts, self.prompt, self.problem)
+        ways = (self.column, self.data, self.prompts, self.prompt, self.asks, self.problem)
         if sum(part is not None for part in ways) != 1:
-            raise AnatomyError("where: give exactly one of column (with values), data, prompts, prompt, problem.")
+            raise AnatomyError("where: give exactly one of column (with values), data, prompts, prompt, asks, problem.")
         if (self.column is not None) != bool(self.values):
             raise AnatomyError("where: column and values belong together.")
 
@@ -63,7 +67,12 @@ class Where:
             return f"{self.column} = {' | '.join(map(str, self.values))}"
         if self.of_audit is not None:
             return " = ".join(self.of_audit)
-        return f"prompt ~ {self.prompt}"
+        return f"prompt ~ {self.prompt}" if self.asks is None else f"asks = {self.asks}"
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether it looks at the prompt's text."""
+        return self.prompt is not None or self.asks is not None
 
     @property
     def of_audit(self) -> tuple[str, str] | None:
@@ -89,6 +98,8 @@ class Where:
         """
         if self.prompt is not None:
             return np.array([bool(re.search(self.prompt, text)) for text in prompts], dtype=bool)
+        if self.asks is not None:
+            return np.array([self.asks in rules_of(text) for text in prompts], dtype=bool)
         if self.column is None or self.column not in columns:
             raise AnatomyError(f"where: the dataset has no column {found(self.column)}; found: {', '.join(columns)}.")
         return np.array([self._holds(value) for value in columns[self.column]], dtype=bool)
@@ -117,6 +128,8 @@ class Where:
                 raise AnatomyError(f"where: {key}: {what} is a {_KNOWN[key]} of an audit, and no audit was given.")
             mask = np.isin(pairs.rows, self.rows(audit))
             seen = ""
+        elif self.asks is not None:
+            mask, seen = np.array([self.asks in rules for rules in rules_of_pairs(pairs)], dtype=bool), ""
         else:
             pattern = re.compile(str(self.prompt))
             mask, seen = np.zeros(len(pairs), bool), ""

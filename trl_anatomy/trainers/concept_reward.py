@@ -142,7 +142,7 @@ class ConceptReward:
             AnatomyError: a gate's column is not among `columns`.
         """
         scores = self.score(prompts, completions, completion_ids)
-        gated = any(rule.where is not None and rule.where.prompt for rule in self.rules)
+        gated = any(rule.where is not None and rule.where.reads_prompts for rule in self.rules)
         asked = [prompt for prompt, _ in self._texts(prompts, completions, completion_ids)] if gated else []
         total = np.zeros(len(completions))
         for rule, strength in zip(self.rules, self.strengths, strict=True):
