@@ -250,8 +250,8 @@ def found(plan: Plan, topic: np.ndarray, findings: object) -> dict:
     main = {context: int(np.bincount(topic[pairs]).argmax()) for context, pairs in members.items()}
     cells = {(int(t), int(k)) for t, k in plan.local.T if k in of}
     hits = set()
-    for row in findings.hypotheses.filter(findings.hypotheses["kept"]).to_pylist():
-        if row["view"] == "feature" and row["q"] < 0.05 and row["delta"] > 0:
+    for row in findings.hypotheses.filter(findings.hypotheses["differs"]).to_pylist():
+        if row["view"] == "feature" and row["delta"] > 0:
             hits.add((main[row["context"]], name.get(row["concept"], -1)))
     return {
         "concepts": len(concepts),

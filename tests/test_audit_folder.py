@@ -367,7 +367,7 @@ def test_an_audit_of_an_earlier_version_is_read(setup, tmp_path):
             del info[part][name]
     for name in ("too_few_prompts", "copies", "findings"):
         del info[name]
-    for name in ("habits.parquet", "findings.parquet", "levels.parquet"):
+    for name in ("habits.parquet", "findings.parquet", "levels.parquet", "habit_hypotheses.parquet"):
         del info["files"][name]
         (path / name).unlink()
     (path / "audit.json").write_text(json.dumps(info))

@@ -128,8 +128,9 @@ def test_a_context_of_short_responses_has_no_more_of_what_fires_once() -> None:
     tokens = {side: length + rng.integers(0, 9, N) for side, length in tokens.items()}
 
     def kept(counts: dict[str, np.ndarray]) -> list[bool]:
+        """What differs: of two contexts that are each other's rest, one is folded under the other since."""
         scores = views.activity(Counted(counts, tokens), COMMUNITIES, CONFIG.tau)
-        return views.compare_contexts(scores, context, np.array([1]), 1, CONFIG)["kept"].to_pylist()
+        return views.compare_contexts(scores, context, np.array([1]), 1, CONFIG)["differs"].to_pylist()
 
     assert kept({side: np.ones(N, int) for side in tokens}) == [False, False]
     habit = {side: 6 * (rng.random(N) < 0.3) for side in tokens}

@@ -207,9 +207,19 @@ def test_published_concepts_are_those_of_earlier_versions(tmp_path: Path) -> Non
     assert findings.levels is None
     hypotheses = [row for row in findings.hypotheses.to_pylist() if row["view"] == "feature"]
     assert len(hypotheses) == golden["n_hypotheses"]
-    for rows, expected in ((concepts, golden["concepts"]), (hypotheses, golden["hypotheses"])):
+    # What is kept, and so the order, asks for evidence since: cells are compared by name, all but their rank.
+    by_name = {(row["context"], row["concept"]): row for row in hypotheses}
+    before = {name: values for name, values in golden["hypotheses"].items() if name not in ("kept", "rank")}
+    same = [by_name[cell] for cell in zip(before["context"], before["concept"], strict=True)]
+    for rows, expected in ((concepts, golden["concepts"]), (same, before)):
         for name, values in expected.items():
             for row, value in zip(rows, values, strict=False):
                 known = pytest.approx(value, rel=1e-9, abs=1e-12) if isinstance(value, float) else value
                 assert row[name] == known, name
-    assert findings.info["settings_used"] == golden["settings_used"]
+    kept = [row for row in hypotheses if row["kept"]]
+    loosely = [row for row in hypotheses if row["delta_a"] * row["delta_b"] > 0 and row["n_in"] >= 25]
+    assert golden["settings_used"]["n_kept"] <= len(loosely)
+    assert 0 < len(kept) < golden["settings_used"]["n_kept"]
+    used, counted = dict(findings.info["settings_used"]), {"n_kept": len(kept), "n_kept_prompt": 0}
+    assert {name: used.pop(name) for name in counted} == counted
+    assert used == {name: value for name, value in golden["settings_used"].items() if name not in counted}

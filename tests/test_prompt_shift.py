@@ -74,9 +74,7 @@ def dense(audit: Audit, pairs, rollouts) -> dict[str, tuple[np.ndarray, np.ndarr
 def test_figures_match_plain_arithmetic(audit, worlds, found):
     expected = dense(audit, *worlds)
     table = [row for row in audit.hypotheses.to_pylist() if row["view"] == "prompt"]
-    tested = {
-        (int(row["context"][1:]) - 1, int(row["concept"][1:]) - 1): row["kept"] and row["q"] <= 0.999 for row in table
-    }
+    tested = {(int(row["context"][1:]) - 1, int(row["concept"][1:]) - 1): row["differs"] for row in table}
     assert found["reason"] is None
     assert found["n_contexts"] == found["n_contexts_seen"] == len(expected["inside"][0])
     for name, cells in (("tested", list(tested)), ("reported", [cell for cell, told in tested.items() if told])):

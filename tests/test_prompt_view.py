@@ -139,7 +139,10 @@ def test_hypotheses_equal_an_explicit_reference(case):
         # Counted on the length of the shorter response, half of the difference or more has to be left.
         left = counted[inside, m].mean() - counted[~inside, m].mean()
         agrees = halves[0] * halves[1] > 0 and min(map(abs, halves)) > 1e-6
-        assert row["kept"] == (agrees and left * np.sign(delta) >= 0.5 * abs(delta) and len(a) >= 5)
+        same_length = left * np.sign(delta) >= 0.5 * abs(delta)
+        # Kept asks for evidence too, since it means what a reader would keep.
+        assert row["differs"] == (agrees and same_length and len(a) >= 5 and row["q"] <= 0.05)
+        assert row["kept"] == (row["differs"] and row["folded_under"] is None)
         design = np.column_stack([np.ones(len(u)), inside, ratio])
         adjusted = np.linalg.lstsq(design, u[:, m], rcond=None)[0][1]
         np.testing.assert_allclose(row["delta_length_adjusted"], adjusted, **TOLERANCE)

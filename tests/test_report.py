@@ -8,6 +8,7 @@ import re
 from html.parser import HTMLParser
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
 from audit_world import make_audit, make_world, raw_dataset
@@ -15,7 +16,7 @@ from scipy.stats import ttest_1samp
 
 from trl_anatomy.audit.concept_words import shown_in
 from trl_anatomy.audit.config import AuditConfig, recorded
-from trl_anatomy.audit.folder import load_audit
+from trl_anatomy.audit.folder import Audit, load_audit
 from trl_anatomy.audit.labels import distinctive_terms, group_terms
 from trl_anatomy.audit.report import explore, render, write_report
 from trl_anatomy.audit.report import page as page_module
@@ -223,7 +224,7 @@ def test_prompt_hypotheses_are_listed_with_their_words(audit, page):
     assert kept
     for h in kept[:5]:
         words = " · ".join(audit.info["contexts"][h["context"]]["terms"][:4])
-        assert f"When the prompt is about {h['context']} {words}" in text
+        assert f"In prompts like {h['context']} {words}" in text  # words may say what it asks for
         label = audit.responses.to_pylist()[int(h["concept"][1:]) - 1]["label"]
         side = "towards" if h["lean"] == "chosen" else "away from"
         assert f"the pairs lean {side} {h['concept']} {label or 'no distinctive words'}" in text
@@ -439,13 +440,23 @@ def test_numbers_are_readable():
     assert clean("tab\tand\nline \x7f\ud800") == "tab\tand\nline [U+007F][U+D800]"
 
 
-def test_hypotheses_come_with_evidence_first_then_kept_by_rank_then_by_size(audit, monkeypatch):
-    """A rank is by size of the effect, so the first kept ones may be of a few pairs, and no evidence at all."""
-    tested, alpha = audit.hypotheses.to_pylist(), audit.info["settings"]["alpha"]
-    assert {(h["kept"], h["q"] <= alpha) for h in tested} >= {(True, True), (True, False), (False, False)}
+def test_hypotheses_come_kept_ones_first_then_what_differs_then_by_size(audit, monkeypatch):
+    """What is kept has evidence since `kept` means what a reader would keep; folded ones come after it."""
+    table = audit.hypotheses
+    place = next(i for i, h in enumerate(table.to_pylist()) if h["rank"] == 1)
+    for name, value in (("kept", False), ("rank", None), ("folded_under", "B1~T1")):  # as if it were a near-copy
+        values = table[name].to_pylist()
+        values[place] = value
+        at = table.column_names.index(name)
+        table = table.set_column(at, table.schema.field(at), pa.array(values, table.schema.field(at).type))
+    concepts = pa.concat_tables([audit.concepts, audit.responses])
+    audit = Audit(audit.path, audit.info, table, concepts, audit.pairs)
+    tested = audit.hypotheses.to_pylist()
+    assert {(h["kept"], h["differs"]) for h in tested} == {(True, True), (False, True), (False, False)}
+    assert all(h["q"] <= audit.info["settings"]["alpha"] for h in tested if h["differs"])
 
     def place(h):
-        return not (h["kept"] and h["q"] <= alpha), not h["kept"], h["rank"] or 0, -abs(h["delta"])
+        return not h["kept"], not h["differs"], h["rank"] or 0, -abs(h["delta"])
 
     order = sorted(tested, key=place)
     monkeypatch.setattr(explore, "N_HYPOTHESES", len(order) - 3)

@@ -83,7 +83,7 @@ def undisturbed(root: Path) -> dict[str, str]:
     assert ended(in_a_process(lambda: run.run_audit(config_for(root, "straight"), progress=False) and None)) == 0
     found = digests(root / "straight" / "audit")
     tables = ("audit.json", *(f"{name}.parquet" for name in ("concepts", "habits", "hypotheses", "pairs", "problems")))
-    tables += ("findings.parquet", "levels.parquet", "samples.parquet", "sae_fit.json")
+    tables += ("findings.parquet", "habit_hypotheses.parquet", "levels.parquet", "samples.parquet", "sae_fit.json")
     shards = [f"harvest/{kind}-{i:05d}.safetensors" for kind in ("codes", "shard") for i in range(5)]
     assert sorted(found) == sorted([*tables, "labels.json", "report.html", "harvest/manifest.json", *shards])
     return found

@@ -23,7 +23,8 @@ from trl_anatomy.reading.spans import read_pairs
 from trl_anatomy.trainers.callback import AuditCallback
 
 # Problems are looked for, and findings listed, in the same pass.
-FILES = ["audit.json", "findings.parquet", "habits.parquet", "problems.parquet", "report.html"]
+TABLES = ["findings.parquet", "habit_hypotheses.parquet", "habits.parquet", "problems.parquet"]
+FILES = ["audit.json", *TABLES, "report.html"]
 WORDS = ["air", "cat", "sky", "river", "story", "cheese"]
 
 

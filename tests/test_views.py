@@ -72,7 +72,11 @@ def test_hypotheses_equal_scipy(view):
         np.testing.assert_allclose([row["delta_a"], row["delta_b"]], halves, rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose([row["mean_in"], row["mean_out"]], [inside.mean(), outside.mean()], atol=1e-12)
         assert (row["n_in"], row["n_out"]) == (len(inside), len(outside))
-        assert row["kept"] == (halves[0] * halves[1] > 0 and min(map(abs, halves)) > 1e-6 and len(inside) >= 25)
+        # Kept asks for evidence since it means what a reader would keep; two cells were kept by their halves alone.
+        agrees = halves[0] * halves[1] > 0 and min(map(abs, halves)) > 1e-6 and len(inside) >= 25
+        assert row["differs"] == (agrees and row["q"] <= 0.05)
+        assert row["kept"] == (row["differs"] and row["folded_under"] is None)
+        assert row["adjusted"] is None  # no habits were counted
         assert row["lean"] == ("chosen" if row["delta"] > 0 else "rejected")
     p = np.array([row["p"] for row in table])
     np.testing.assert_allclose([row["q"] for row in table], reference.false_discovery_control(p))

@@ -194,6 +194,7 @@ def _print_habits(audit: TextAudit) -> None:
     rows = audit.habits.to_pylist()
     print("\n".join(what_pairs_say(audit)))
     _print_findings(audit)
+    _print_by_prompt(audit)
     found = sorted((row for row in rows if row["verdict"] in (MORE, LESS)), key=lambda row: row["q"])
     if audit.findings is not None and audit.findings.num_rows:
         found = []  # they are listed already, the others on the page
@@ -274,8 +275,8 @@ def _print_regions(audit: Audit) -> None:
 
     _print_size(audit)
     labels = {row["concept"]: row["label"] for row in audit.labelled(audit.concepts).to_pylist()}
-    alpha, regions = audit.info["settings"]["alpha"], audit.info["contexts"]
-    found = [row for row in audit.hypotheses.filter(audit.hypotheses["kept"]).to_pylist() if row["q"] <= alpha]
+    regions = audit.info["contexts"]
+    found = audit.hypotheses.filter(audit.hypotheses["kept"]).to_pylist()
     print("These rows have no pairs: no shift is predicted, only what sets one region of the corpus apart.")
     if not found:
         print(f"No evidence that responses in any region ({len(regions)}) differ from the rest.")
@@ -324,6 +325,7 @@ def _print_audit(audit: Audit) -> None:
         print(lean_sentence(found))
     _print_problems(audit)
     _print_findings(audit)
+    _print_by_prompt(audit)
     if not found and audit.info.get("too_few_prompts"):
         print(f"No claim about any of {len(rows)} concepts.")
     elif not found:
@@ -350,6 +352,14 @@ def _print_audit(audit: Audit) -> None:
     if found:
         print(HELD)
     print(f"Report: {shown(audit.path / 'report.html')}")
+
+
+def _print_by_prompt(audit: Audit, most: int = 3) -> None:
+    """The surest habits whose difference depends on what is asked."""
+    from .audit.by_prompt_text import by_prompt_texts
+
+    for text in by_prompt_texts(audit.habit_hypotheses, most):
+        print(text.sentence)
 
 
 def _print_findings(audit: Audit) -> None:

@@ -348,7 +348,6 @@ def reported(result: DemoResult) -> list[dict]:
     correlation of their differences over pairs, centred for the same reason.
     """
     audit, data = result.audit, result.world.dataset.select(result.audit.harvest.rows.tolist())
-    alpha = audit.info["settings"]["alpha"]
     concepts = audit.concepts.to_pylist()
     sides = activities(audit.harvest, audit.communities, audit.tau)
     fires = np.concatenate([side - side.mean(axis=0) for side in sides])
@@ -380,7 +379,7 @@ def reported(result: DemoResult) -> list[dict]:
         if habit.topic:
             change = shown[0] - shown[1]
             cluster = int(correlations(change - change.mean(), deltas).argmax())
-            row["hypotheses"] = topical(audit, f"R{cluster + 1}", topics == habit.topic, alpha)
+            row["hypotheses"] = topical(audit, f"R{cluster + 1}", topics == habit.topic)
         found.append(row)
     return found
 
@@ -453,7 +452,7 @@ def pooled(seeds: dict[str, dict]) -> dict[str, dict]:
     }
 
 
-def topical(audit: Audit, cluster: str, inside: np.ndarray, alpha: float) -> dict:
+def topical(audit: Audit, cluster: str, inside: np.ndarray) -> dict:
     """Where the prompt-conditioned view ranks `A ⇝ cluster` for prompts of a topic, and whether it finds it elsewhere.
 
     Args:
@@ -465,10 +464,16 @@ def topical(audit: Audit, cluster: str, inside: np.ndarray, alpha: float) -> dic
         for name in audit.info["contexts"]
         if name.startswith("A") and audit.info["contexts"][name]["pairs"]
     }
-    kept = [row for row in audit.hypotheses.to_pylist() if row["view"] == "prompt" and row["kept"]]
-    found = [row for row in kept if row["q"] <= alpha and row["concept"] == cluster and row["lean"] == "chosen"]
+    # What differs counts, also where a named habit says why: the planted habits are in the library of habits.
+    rising = [
+        row
+        for row in audit.hypotheses.to_pylist()
+        if row["view"] == "prompt" and row["differs"] and row["lean"] == "chosen"
+    ]
+    rising.sort(key=lambda row: -row["delta_min"])
+    found = [row for row in rising if row["concept"] == cluster]
     there = [row for row in found if share[row["context"]] >= 0.5]
-    best = min(there, key=lambda row: row["rank"], default=None)
+    best = there[0] if there else None
     return {
         "cluster": cluster,
         "contexts of the topic": sum(value >= 0.5 for value in share.values()),
@@ -476,8 +481,8 @@ def topical(audit: Audit, cluster: str, inside: np.ndarray, alpha: float) -> dic
         "found elsewhere": len(found) - len(there),
         "context": best and best["context"],
         "share of its pairs in the topic": best and share[best["context"]],
-        "rank": best and best["rank"],
-        "of": sum(row["lean"] == "chosen" and row["q"] <= alpha for row in kept),
+        "rank": best and 1 + rising.index(best),
+        "of": len(rising),
         "z": best and best["z"],
         "q": best and best["q"],
     }

@@ -17,6 +17,7 @@ from . import stats
 from .bradley_terry import MOST_PAIRS, drawn_rows, fold_of, interval, light_margins, right, score_test
 from .counted import Counted, is_share
 from .findings import MIN_PROMPTS, one_blas_thread
+from .folding import SAME
 from .predict import CO_FIRING
 
 HABIT, CONCEPT = "habit", "concept"
@@ -31,8 +32,6 @@ RULE = (
 # that another half of the same data finds it again.
 DIFFERS, LINE = 0.05, 0.005
 MOST_LINES = 10
-# Correlation over both directions of all pairs from which on two findings say the same.
-SAME = 0.5
 # The least score of the label of a concept that is listed.
 GOOD_LABEL = 0.75
 # Concepts that may come into the list: those that differ most.

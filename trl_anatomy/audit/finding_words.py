@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..reading.habits import LENGTHS
 from .choice_words import choice_sentences
-from .finding_list import CONCEPT, LISTED, SAME
+from .finding_list import CONCEPT, LISTED
+from .folding import SAME
 from .habit_words import LEAST, N_NAMED, SHARE, against, habit_sentences, listed, longer, told
 
 if TYPE_CHECKING:

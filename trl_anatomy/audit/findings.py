@@ -31,6 +31,7 @@ _STEPS = {
     "predict": "Estimating shifts",
     "problems": "Looking for problems of the data",
     "findings": "Listing findings",
+    "by_prompt": "Testing habits by what is asked",
 }
 
 # With fewer prompts, errors between prompts can not be estimated, and nothing is claimed.

@@ -24,6 +24,7 @@ from .config import AuditConfig
 from .finding_list import FINDINGS
 from .finding_list import SHAPE as FINDINGS_SHAPE
 from .habit_table import HABIT_ROWS
+from .habits_by_prompt import HABIT_HYPOTHESES
 from .judge_sae import FIT_SHAPE
 from .levels import LEVELS, Levels, fits
 from .predict import CO_FIRING, CONCEPTS, LATER, RESPONSE_GEOMETRY
@@ -34,6 +35,7 @@ from .shown import CONTEXT_RATES
 from .titles import Label, read_labels
 from .trace import VIEWS, hypotheses_of, to_columns, trace
 from .views import HYPOTHESES, ROWS, Activity, Disparity, activity, row_norms
+from .views import LATER as LATER_OF_HYPOTHESES
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,12 +62,13 @@ PAIRS = pa.schema(
     ]
 )
 # Columns that tables of earlier versions do not have: they are read as null.
-LATER_COLUMNS = frozenset({*LATER, *CONTEXT_RATES})
+LATER_COLUMNS = frozenset({*LATER, *CONTEXT_RATES, *LATER_OF_HYPOTHESES})
 TABLES = {"hypotheses": HYPOTHESES, "concepts": CONCEPTS, "pairs": PAIRS}
 SAMPLE_FILE = "samples.parquet"
 HABIT_FILE = "habits.parquet"
 PROBLEM_FILE = "problems.parquet"
 FINDING_FILE = "findings.parquet"
+BY_PROMPT_FILE = "habit_hypotheses.parquet"
 LEVEL_FILE = "levels.parquet"
 # What makes an audit look for problems that not every audit looks for.
 _TO_LOOK = {
@@ -201,6 +204,15 @@ class Audit:
             AnatomyError: the file is damaged.
         """
         return self._optional_table(FINDING_FILE, FINDINGS)
+
+    @cached_property
+    def habit_hypotheses(self) -> pa.Table | None:
+        """Named habits by what is asked: schema `habits_by_prompt.HABIT_HYPOTHESES`. None where there is none.
+
+        Raises:
+            AnatomyError: the file is damaged.
+        """
+        return self._optional_table(BY_PROMPT_FILE, HABIT_HYPOTHESES)
 
     def _optional_table(self, name: str, schema: pa.Schema) -> pa.Table | None:
         """A table that folders of earlier versions do not have; None without it."""
@@ -483,6 +495,7 @@ def write_audit(
     problems: pa.Table | None = None,
     findings: pa.Table | None = None,
     levels: Levels | None = None,
+    habit_hypotheses: pa.Table | None = None,
 ) -> Audit:
     """Write the tables and `audit.json` of an audit.
 
@@ -500,6 +513,7 @@ def write_audit(
     storage.remove(path / INFO)
     files = {f"{name}.parquet": table for name, table in tables.items()}
     optional = {SAMPLE_FILE: samples, HABIT_FILE: habits, PROBLEM_FILE: problems, FINDING_FILE: findings}
+    optional[BY_PROMPT_FILE] = habit_hypotheses
     optional[LEVEL_FILE] = None if levels is None else levels.table(info["settings"]["tau"])
     for name, more in optional.items():
         storage.remove(path / name)
@@ -547,9 +561,21 @@ def load_audit(path: str | Path) -> Audit:
         counts = info["counts"]
         wanted = counts[name] + (counts["responses"] if name == "concepts" else 0)
         tables[name] = read_table(file, schema, info.get("files", {}), wanted)
+    tables["hypotheses"] = _as_kept_now(tables["hypotheses"], info["settings"]["alpha"])
     audit = Audit(path, info, **tables)
     _check_names(audit)
     return audit
+
+
+def _as_kept_now(hypotheses: pa.Table, alpha: float) -> pa.Table:
+    """Hypotheses with `differs`; of an earlier version, whose `kept` asked for no q-value, with that asked for too."""
+    if hypotheses["differs"].null_count == 0:
+        return hypotheses
+    stands = pc.and_(hypotheses["kept"], pc.fill_null(pc.less_equal(hypotheses["q"], alpha), False))
+    for name in ("kept", "differs"):
+        at = hypotheses.column_names.index(name)
+        hypotheses = hypotheses.set_column(at, hypotheses.schema.field(at), stands)
+    return hypotheses
 
 
 def read_table(file: Path, schema: pa.Schema, hashes: Mapping[str, str], n_rows: int | None = None) -> pa.Table:
@@ -589,7 +615,7 @@ def read_table(file: Path, schema: pa.Schema, hashes: Mapping[str, str], n_rows:
             "resumes from the harvest."
         )
     # Numbers that there are not are null: a p-value without permutations, the rank of what was not kept.
-    may = {*LATER_COLUMNS, "rank"}
+    may = {*LATER_COLUMNS, "rank", "folded_under"}
     columns = [column.name for column in schema if not (pa.types.is_floating(column.type) or column.name in may)]
     empty = [name for name in columns if _has_null(table[name].combine_chunks())]
     if empty:

@@ -10,8 +10,8 @@ from ..reading.habits import LENGTHS
 from .bradley_terry import FOLDS, MOST_PAIRS, MOST_VALUES, STRENGTHS, drawn_rows, fit_path, fold_of, log_sigmoid
 from .choice import ALL, CONCEPTS, LENGTH, TOLD
 from .counted import Counted
-from .finding_list import SAME
 from .findings import one_blas_thread
+from .folding import SAME
 from .habit_words import SHARE, percent
 
 # Between these a label begins to be improbable: where the model is sure of most pairs, one in ten is; where it is not,

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from urllib.parse import quote
 
 import numpy as np
@@ -127,15 +128,21 @@ def own_words(terms: Mapping[str, Sequence[str]], n: int = 5) -> dict[str, list[
 
     Args:
         terms: context -> its terms, the strongest first.
-        n: words of each at most; the first three tell it from the others, where its words can.
+        n: words of each at most; the first three tell it from the others. Where no three of its words do, a number
+            stands in place of the third.
 
     >>> own_words({"A1": ["soup", "salt", "pan", "oil"], "A2": ["soup", "salt", "pan", "egg"], "A3": []}, 3)
     {'A1': ['soup', 'salt', 'pan'], 'A2': ['soup', 'salt', 'egg'], 'A3': []}
+    >>> own_words({"A1": ["tea"], "A2": ["tea"]})
+    {'A1': ['tea'], 'A2': ['tea', '(2)']}
     """
     found: dict[str, list[str]] = {}
     taken: set[frozenset[str]] = set()
     for context, of in terms.items():
         tries = [list(of[:NAMED]), *([*of[: NAMED - 1], other] for other in of[NAMED:])]
+        tries += [list(words) for words in combinations(of, NAMED)]
+        if of:
+            tries += [[*of[: NAMED - 1], f"({k})"] for k in range(2, len(terms) + 1)]
         first = next((words for words in tries if frozenset(words) not in taken), tries[0])
         taken.add(frozenset(first))
         found[context] = [*first, *(word for word in of if word not in first)][:n]

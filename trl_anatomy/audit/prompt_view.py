@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -64,7 +64,11 @@ class PromptView:
 
 
 def prompt_view(
-    harvest: "Harvest", config: AuditConfig, groups: np.ndarray | None = None, copies: np.ndarray | None = None
+    harvest: "Harvest",
+    config: AuditConfig,
+    groups: np.ndarray | None = None,
+    copies: np.ndarray | None = None,
+    habits: np.ndarray | None = None,
 ) -> PromptView:
     """Cluster features by geometry, then test every "A ⇝ R": in pairs whose prompt is about A, is R taught?
 
@@ -75,6 +79,7 @@ def prompt_view(
     Args:
         groups: (n,) prompt of each pair, for errors robust to what pairs of one prompt share; default none repeats.
         copies: (n,) the same number for copies of a pair, which count once; default none are.
+        habits: (n, H) gaps of named habits, beyond which a kept hypothesis says something; default none were counted.
     Source: method.md section 5.
     """
     geometry = find_geometry(harvest, config, None if copies is None else first_of(copies))
@@ -82,7 +87,8 @@ def prompt_view(
     n_top = min(config.n_top, int(TOP_SHARE * harvest.n_pairs))
     members = top_pairs(prompt_scores(harvest, geometry.prompts, config), n_top, config.seed)
     pool = np.ones(harvest.n_pairs, dtype=bool)
-    table = hypothesis_table(scores, members, pool, config, names=("prompt", "A", "R"), groups=groups, copies=copies)
+    how: dict[str, Any] = {"groups": groups, "copies": copies, "habits": habits}
+    table = hypothesis_table(scores, members, pool, config, names=("prompt", "A", "R"), **how)
     notes = geometry.notes
     if n_top < config.n_top and geometry.prompts:
         notes = (*notes, f"A prompt context holds {n_top} pairs at most, a quarter of them (setting {config.n_top}).")

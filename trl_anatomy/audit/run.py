@@ -30,12 +30,14 @@ from .finding_list import Line, Shown, habit_lines, list_findings
 from .findings import Findings, few_prompts, one_blas_thread, shared_prompts, timed
 from .folder import Audit, load_audit, pairs_table, write_audit
 from .habit_table import habit_table, habit_values, habits_to_count, texts_of, tokens_of
+from .habits_by_prompt import Asked, habits_by_prompt, properties, shapes
 from .improbable import improbable_labels
 from .judge_sae import fit_notes, fit_record, judged, pairs_to_judge, refuse_unfit
 from .labels import distinctive_terms, group_terms, member_terms, own_words
 from .maps import map_places
 from .predict import RESPONSE_GEOMETRY, concept_table
 from .problems import count_problems, eval_prompts, find_problems, looked_for, with_improbable
+from .prompt_rules import rules_of_pairs
 from .prompt_view import PromptView, prompt_view
 from .samples import sample_rows, sample_table
 from .ties import can_tell_ties
@@ -413,6 +415,7 @@ def _conclude(
     from .report import write_report
 
     samples, habits, problems, counted, listed, kinds = None, None, None, None, None, []
+    by_prompt = None
     if config.data_kind == "sft":
         findings = analyse_regions(read, config, pairs)
     else:
@@ -425,9 +428,20 @@ def _conclude(
             )
         with timed(timings, "problems"):
             problems = find_problems(raw, pairs=pairs, evaluated=evaluated)
+        with timed(timings, "by_prompt"):
+            asked = Asked.of(rules_of_pairs(pairs))
+            by_prompt = habits_by_prompt(
+                counted,
+                asked,
+                alpha=config.alpha,
+                least=config.min_context,
+                copies=pairs.copies.group,
+            )
         with timed(timings, "habit_lines"):
             lines = habit_lines(counted, config.seed)
-        findings = analyse(read, config, pairs.texts, pairs.prompt_groups, pairs.copies, pairs.cut, counted, lines)
+        findings = analyse(
+            read, config, pairs.texts, pairs.prompt_groups, pairs.copies, pairs.cut, counted, lines, asked
+        )
         problems = with_improbable(problems, findings.improbable, pairs.rows, raw)
         kinds = looked_for(True, evaluated is not None, can_tell_ties(raw), findings.improbable is not None)
         with timed(timings, "samples"):
@@ -527,6 +541,7 @@ def _conclude(
         problems,
         listed,
         findings.levels,
+        by_prompt,
     )
     label_audit(audit, pairs.texts)
     write_report(audit, pairs)
@@ -542,6 +557,7 @@ def analyse(
     cut: Mapping[str, np.ndarray] | None = None,
     counted: Counted | None = None,
     lines: Sequence[Line] | None = None,
+    asked: Asked | None = None,
 ) -> Findings:
     """Communities, contexts, tests and predicted shifts of a harvest. Needs no model.
 
@@ -550,22 +566,25 @@ def analyse(
         prompt_groups: (n_pairs,) int64, the same number for pairs of one prompt; default every pair its own.
         copies: which pairs are copies of others; they share a prompt group. Default: none.
         cut: "chosen" and "rejected" -> (n_pairs,) bool, responses that truncation cut short; default none.
-        counted: named habits of both sides, to tell what the choice is made of; without them that is not told.
+        counted: named habits of both sides, to tell what the choice is made of and what hypotheses say beyond them;
+            without them neither is told.
         lines: `habit_lines(counted, config.seed)`, where they are known already.
+        asked: what prompts ask for, to call contexts by.
     """
     timings: dict[str, float] = {}
     groups, note = shared_prompts(prompt_groups)
     repeat = copies.group if copies is not None and copies.n_distinct < read.n_pairs else None
+    gaps = None if counted is None else counted.gaps()
     with timed(timings, "communities"):
         found = find_communities(read, config, None if repeat is None else first_of(repeat), groups)
         communities, sizes = found.features, found.sizes
     with timed(timings, "view"):
-        how: dict[str, Any] = {"min_concept": sizes.min_concept, "groups": groups, "copies": repeat}
+        how: dict[str, Any] = {"min_concept": sizes.min_concept, "groups": groups, "copies": repeat, "habits": gaps}
         view = feature_view(read, communities, config, tau=found.tau(config), **how)
     with timed(timings, "prompt_view"):
-        prompts = prompt_view(read, config, groups, repeat)
+        prompts = prompt_view(read, config, groups, repeat, gaps)
     with timed(timings, "labels"):
-        terms, response_terms, contexts = _describe(texts, view, prompts, config.seed)
+        terms, response_terms, contexts = _describe(texts, view, prompts, config.seed, counted, asked)
     with timed(timings, "predict"):
         responses = prompts.geometry.responses
         evidence: dict[str, Any] = {"groups": groups, "copies": repeat, "cut": cut}
@@ -632,7 +651,12 @@ def length_of_sides(chosen: np.ndarray, rejected: np.ndarray, groups: np.ndarray
 
 
 def _describe(
-    texts: Callable[[int], tuple[str, str, str]], view: FeatureView, prompts: PromptView, seed: int
+    texts: Callable[[int], tuple[str, str, str]],
+    view: FeatureView,
+    prompts: PromptView,
+    seed: int,
+    counted: Counted | None = None,
+    asked: Asked | None = None,
 ) -> tuple[list[list[str]], list[list[str]], dict[str, dict[str, Any]]]:
     """Distinctive terms of every concept and response cluster; size, prompt terms and features of every context."""
     n = len(view.contexts)
@@ -650,6 +674,11 @@ def _describe(
     for k, features in enumerate(prompts.geometry.prompts):
         pairs = int(prompts.members.indptr[k + 1] - prompts.members.indptr[k])
         contexts[f"A{k + 1}"] = {"pairs": pairs, "terms": terms[k], "features": features.tolist()}
+    # Data contexts are pairs that show alike concepts, so what responses have may name them too.
+    named = shapes(stats.one_hot(view.contexts, len(size)), *properties(counted, asked))
+    named += shapes(prompts.members, *properties(None, asked))
+    for entry, shape in zip(contexts.values(), named, strict=True):
+        entry["terms"] = [*([shape] if shape else []), *entry["terms"]]
     for name, words in own_words({name: entry["terms"] for name, entry in contexts.items()}).items():
         contexts[name]["terms"] = words
     return (

@@ -654,6 +654,37 @@ def adjusted_difference(
     return np.where(varies | (np.abs(gap_x) <= ROUNDING) | np.isnan(delta), result, np.nan)
 
 
+def partial_effect(
+    values: np.ndarray, inside: np.ndarray, others: np.ndarray, groups: np.ndarray
+) -> tuple[float, float]:
+    """What a column adds to a least-squares fit on others, and its two-sided p.
+
+    The coefficient of `inside` in the fit of `values` on (1, inside, others), with cluster-robust errors (sandwich over
+    groups, "CR1") and t with as many degrees of freedom as there are groups more than columns.
+
+    Args:
+        values, inside: (n,); others: (n, n_others).
+        groups: (n,) group of each row, any integers.
+    Returns:
+        coefficient, p; (nan, 1.0) where the others leave nothing of `inside`, or there are too few groups.
+    """
+    design = np.column_stack([np.ones(len(values)), others])
+    own = inside - design @ np.linalg.lstsq(design, inside, rcond=None)[0]
+    square = float(own @ own)
+    within = _within(groups, len(values))
+    n, n_groups, n_fitted = len(values), within.shape[0], np.linalg.matrix_rank(design) + 1
+    if square <= 1e-9 * max(1.0, float(inside @ inside)) or n_groups <= n_fitted:
+        return float("nan"), 1.0
+    left = values - design @ np.linalg.lstsq(design, values, rcond=None)[0]
+    coefficient = float(own @ left) / square
+    scores = within @ (own * (left - coefficient * own))
+    correction = n_groups / (n_groups - 1) * (n - 1) / (n - n_fitted)
+    error = np.sqrt(correction * float(scores @ scores)) / square
+    if not error > ROUNDING:
+        return coefficient, 0.0 if abs(coefficient) > ROUNDING else 1.0
+    return coefficient, float(2 * distributions.t.sf(abs(coefficient) / error, n_groups - n_fitted))
+
+
 def row_halves(rows: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
     """(n,) 0 or 1: the half of each row, by parity of its number; groups go whole, in turn by first appearance.
 

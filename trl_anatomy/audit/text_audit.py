@@ -26,8 +26,10 @@ from .habit_table import (
     texts_of,
     tokens_of,
 )
+from .habits_by_prompt import Asked, habits_by_prompt
 from .improbable import improbable_labels
 from .problems import count_problems, eval_prompts, find_problems, looked_for, with_improbable
+from .prompt_rules import n_turns, rules_of, rules_of_pairs
 from .run import load_dataset, tokenizer_of, versions
 from .text_folder import TextAudit, write_text_audit
 from .ties import can_tell_ties
@@ -95,6 +97,10 @@ def run_text_audit(
         doubtful = improbable_labels(both, choice, seed=config.seed)
     with timed(timings, "findings"):
         listed, of_list = list_findings(both, rows, lines=lines, seed=config.seed)
+    with timed(timings, "by_prompt"):
+        asked = Asked.of(raw_rules(raw, rows) if pairs is None else rules_of_pairs(pairs))
+        copies = None if pairs is None else pairs.copies.group
+        by_prompt = habits_by_prompt(both, asked, alpha=config.alpha, least=config.min_context, copies=copies)
     with timed(timings, "problems"):
         problems = find_problems(raw, pairs=pairs, evaluated=evaluated)
         problems = with_improbable(problems, doubtful, rows, raw)
@@ -124,7 +130,7 @@ def run_text_audit(
         "problems": count_problems(problems, kinds),
         "timings": timings,
     }
-    audit = write_text_audit(config.out, info, table, problems, listed)
+    audit = write_text_audit(config.out, info, table, problems, listed, by_prompt)
     write_report(audit)
     return audit
 
@@ -157,6 +163,15 @@ def raw_texts(raw: "Dataset") -> tuple[Sequence[Texts], np.ndarray, dict[str, in
                 yield texts(dict(zip(batch, values, strict=True)))
 
     return LazyTexts(len(rows), lambda i: texts(kept[i]), each), rows, left_out
+
+
+def raw_rules(raw: "Dataset", rows: np.ndarray) -> list[list[str]]:
+    """`prompt_rules.rules_of` the prompt of each row, as the dataset has it."""
+    from ..reading.spans import PAIR_COLUMNS, flatten_text, split_row
+
+    kept = raw.select_columns([column for column in PAIR_COLUMNS if column in raw.column_names])
+    prompts = (split_row(row)["prompt"] for row in (kept if len(rows) == len(raw) else kept.select(rows)))
+    return [rules_of(flatten_text(prompt), n_turns(prompt)) for prompt in prompts]
 
 
 def text_fingerprint(texts: Iterable[Texts], rows: np.ndarray) -> str:

@@ -11,6 +11,7 @@ from ..errors import AnatomyError
 from ..reading import storage
 from ..reading.files import make_folder, remove_partial, write_atomically
 from .folder import (
+    BY_PROMPT_FILE,
     FINDING_FILE,
     FORMAT,
     HABIT_FILE,
@@ -118,8 +119,9 @@ def write_text_audit(
     habits: pa.Table,
     problems: pa.Table | None = None,
     findings: pa.Table | None = None,
+    habit_hypotheses: pa.Table | None = None,
 ) -> TextAudit:
-    """Write `habits.parquet`, `problems.parquet`, `findings.parquet` and `audit.json`, which comes last.
+    """Write the tables on habits and problems, and `audit.json`, which comes last.
 
     Tables of an earlier audit in the folder go away.
     """
@@ -130,7 +132,8 @@ def write_text_audit(
     for name in (*(f"{table}.parquet" for table in TABLES), SAMPLE_FILE):
         storage.remove(path / name)
     files = {}
-    for name, table in ((HABIT_FILE, habits), (PROBLEM_FILE, problems), (FINDING_FILE, findings)):
+    tables = {HABIT_FILE: habits, PROBLEM_FILE: problems, FINDING_FILE: findings, BY_PROMPT_FILE: habit_hypotheses}
+    for name, table in tables.items():
         storage.remove(path / name)
         if table is not None:
             content, files[name] = table_bytes(table)

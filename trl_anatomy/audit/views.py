@@ -10,9 +10,11 @@ from scipy import sparse
 
 from ..reading.files import scratch_array
 from . import stats
+from .beyond import beyond
 from .clusters import spherical_kmeans
 from .config import AuditConfig
 from .findings import few_prompts
+from .folding import context_correlations, fold, side_correlations
 from .levels import Levels, firing, firing_by_count, shard_firing
 from .shown import CONTEXT_RATES, context_rates, shown_where, split_points
 
@@ -21,8 +23,11 @@ if TYPE_CHECKING:
 
 # Stored entries, and rows of scores, that are worked on at a time: they should stay in the cache.
 ENTRIES, ROWS = 1 << 18, 4096
-# Share of a difference that must be left when firing tokens are counted on equal lengths.
+# Share of a difference that must be left when firing tokens are counted on equal lengths, and beyond named habits.
 LEAST_LEFT = 0.5
+# Columns of hypotheses that audits of earlier versions do not have.
+ADJUSTED = ("adjusted", "adjusted_low", "adjusted_high", "p_adjusted", "q_adjusted")
+LATER = ("differs", *ADJUSTED, "folded_under")
 
 HYPOTHESES = pa.schema(
     [
@@ -49,6 +54,9 @@ HYPOTHESES = pa.schema(
         ("lean", pa.string()),
         ("rank", pa.int32()),
         *((name, pa.float64()) for name in CONTEXT_RATES),
+        ("differs", pa.bool_()),
+        *((name, pa.float64()) for name in ADJUSTED),
+        ("folded_under", pa.string()),
     ]
 )
 
@@ -345,6 +353,7 @@ def feature_view(
     groups: np.ndarray | None = None,
     copies: np.ndarray | None = None,
     tau: float | Levels | None = None,
+    habits: np.ndarray | None = None,
 ) -> FeatureView:
     """Group pairs by what is active in them, then test where each concept leans to chosen or to rejected.
 
@@ -356,6 +365,7 @@ def feature_view(
         groups: (n,) prompt of each pair, for errors robust to what pairs of one prompt share; default none repeats.
         copies: (n,) the same number for copies of a pair, which count once; default none are.
         tau: what a feature must exceed to have fired; default the setting.
+        habits: (n, H) gaps of named habits, beyond which a kept hypothesis says something; default none were counted.
     Source: method.md section 4.
     """
     least = config.min_concept if min_concept is None else min_concept
@@ -367,7 +377,7 @@ def feature_view(
     )
     contexts, notes = find_contexts(scores.s, config, copies)
     sizes = np.array([len(c) for c in communities], dtype=np.int64)
-    table = compare_contexts(scores, contexts, sizes, least, config, groups, copies)
+    table = compare_contexts(scores, contexts, sizes, least, config, groups, copies, habits)
     used = {
         "n_contexts": int(contexts.max(initial=0)),
         "min_concept": least,
@@ -386,6 +396,7 @@ def compare_contexts(
     config: AuditConfig,
     groups: np.ndarray | None = None,
     copies: np.ndarray | None = None,
+    habits: np.ndarray | None = None,
 ) -> pa.Table:
     """Every (context, concept) of the feature-conditioned view against the other active pairs: `hypothesis_table`.
 
@@ -393,13 +404,13 @@ def compare_contexts(
         contexts: (n,) 0 silent, 1.. data clusters; sizes: features of each concept.
         min_concept: features a concept needs for a kept hypothesis.
         groups: (n,) prompt of each pair; copies: (n,) the same number for copies of a pair.
+        habits: (n, H) gaps of named habits.
     Source: method.md section 4, steps 3 to 5.
     """
     members = stats.one_hot(contexts - 1, int(contexts.max(initial=0)))
     fit = sizes >= min_concept
-    return hypothesis_table(
-        scores, members, contexts > 0, config, names=("feature", "B", "T"), fit=fit, groups=groups, copies=copies
-    )
+    how: dict[str, Any] = {"fit": fit, "groups": groups, "copies": copies, "habits": habits}
+    return hypothesis_table(scores, members, contexts > 0, config, names=("feature", "B", "T"), **how)
 
 
 def hypothesis_table(
@@ -412,14 +423,20 @@ def hypothesis_table(
     fit: np.ndarray | None = None,
     groups: np.ndarray | None = None,
     copies: np.ndarray | None = None,
+    habits: np.ndarray | None = None,
 ) -> pa.Table:
     """Every (context, concept) of a view against the rest of the pool.
 
     q is over all testable cells of the view, before the keep rules. `lean` is the side that the concept favours inside
     the context compared with outside: a concept that is rewarded everywhere but absent from a context leans to rejected
-    there, with `mean_in` near zero. Kept is what both halves agree on and of which half or more is left by `by_count`:
-    else the lengths of the responses may be all there is. With fewer than 20 prompts nothing is kept. `rank` counts
-    kept hypotheses of that side from 1. `p_permutation` is family-wise, over all cells of the view in contexts of
+    there, with `mean_in` near zero.
+
+    `differs`: q is at most alpha, both halves agree, half of the difference or more is left by `by_count` (else the
+    lengths of the responses may be all there is), and context and concept are large enough. With fewer than 20 prompts
+    nothing differs. `kept` is what a reader should see of that: what is left beyond named habits (`adjusted`, by
+    `beyond.beyond`) is half of the difference or more, with a q-value of at most alpha over all that differ; and it is
+    no near-copy of a larger one, which `folded_under` names (`folding.fold`). `rank` counts kept hypotheses of that
+    side from 1. `p_permutation` is family-wise, over all cells of the view in contexts of
     `min_context` pairs or more; null for the others or if none was asked for. `rate_chosen_in` and its like are shares
     of the responses of a side that show the concept, inside the context and in the rest of the pool; null without
     `Disparity.shown`.
@@ -428,12 +445,14 @@ def hypothesis_table(
         members: (n_contexts, n) of ones and zeros, within the pool; contexts may overlap.
         pool: (n,) bool, pairs that are compared.
         names: the view, and the letters of its contexts and concepts.
-        fit: (n_concepts,) bool, concepts that may be kept; default all.
+        fit: (n_concepts,) bool, concepts that may differ; default all.
         groups: (n,) prompt of each pair: z, p, q and intervals are robust to what pairs of one prompt share; default
             every pair its own, and z is Welch's.
         copies: (n,) the same number for copies of a pair, which count once towards `min_context`; default none are.
+        habits: (n, H) gaps of named habits; without them nothing is adjusted, and all that differs may be kept.
     Returns:
-        Table of schema HYPOTHESES; cells without a test (a context of one pair, no variance anywhere) are left out.
+        Table of schema HYPOTHESES: what is kept by rank, what differs, the rest; `adjusted` is null of what does not
+        differ. Cells without a test (a context of one pair, no variance anywhere) are left out.
     """
     view, context, concept = names
     if members.shape[0] == 0 or scores.u.shape[1] == 0:
@@ -464,26 +483,36 @@ def hypothesis_table(
         swapped[asked] = stats.family_wise_p(plain_z[k, m][asked], best)
     cell["n_in"], cell["n_out"] = welch.n_in[k].astype(np.int64), welch.n_out[k].astype(np.int64)
     n_distinct = welch.n_in[k] if copies is None else _distinct_members(members, copies)[k]
-    kept = split.consistent[k, m] & (n_distinct >= config.min_context)
+    with np.errstate(invalid="ignore"):
+        differs = (cell["q"] <= config.alpha) & split.consistent[k, m] & (n_distinct >= config.min_context)
     if few_prompts(groups, len(pool)):
-        kept[:] = False
-    if scores.by_count is not None and kept.any():
+        differs[:] = False
+    if fit is not None:
+        differs &= fit[m]
+    if scores.by_count is not None and differs.any():
         counted = stats.compare_members(scores.by_count, members, pool, halves)[0].delta[k, m]
         with np.errstate(invalid="ignore"):
-            kept &= counted * np.sign(cell["delta"]) >= LEAST_LEFT * np.abs(cell["delta"])
-    if fit is not None:
-        kept &= fit[m]
+            differs &= counted * np.sign(cell["delta"]) >= LEAST_LEFT * np.abs(cell["delta"])
+    own = _beyond_habits(scores.u, members, pool, habits, groups, k, m, differs, cell, config.alpha)
     key = np.abs(cell[config.rank_by])
-    order = np.lexsort((m, k, -key, ~kept))
+    tried = np.flatnonzero(own)[np.lexsort((m[own], k[own], -key[own]))]
+    under = _near_copies(scores.u, members, pool, k[tried], m[tried], cell["delta"][tried])
+    kept = own.copy()
+    kept[tried[under >= 0]] = False
+    folded = np.full(len(k), -1)
+    folded[tried] = np.where(under >= 0, tried[under], -1)
+    order = np.lexsort((m, k, -key, ~differs, ~kept))
     rank = np.zeros(len(k), dtype=np.int32)
     for side in (cell["delta"] > 0, cell["delta"] <= 0):
         mine = order[(kept & side)[order]]
         rank[mine] = np.arange(1, len(mine) + 1)
     columns: dict[str, Any] = {name: values[order] for name, values in cell.items()}
+    columns |= {name: pa.array(columns[name], from_pandas=True) for name in ADJUSTED}
     columns["view"] = [view] * len(k)
     columns["context"] = [f"{context}{i + 1}" for i in k[order]]
     columns["concept"] = [f"{concept}{i + 1}" for i in m[order]]
-    columns["kept"] = kept[order]
+    columns["kept"], columns["differs"] = kept[order], differs[order]
+    columns["folded_under"] = [f"{context}{k[i] + 1}~{concept}{m[i] + 1}" if i >= 0 else None for i in folded[order]]
     columns["lean"] = np.where(cell["delta"][order] > 0, "chosen", "rejected").tolist()
     columns["p_permutation"] = pa.array(swapped[order], from_pandas=True)
     columns["rank"] = pa.array(rank[order], mask=~kept[order])
@@ -492,3 +521,42 @@ def hypothesis_table(
         rate = np.full(len(k), np.nan) if shown is None else shown[name][k, m][order]
         columns[name] = pa.array(rate, from_pandas=True)
     return pa.table({name: columns[name] for name in HYPOTHESES.names}, schema=HYPOTHESES)
+
+
+def _beyond_habits(
+    u: np.ndarray,
+    members: sparse.csr_array,
+    pool: np.ndarray,
+    habits: np.ndarray | None,
+    groups: np.ndarray | None,
+    k: np.ndarray,
+    m: np.ndarray,
+    differs: np.ndarray,
+    cell: dict[str, np.ndarray],
+    alpha: float,
+) -> np.ndarray:
+    """(n_cells,) bool: what differs and says something beyond named habits; writes the adjusted columns into `cell`."""
+    cell |= {name: np.full(len(k), np.nan) for name in ADJUSTED}
+    if habits is None or not differs.any():
+        return differs.copy()
+    columns, of = np.unique(m[differs], return_inverse=True)
+    found = beyond(u, columns, members, pool, habits, groups)
+    for name, values in zip(ADJUSTED, (found.delta, found.ci_low, found.ci_high, found.p), strict=False):
+        cell[name][differs] = values[k[differs], of]
+    cell["q_adjusted"] = stats.benjamini_hochberg(cell["p_adjusted"])
+    with np.errstate(invalid="ignore"):
+        left = cell["adjusted"] * np.sign(cell["delta"]) >= LEAST_LEFT * np.abs(cell["delta"])
+        return np.asarray(differs & left & (cell["q_adjusted"] <= alpha))
+
+
+def _near_copies(
+    u: np.ndarray, members: sparse.csr_array, pool: np.ndarray, k: np.ndarray, m: np.ndarray, delta: np.ndarray
+) -> np.ndarray:
+    """(N,) place of the hypothesis that each is a near-copy of, -1 for none; the largest come first."""
+    if not len(k):
+        return np.zeros(0, dtype=np.int64)
+    contexts, of_context = np.unique(k, return_inverse=True)
+    concepts, of_concept = np.unique(m, return_inverse=True)
+    alike = context_correlations(sparse.csr_array(members[contexts]), pool)
+    same = side_correlations(u, concepts, pool)
+    return fold(of_context.tolist(), of_concept.tolist(), np.sign(delta).tolist(), alike, same)

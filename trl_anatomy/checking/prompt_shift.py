@@ -28,7 +28,8 @@ def prompt_view_agreement(audit: Audit, read: Harvest, prompt_groups: np.ndarray
     """How well the shifts of R1, R2, ... in prompts of A1, A2, ... were predicted.
 
     A rollout belongs to A when its prompt scores as high as the lowest pair of the audit's S(A). Two quantities, each
-    over all cells that the audit tested and over those that it reports (kept, q at most alpha):
+    over all cells that the audit tested and over those that it reports (they differ from the rest, also where named
+    habits say why or another cell says the same: training moves those too):
 
     - "inside": the mean score of R in prompts of A, which is what training is predicted to do there, and what can be
       seen there. Much of it is what R does everywhere, so `without_context_r2` is what the mean of R over all pairs
@@ -77,7 +78,7 @@ def prompt_view_agreement(audit: Audit, read: Harvest, prompt_groups: np.ndarray
     pair_groups = audit.pairs["prompt_group"].to_numpy()
     expected, found = shifts(u, members), shifts(seen, there)
     nearer = shrunk(u, members)
-    cells = _cells(audit, expected["inside"].shape, config.alpha)
+    cells = _cells(audit, expected["inside"].shape)
     by_rollouts = _reliability(seen, there, prompt_groups, cells, seed)
     by_pairs = _reliability(u, members, pair_groups, cells, seed)
     everywhere = np.broadcast_to(u.mean(axis=0), cells["tested"].shape)
@@ -260,14 +261,14 @@ def _members(audit: Audit, n_contexts: int) -> sparse.csr_array:
     )
 
 
-def _cells(audit: Audit, shape: tuple[int, int], alpha: float) -> dict[str, np.ndarray]:
+def _cells(audit: Audit, shape: tuple[int, int]) -> dict[str, np.ndarray]:
     """(K, M) bool: the cells that the audit tested, and those of them that it reports."""
     found = {name: np.zeros(shape, dtype=bool) for name in ("tested", "reported")}
-    for row in audit.hypotheses.select(["view", "context", "concept", "kept", "q"]).to_pylist():
+    for row in audit.hypotheses.select(["view", "context", "concept", "differs"]).to_pylist():
         if row["view"] == "prompt":
             at = int(row["context"][1:]) - 1, int(row["concept"][1:]) - 1
             found["tested"][at] = True
-            found["reported"][at] = row["kept"] and row["q"] <= alpha
+            found["reported"][at] = row["differs"]
     return found
 
 

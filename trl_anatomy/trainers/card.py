@@ -242,6 +242,7 @@ def put_comparison(card: Path, result: Mapping[str, Any], name: str) -> bool:
 
 
 def _audited(audit: "Audit", plan: "PolicyPlan | None") -> list[str]:
+    from ..audit.by_prompt_text import by_prompt_texts
     from ..audit.concept_words import HELD
 
     data, sae, alpha = audit.info["data"], audit.info["sae"], audit.info["settings"]["alpha"]
@@ -259,6 +260,9 @@ def _audited(audit: "Audit", plan: "PolicyPlan | None") -> list[str]:
     findings = finding_cells(audit)
     if findings.rows:
         parts += ["What sets chosen and rejected responses apart:", findings.markdown()]
+    by_prompt = by_prompt_texts(audit.habit_hypotheses, MAX_ROWS)
+    if by_prompt:
+        parts += ["Where it depends on what is asked:", "\n".join(f"- {text.sentence}" for text in by_prompt)]
     return [
         *parts,
         f"Of {len(concepts)} concepts {verdicts.count('rises')} are shown more in chosen responses and"
@@ -266,7 +270,8 @@ def _audited(audit: "Audit", plan: "PolicyPlan | None") -> list[str]:
         " that show it. Lean: chosen minus rejected, of the share of its SAE features that fire in a response:",
         concept_cells(concepts, plan).markdown(),
         f"Of {audit.hypotheses.num_rows} tested hypotheses (a concept, among the pairs of a context)"
-        f" {len(_standing(audit))} stand at a false discovery rate of {alpha:g}; the first:",
+        f" {len(_standing(audit))} stand at a false discovery rate of {alpha:g}, say something beyond named"
+        " habits and are no near-copies; the first:",
         hypothesis_cells(audit).markdown(),
         HELD,
     ]
@@ -308,8 +313,7 @@ def _compared(result: Mapping[str, Any], name: str) -> str:
 
 
 def _standing(audit: "Audit") -> list[dict[str, Any]]:
-    alpha = audit.info["settings"]["alpha"]
-    return [row for row in audit.hypotheses.filter(audit.hypotheses["kept"]).to_pylist() if row["q"] <= alpha]
+    return audit.hypotheses.filter(audit.hypotheses["kept"]).to_pylist()
 
 
 def _named(name: str) -> str:

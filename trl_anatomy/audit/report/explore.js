@@ -32,7 +32,8 @@
   const amount = (concept, value) => (concept.startsWith("R") ? signed(value, 2) + " sd" : points(value));
   const words = (text) => el("span", { class: "terms", dir: "auto" }, text || "no distinctive words");
   const told = (item) => (item.told ? el("p", { class: "dim", dir: "auto" }, item.told) : "");
-  const significant = (h) => h.kept && h.q !== null && h.q <= data.alpha;
+  const significant = (h) => h.kept;
+  const verdict = (h) => (h.kept ? "differs" : h.folded_under ? `as ${h.folded_under.replace("~", " ")}` : h.differs ? "by named habits" : "no evidence");
   const leans = (verdict) => data.leans[verdict] || verdict;
   const share = (value) => {
     if (value === null) return "n/a";
@@ -115,7 +116,7 @@
       { key: "delta", title: "difference", n: true, value: (h) => h.delta, cell: (h) => [el("b", null, amount(h.concept, h.delta))] },
       { key: "q", title: "q", n: true, value: (h) => h.q, cell: (h) => [chance(h.q)] },
       { key: "n_in", title: "pairs", n: true, value: (h) => h.n_in, cell: (h) => [count(h.n_in)] },
-      { key: "kept", title: "verdict", value: (h) => Number(significant(h)), cell: (h) => [significant(h) ? "differs" : el("span", { class: "dim" }, "no evidence")] },
+      { key: "kept", title: "verdict", value: (h) => 2 * h.kept + h.differs, cell: (h) => [h.kept ? verdict(h) : el("span", { class: "dim" }, verdict(h))] },
     ],
     pairs: [
       { key: "row", title: "Row", n: true, value: (p) => p.row, cell: (p) => [el("b", null, String(p.row))] },
@@ -138,7 +139,7 @@
     }
     if (view === "hypotheses") {
       return hypotheses.filter((h) => fit((name) => h.context === name || h.concept === name,
-        () => `${contexts.get(h.context)?.words} ${concepts.get(h.concept)?.label} ${concepts.get(h.concept)?.words} ${concepts.get(h.concept)?.habits} ${h.lean} ${significant(h) ? "differs" : "no evidence"}`.toLowerCase()));
+        () => `${contexts.get(h.context)?.words} ${concepts.get(h.concept)?.label} ${concepts.get(h.concept)?.words} ${concepts.get(h.concept)?.habits} ${h.lean} ${verdict(h)}`.toLowerCase()));
     }
     const found = pairs().rows.filter((p) => fit((name) => p.names.has(name), () => {
       p.lower ??= `${p.prompt || ""}\n${p.chosen || ""}\n${p.rejected || ""}`.toLowerCase();
@@ -252,12 +253,13 @@
       const h = hypothesis, c = concepts.get(h.concept);
       place.replaceChildren(
         el("h3", { class: "title" }, link(h.context, { sel: h.context }), " → ", link(h.concept, { sel: h.concept })),
-        el("p", null, h.context.startsWith("A") ? "When the prompt is about " : "In pairs like ", words(about(h.context)),
+        el("p", null, h.context.startsWith("A") ? "In prompts like " : "In pairs like ", words(about(h.context)),
           `, the pairs lean ${h.lean === "chosen" ? "towards" : "away from"} `, words(c?.label), " more than elsewhere."),
         where(h, "in") ? el("p", null, `Share of chosen / rejected responses that show it: ${where(h, "in")} here, ${where(h, "out") || "n/a"} elsewhere.`) : "",
         el("p", null, `${h.concept.startsWith("T") ? "Lean in points of its features: " : "Lean: "}${amount(h.concept, h.mean_in)} here, ${amount(h.concept, h.mean_out)} elsewhere; difference ${amount(h.concept, h.delta)} `
           + `(95 % ${amount(h.concept, h.ci_low)} … ${amount(h.concept, h.ci_high)}), q ${chance(h.q)}, ${count(h.n_in)} pairs. `
-          + (significant(h) ? "Alike in both halves of the rows." : `No evidence: ${h.q !== null && h.q > data.alpha ? data.not_significant : "not alike in both halves of the rows"}.`)),
+          + (significant(h) ? "Alike in both halves of the rows." : h.folded_under ? `It says the same as ${h.folded_under.replace("~", " → ")}.`
+            : h.differs ? "It differs, and named habits explain most of it." : `No evidence: ${h.q !== null && h.q > data.alpha ? data.not_significant : "not alike in both halves of the rows"}.`)),
         el("p", null, link("The pairs behind it", { view: "pairs", q: h.concept.startsWith("T") ? `${h.context} ${h.concept}` : h.context, sort: "" }),
           ...(c && c.telling_rows.length ? ["; telling pairs of the concept: ", ...rowLinks(c.telling_rows, h.concept)] : []), "."),
         ...snippetBox("Policy to explain it away there", snippet(h.concept, h.context)));

@@ -32,6 +32,8 @@ HYPOTHESIS = (
     "q",
     "n_in",
     "kept",
+    "differs",
+    "folded_under",
     *CONTEXT_RATES,
 )
 CONCEPT = (
@@ -63,9 +65,8 @@ def explore_data(audit: Audit, snippets: dict[str, str]) -> dict[str, Any]:
     places = audit.info.get("maps", {})
     described = audit.info.get("contexts", {})
     tested = audit.hypotheses
-    kept, rank, delta, q = (tested[name].to_numpy() for name in ("kept", "rank", "delta", "q"))
-    stands = kept & (q <= audit.info["settings"]["alpha"])
-    order = np.lexsort((-np.abs(delta), np.nan_to_num(rank), ~kept, ~stands))[:N_HYPOTHESES]
+    kept, rank, delta, differs = (tested[name].to_numpy() for name in ("kept", "rank", "delta", "differs"))
+    order = np.lexsort((-np.abs(delta), np.nan_to_num(rank), ~differs, ~kept))[:N_HYPOTHESES]
     hypotheses = tested.take(order).select(HYPOTHESIS).to_pylist()
     # The two kinds have different units, so each is in the order of its own shifts.
     concepts = [

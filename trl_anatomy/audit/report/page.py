@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.compute as pc
+
 from ...errors import AnatomyError
 from ...reading.files import write_atomically
 from ...reading.storage import local
@@ -14,6 +16,8 @@ from ..folder import REPORT, Audit
 from ..labels import neuronpedia_url
 from ..predict import BY_LENGTH, FALLS, NO_EVIDENCE, RISES, TOO_FEW
 from ..text_folder import TextAudit
+from ..trace import VIEWS
+from .by_prompt import by_prompt_section
 from .choice import choice_part
 from .drawing import SIDES, WIDTH, place
 from .explore import excerpt, explore_data, marked, pair_data, sample_views
@@ -35,7 +39,7 @@ N_ROWS = 8  # concepts in the first table
 N_CARDS = 30  # concepts with a telling pair, contexts and a snippet
 N_CONTEXTS = 5  # contexts named in a card
 N_LATENTS = 8  # latents of a concept linked to Neuronpedia
-N_HYPOTHESES = 5  # hypotheses listed a side of each view: twenty at most, the table has the rest
+N_HYPOTHESES = 3  # listed a side of each view: with eight habits by prompt twenty at most, the table has the rest
 N_REGIONS = 30  # regions of SFT data that are listed
 N_EACH = 3  # of these at least that rise, and that fall
 SHORT = 420  # characters of a text shown before it is folded
@@ -119,7 +123,8 @@ def _view(audit: Audit, texts: RowTexts | None, samples: dict[int, dict[str, Any
         concept["only_length"] = known and (low <= 0 <= high or concept["length_adjusted"] * concept["predicted"] < 0)
 
     by_name |= {concept["concept"]: concept for concept in audit.labelled(audit.responses).to_pylist()}
-    all_kept = sorted(audit.hypotheses.filter(audit.hypotheses["kept"]).to_pylist(), key=lambda h: h["rank"])
+    tested = audit.hypotheses
+    all_kept = sorted(tested.filter(tested["kept"]).to_pylist(), key=lambda h: h["rank"])
     for hypothesis in all_kept:
         hypothesis["about"] = audit.about(hypothesis["context"])
         hypothesis["label"] = by_name[hypothesis["concept"]]["label"]
@@ -127,13 +132,14 @@ def _view(audit: Audit, texts: RowTexts | None, samples: dict[int, dict[str, Any
             rates = rates_of(hypothesis, where)
             hypothesis[key] = None if rates is None else dict(zip(SIDES, rates, strict=True))
     kept = [h for h in all_kept if h["view"] == "feature"]
-    prompted = [h for h in all_kept if h["view"] == "prompt" and h["q"] <= alpha]
+    prompted = [h for h in all_kept if h["view"] == "prompt"]
+    differ = {view: pc.sum(pc.and_(tested["differs"], pc.equal(tested["view"], view))).as_py() for view in VIEWS}
     shown = {lean: [h for h in prompted if h["lean"] == lean][:N_HYPOTHESES] for lean in ("chosen", "rejected")}
     for hypothesis in [*shown["chosen"], *shown["rejected"]]:
         hypothesis["snippet"] = snippet(audit, hypothesis["concept"], gate=f"{{prompts: {hypothesis['context']}}}")
     neuronpedia_id = info["sae"].get("neuronpedia_id")
     for concept in found:
-        mine = [h for h in kept if h["concept"] == concept["concept"] and h["q"] <= alpha]
+        mine = [h for h in kept if h["concept"] == concept["concept"]]
         side = "chosen" if concept["verdict"] == RISES else "rejected"
         concept["contexts"] = [h for h in mine if h["lean"] == side][:N_CONTEXTS]
         concept["against"] = [h for h in mine if h["lean"] != side][:N_CONTEXTS]
@@ -144,7 +150,7 @@ def _view(audit: Audit, texts: RowTexts | None, samples: dict[int, dict[str, Any
         concept["card"] = concept in found[:N_CARDS]
     first = _first(found)
     sft = info["settings"].get("data_kind") == "sft"
-    apart = [h for h in all_kept if h["view"] == "region" and h["q"] <= alpha]
+    apart = [h for h in all_kept if h["view"] == "region"]
     notes, few_prompts = data_notes(info), bool(info.get("too_few_prompts"))
     cards = found[:N_CARDS]
     habits, sentences = "", [lean_sentence(found)] if found else []
@@ -157,6 +163,7 @@ def _view(audit: Audit, texts: RowTexts | None, samples: dict[int, dict[str, Any
         if sft
         else first_screen(audit, sentences, notes=notes, samples=samples, cards=[c["concept"] for c in cards]),
         "choice": choice_part(info["choice"], listed=audit.findings is not None) if "choice" in info else "",
+        "by_prompt": by_prompt_section(audit),
         "habits": habits,
         "problems": problems_section(audit),
         "sae": sae_section(info),
@@ -187,13 +194,11 @@ def _view(audit: Audit, texts: RowTexts | None, samples: dict[int, dict[str, Any
         "scale": scale,
         "half": HALF,
         "width": WIDTH,
-        "leaning": {
-            lean: [h for h in kept if h["lean"] == lean and h["q"] <= alpha][:N_HYPOTHESES]
-            for lean in ("chosen", "rejected")
-        },
+        "leaning": {lean: [h for h in kept if h["lean"] == lean][:N_HYPOTHESES] for lean in ("chosen", "rejected")},
         "prompted": shown,
         "n_prompted": len(prompted),
-        "n_significant": sum(h["q"] <= alpha for h in kept),
+        "n_significant": len(kept),
+        "n_differ": {view: count or 0 for view, count in differ.items()},
         "settings": {
             **info["settings"],
             **{f"{key} (used)": value for key, value in info.get("settings_used", {}).items()},

@@ -19,14 +19,16 @@ def habit_policy(rows: Sequence[Mapping[str, Any]]) -> str:
     return "" if best is None else explaining_away(best["habit"])
 
 
-def explaining_away(name: str) -> str:
-    """A policy that explains a habit away; empty for one that is not of the library, which a policy does not know."""
+def explaining_away(name: str, gate: str | None = None) -> str:
+    """A policy that explains a habit away; empty for one that is not of the library, which a policy does not know.
+
+    Args:
+        gate: what the rule's `where` says; without it the rule acts everywhere.
+    """
     if name not in HABITS:
         return ""
-    return (
-        f"version: 1\nconcepts:\n  {name}: {{scorer: habit, name: {name}}}\n"
-        f"rules:\n  - {{explain_away: {name}, with: shape_reward, strength: auto}}\n"
-    )
+    rule = f"explain_away: {name}, with: shape_reward, strength: auto" + (f", where: {gate}" if gate else "")
+    return f"version: 1\nconcepts:\n  {name}: {{scorer: habit, name: {name}}}\nrules:\n  - {{{rule}}}\n"
 
 
 def snippet(audit: Audit, concept: str, contexts: list[str] | None = None, gate: str | None = None) -> str:

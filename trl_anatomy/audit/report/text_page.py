@@ -5,6 +5,7 @@ from pathlib import Path
 from ..concept_words import HELD
 from ..finding_words import what_pairs_say
 from ..text_folder import TextAudit
+from .by_prompt import by_prompt_section
 from .choice import choice_part
 from .first import first_screen
 from .habits import habits_section
@@ -44,6 +45,7 @@ def render_text_page(audit: TextAudit) -> str:
         first=first_screen(audit, what_pairs_say(audit)),
         choice=choice_part(info["choice"], listed=audit.findings is not None) if "choice" in info else "",
         habits=habits_section(audit.habits, info["settings"]["alpha"], tokens=audit.reads_tokens, listed=listed),
+        by_prompt=by_prompt_section(audit),
         problems=problems_section(audit),
         snippet="" if listed else habit_policy(rows),
         held=HELD,

@@ -1,0 +1,241 @@
+"""Named habits by what is asked: where a habit's difference between the sides is another than elsewhere."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from scipy import sparse
+
+from ..reading.habits import FORMATTING, LENGTHS
+from . import stats
+from .counted import Counted
+from .findings import few_prompts, one_blas_thread
+from .folding import SAME, context_correlations, fold, side_correlations
+from .number_words import SHARE
+from .prompt_rules import RULES
+
+# Prompts that a context, and the rest, need: errors between fewer prompts can not be estimated.
+LEAST_PROMPTS = 10
+# A context is called by a property that so many of its pairs have, and that correlates so much with it.
+MOST, SHAPED = 0.5, 0.3
+
+HABIT_HYPOTHESES = pa.schema(
+    [
+        ("rank", pa.int32()),
+        ("context", pa.string()),
+        ("when", pa.string()),
+        ("habit", pa.string()),
+        ("says", pa.string()),
+        ("unit", pa.string()),
+        ("lean", pa.string()),
+        *((f"{side}_{where}", pa.float64()) for where in ("in", "out") for side in ("chosen", "rejected")),
+        *((name, pa.float64()) for name in ("mean_in", "mean_out", "delta", "delta_a", "delta_b")),
+        *((name, pa.float64()) for name in ("ci_low", "ci_high", "z", "p", "q")),
+        *((name, pa.int64()) for name in ("n_in", "n_out", "prompts_in", "prompts_out")),
+        ("differs", pa.bool_()),
+        ("kept", pa.bool_()),
+        ("folded_under", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Contexts of prompts for which a rule of `prompt_rules.RULES` holds.
+
+    Attributes:
+        names: of the rules.
+        members: (n_contexts, n) of ones, the pairs of each.
+    """
+
+    names: tuple[str, ...]
+    members: sparse.csr_array
+
+    @classmethod
+    def of(cls, rules: Sequence[Sequence[str]]) -> "Asked":
+        """
+        Args:
+            rules: of each pair, the names of the rules that hold of its prompt.
+        """
+        held = [set(names) for names in rules]
+        names = tuple(name for name in RULES if any(name in of for of in held))
+        inside = [[i for i, of in enumerate(held) if name in of] for name in names]
+        indptr = np.r_[0, np.cumsum([len(of) for of in inside])].astype(np.int64)
+        rows = np.array([i for of in inside for i in of], dtype=np.int64)
+        return cls(names, sparse.csr_array((np.ones(len(rows)), rows, indptr), shape=(len(names), len(held))))
+
+
+def properties(counted: Counted | None, asked: Asked | None) -> tuple[sparse.csr_array, list[str]]:
+    """What pairs have that a reader knows by name: what prompts ask for, then rates that either response shows.
+
+    Returns:
+        (n_properties, n) of ones, and each in words: "asks for code or brings some", "responses use bold".
+    """
+    parts, says = [], []
+    if asked is not None:
+        parts.append(asked.members)
+        says += [RULES[name].says for name in asked.names]
+    if counted is not None:
+        rates = [k for k, habit in enumerate(counted.habits.values()) if habit.kind == "rate"]
+        shown = (counted.values[:, :, rates] > 0).any(axis=0)
+        parts.append(sparse.csr_array(shown.T.astype(np.float64)))
+        habits = list(counted.habits.values())
+        says += [f"responses {habits[k].says}" for k in rates]
+    return sparse.csr_array(sparse.vstack(parts, format="csr")) if parts else sparse.csr_array((0, 0)), says
+
+
+def shapes(members: sparse.csr_array, having: sparse.csr_array, says: Sequence[str]) -> list[str | None]:
+    """The property of most pairs of each context that sets them apart most; None where none does.
+
+    Args:
+        members: (n_contexts, n) of ones; having: (n_properties, n) of ones; says: each property in words.
+    """
+    if not len(says) or not members.shape[0]:
+        return [None] * members.shape[0]
+    every = sparse.csr_array(sparse.vstack([having, members], format="csr"))
+    related = context_correlations(every, np.ones(members.shape[1], dtype=bool))[len(says) :, : len(says)]
+    share = np.asarray((members @ having.T).todense()) / np.maximum(1, members.sum(axis=1))[:, None]
+    related = np.where(share >= MOST, related, -1.0)
+    best = related.argmax(axis=1)
+    return [says[j] if related[k, j] >= SHAPED else None for k, j in enumerate(best.tolist())]
+
+
+@one_blas_thread
+def habits_by_prompt(
+    counted: Counted,
+    asked: Asked,
+    *,
+    alpha: float = 0.05,
+    least: int = 25,
+    copies: np.ndarray | None = None,
+) -> pa.Table:
+    """Every (prompt rule, habit) against all other pairs.
+
+    The difference of the gaps (chosen minus rejected; of amounts differences of logarithms, `Counted.gaps`) inside and
+    outside is tested as in the prompt-conditioned view: the larger of the prompt-robust Welch error and that of a
+    context drawn at random. q is over all cells of contexts with `least` different pairs and `LEAST_PROMPTS` prompts on
+    either side. What `differs` has q at most alpha and is alike in both halves of the prompts. Of that, `kept` is what
+    says something of its own: a row is folded under one with a smaller p that says the same of almost the same prompts
+    (`folding.fold`; habits of layout, and lengths, say the same), or where nothing is left of it beyond the contexts of
+    such rows above it, at the level of the others.
+
+    Args:
+        counted: habits of both sides; asked: the contexts.
+        least: different pairs that a context, and the rest, need.
+        copies: (n,) the same number for copies of a pair, which count once towards `least`; default none are.
+    Returns:
+        Table of schema HABIT_HYPOTHESES: kept rows by rank, then what differs, then the others, by p. Rates and means
+        of the sides are those of `Counted.values`.
+    Source: method.md section 5.
+    """
+    gaps, n = counted.gaps(), len(counted.groups)
+    copies = np.arange(n) if copies is None else copies
+    support = _support(asked.members, counted.groups, copies)
+    fit = (support[:, :2].min(axis=1) >= least) & (support[:, 2:].min(axis=1) >= LEAST_PROMPTS)
+    if not fit.any() or few_prompts(counted.groups, n) or not gaps.shape[1]:
+        return HABIT_HYPOTHESES.empty_table()
+    asked = Asked(tuple(np.array(asked.names)[fit].tolist()), sparse.csr_array(asked.members[np.flatnonzero(fit)]))
+    support, pool = support[fit], np.ones(n, dtype=bool)
+    halves = stats.row_halves(np.arange(n), counted.groups)
+    welch, split = stats.compare_members(gaps, asked.members, pool, halves)
+    welch = stats.welch_of_groups(welch, gaps, asked.members, pool, counted.groups)
+    welch = stats.no_surer_than_a_draw(welch, gaps, pool, counted.groups)
+    q = stats.benjamini_hochberg(welch.p)
+    with np.errstate(invalid="ignore"):
+        differs = (q <= alpha) & split.consistent
+    k, m = np.nonzero(~np.isnan(welch.p))
+    with np.errstate(divide="ignore"):
+        size = np.round(np.log(welch.p[k, m]), 6)  # a context and its complement tie, but for rounding
+    order = np.lexsort((m, k, size, ~differs[k, m]))
+    k, m = k[order], m[order]
+    n_differ = int(differs.sum())
+    under = _folded(counted, gaps, asked.members, k[:n_differ], m[:n_differ], welch)
+    names = list(counted.habits)
+    cell = [f"{asked.names[a]}~{names[b]}" for a, b in zip(k, m, strict=True)]
+    folded_under = [cell[i] if i >= 0 else None for i in under] + [None] * (len(k) - n_differ)
+    kept = np.arange(len(k)) < n_differ
+    kept[:n_differ] &= under < 0
+    again = np.lexsort((np.arange(len(k)), ~kept))
+    inside = [stats.member_means(side, asked.members) for side in (*counted.values, gaps)]
+    outside = [_rest(side, asked.members, mean) for side, mean in zip((*counted.values, gaps), inside, strict=True)]
+    found = []
+    for rank, i in enumerate(again, start=1):
+        a, b = int(k[i]), int(m[i])
+        habit = counted.habits[names[b]]
+        entry: dict[str, Any] = {
+            "rank": rank if kept[i] else None,
+            "context": asked.names[a],
+            "when": RULES[asked.names[a]].says,
+            "habit": names[b],
+            "says": habit.says,
+            "unit": SHARE if habit.kind == "rate" else habit.unit,
+            "lean": "chosen" if welch.delta[a, b] > 0 else "rejected",
+            "differs": bool(differs[a, b]),
+            "kept": bool(kept[i]),
+            "folded_under": folded_under[i],
+        }
+        for where, means in (("in", inside), ("out", outside)):
+            for side, mean in zip(("chosen", "rejected"), means, strict=False):
+                entry[f"{side}_{where}"] = mean[a, b]
+            entry[f"mean_{where}"] = means[2][a, b]
+        entry |= {name: getattr(welch, name)[a, b] for name in ("delta", "ci_low", "ci_high", "z", "p")}
+        entry |= {"q": q[a, b], "delta_a": split.delta_a[a, b], "delta_b": split.delta_b[a, b]}
+        entry |= dict(zip(("n_in", "n_out", "prompts_in", "prompts_out"), support[a].tolist(), strict=True))
+        found.append(entry)
+    return pa.Table.from_pylist(found, schema=HABIT_HYPOTHESES)
+
+
+def _support(members: sparse.csr_array, groups: np.ndarray, copies: np.ndarray) -> np.ndarray:
+    """(n_contexts, 4): different pairs inside and outside, prompts inside and outside."""
+    found = []
+    for part in np.split(members.indices, members.indptr[1:-1])[: members.shape[0]]:
+        outside = np.ones(len(groups), dtype=bool)
+        outside[part] = False
+        found.append([len(np.unique(of[where])) for of in (copies, groups) for where in (part, outside)])
+    return np.array(found, dtype=np.int64).reshape(-1, 4)
+
+
+def _rest(values: np.ndarray, members: sparse.csr_array, inside: np.ndarray) -> np.ndarray:
+    """(n_contexts, n_columns) mean over the rows that are in no context's members."""
+    n_in = members.sum(axis=1)[:, None]
+    return np.asarray((values.sum(axis=0) - n_in * inside) / (len(values) - n_in))
+
+
+def _folded(
+    counted: Counted,
+    gaps: np.ndarray,
+    members: sparse.csr_array,
+    k: np.ndarray,
+    m: np.ndarray,
+    welch: stats.Welch,
+) -> np.ndarray:
+    """(N,) place of the row that each of these, which differ, is folded under; -1 for a line of its own."""
+    names = list(counted.habits)
+    same = side_correlations(gaps, np.arange(len(names)))
+    of_kind = np.array([0 if name in FORMATTING else 1 if name in LENGTHS else -1 for name in names])
+    kin = (of_kind[:, None] == of_kind) & (of_kind >= 0)
+    same = np.where(kin & (np.abs(same) < SAME), SAME, same)
+    alike = context_correlations(members, np.ones(len(gaps), dtype=bool))
+    delta = welch.delta[k, m]
+    under = fold(k.tolist(), m.tolist(), np.sign(delta).tolist(), alike, same)
+    level = welch.p[k, m].max(initial=0.0)
+    lines: list[int] = []
+    for i in np.flatnonzero(under < 0):
+        above = [j for j in lines if k[j] != k[i] and abs(same[m[i], m[j]]) >= SAME]
+        if above:
+            contexts = np.unique(k[above])
+            inside = np.asarray(members[[k[i]]].todense(), dtype=np.float64).ravel()
+            others = np.asarray(members[contexts].todense(), dtype=np.float64).T
+            left, p = stats.partial_effect(gaps[:, m[i]], inside, others, counted.groups)
+            if not (p <= level and left * delta[i] > 0):
+                under[i] = max(above, key=lambda j: abs(alike[k[i], k[j]]))
+                continue
+        lines.append(int(i))
+    # What was folded under a row that is itself folded now stands under its line.
+    for place, parent in enumerate(under.tolist()):
+        while parent >= 0 and under[parent] >= 0:
+            parent = int(under[parent])
+        under[place] = parent
+    return under

@@ -1,0 +1,33 @@
+"""Named habits by what is asked, on a page."""
+
+from typing import Any
+
+from markupsafe import Markup
+
+from ..by_prompt_text import by_prompt_texts
+from ..folder import Audit
+from .policies import explaining_away
+from .shell import render_part
+
+N_LINES = 8  # lines shown; the table has the rest
+
+
+def by_prompt_section(audit: Audit) -> Markup:
+    """The section on habits by prompt; empty for an audit that did not look."""
+    table = audit.habit_hypotheses
+    if table is None:
+        return Markup("")
+    found: list[dict[str, Any]] = [
+        {"text": text, "policy": explaining_away(text.habit, f"{{asks: {text.context}}}")}
+        for text in by_prompt_texts(table, N_LINES)
+    ]
+    n_kept, n_differ = (sum(table[name].to_pylist()) for name in ("kept", "differs"))
+    return render_part(
+        "by_prompt.html",
+        __package__,
+        found=found,
+        n_kept=n_kept,
+        n_folded=n_differ - n_kept,
+        n_tested=table.num_rows,
+        alpha=f"{audit.info['settings']['alpha']:g}",
+    )
