@@ -668,14 +668,16 @@ def partial_effect(
     Returns:
         coefficient, p; (nan, 1.0) where the others leave nothing of `inside`, or there are too few groups.
     """
-    design = np.column_stack([np.ones(len(values)), others])
-    own = inside - design @ np.linalg.lstsq(design, inside, rcond=None)[0]
+    centred = others - others.mean(axis=0)
+    strength, axes = np.linalg.eigh(centred.T @ centred)
+    used = strength > 1e-9 * max(1.0, float(strength.max(initial=0.0)))
+    design = centred @ (axes[:, used] / np.sqrt(strength[used]))
+    own, left = (column - column.mean() - design @ (design.T @ column) for column in (inside, values))
     square = float(own @ own)
     within = _within(groups, len(values))
-    n, n_groups, n_fitted = len(values), within.shape[0], np.linalg.matrix_rank(design) + 1
+    n, n_groups, n_fitted = len(values), within.shape[0], design.shape[1] + 2
     if square <= 1e-9 * max(1.0, float(inside @ inside)) or n_groups <= n_fitted:
         return float("nan"), 1.0
-    left = values - design @ np.linalg.lstsq(design, values, rcond=None)[0]
     coefficient = float(own @ left) / square
     scores = within @ (own * (left - coefficient * own))
     correction = n_groups / (n_groups - 1) * (n - 1) / (n - n_fitted)
