@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from trl_anatomy.audit import run
 from trl_anatomy.audit.folder import load_audit
 from trl_anatomy.audit.shown import shown_by_share
+from trl_anatomy.checking.compare import _foretold
 from trl_anatomy.checking.pilot_prediction import NULL, PLAIN, POLICY, share_taken_out
 from trl_anatomy.checking.pilot_shift import RELIABLE, prompt_means, reliability, shift_between, statement
 from trl_anatomy.checking.prediction import load_prediction, prediction_report
@@ -151,7 +152,25 @@ def test_a_pilot_adds_to_a_prediction(here: Path, capsys, monkeypatch) -> None:
     assert figures["pilot_r2"] == pytest.approx(np.corrcoef(by_pilot[:, 0], shift)[0, 1] ** 2)
     inside = (by_pilot[:, 1] <= shift) & (shift <= by_pilot[:, 2])
     assert figures["pilot_coverage"] == pytest.approx(inside.mean())
+    assert figures["pilot_said"] == sum(row["says"][PLAIN] is not None for row in found["concepts"])
     assert "Pilot: predicted by the first steps" in (here / "inputs/audit/compare/compare.html").read_text()
+
+
+def test_directions_that_came_are_counted() -> None:
+    """Of three that it tells two went that way; what it does not tell counts neither way."""
+    told = [
+        ((0.2, 0.1, 0.3), "more"),
+        ((-0.3, -0.4, -0.2), "less"),
+        ((0.1, -0.1, 0.3), None),
+        ((0.5, 0.4, 0.6), "more"),
+    ]
+    rows = [
+        {"step": {PLAIN: interval}, "both": {PLAIN: interval[0]}, "pilot": {PLAIN: interval}, "says": {PLAIN: says}}
+        for interval, says in told
+    ]
+    figures = _foretold({"concepts": rows, "pilots": {}}, np.array([0.25, -0.1, 0.2, -0.1]))
+    assert (figures["pilot_said"], figures["pilot_right"], figures["pilot_coverage"]) == (3, 2, 0.5)
+    assert "pilot_said" not in _foretold({"concepts": rows}, np.zeros(4))
 
 
 def test_a_price_is_told_before_anything_is_sampled(here: Path, capsys, monkeypatch) -> None:

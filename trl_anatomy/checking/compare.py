@@ -260,7 +260,8 @@ def compare(
 def _foretold(prediction: Mapping[str, Any] | None, shift: np.ndarray) -> dict[str, float | None]:
     """R² of what `predict` said: by the first step, the mean of that and the disparity, and a pilot; {} without it.
 
-    `pilot_coverage` is the share of observed shifts inside the pilot's 95 % intervals; both are absent without a pilot.
+    `pilot_coverage` is the share of observed shifts inside the pilot's 95 % intervals; of `pilot_said` concepts it said
+    that there will be more or less, and `pilot_right` of them went that way. All are absent without a pilot.
     The start model's responses were drawn anew for it, so that it shares no noise with `shift`.
     """
     from ..audit.predict import agreement
@@ -278,6 +279,9 @@ def _foretold(prediction: Mapping[str, Any] | None, shift: np.ndarray) -> dict[s
     }
     if len(by_pilot):
         found["pilot_coverage"] = float(np.mean((by_pilot[:, 1] <= shift) & (shift <= by_pilot[:, 2])))
+        told_of = np.array([row["says"][PLAIN] is not None for row in rows])
+        found["pilot_said"] = int(told_of.sum())
+        found["pilot_right"] = int((by_pilot[:, 0] * shift > 0)[told_of].sum())
     return found
 
 
@@ -366,7 +370,8 @@ def comparison_report(result: Mapping[str, Any]) -> str:
             )
             + (
                 f" by the pilot: {_shown(figures['pilot_r2'])}, whose 95 % intervals hold"
-                f" {percent(figures['pilot_coverage'])} of the shifts;"
+                f" {percent(figures['pilot_coverage'])} of the shifts, and which is right on the direction of"
+                f" {figures['pilot_right']} of the {figures['pilot_said']} concepts that it tells;"
                 if "pilot_r2" in figures
                 else ""
             )
