@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import yaml
-from audit_world import checked_test
+from audit_world import checked_test, make_audit, make_world
 from datasets import Dataset
 from scipy import sparse
 from scipy import stats as reference
@@ -19,11 +19,12 @@ from trl_anatomy.audit import stats
 from trl_anatomy.audit.by_prompt_text import by_prompt_texts
 from trl_anatomy.audit.counted import Counted
 from trl_anatomy.audit.folding import context_correlations, fold, side_correlations
-from trl_anatomy.audit.habits_by_prompt import Asked, habits_by_prompt
+from trl_anatomy.audit.habit_table import habit_values
+from trl_anatomy.audit.habits_by_prompt import Asked, cluster_members, habits_by_prompt
 from trl_anatomy.audit.report import write_report
 from trl_anatomy.audit.text_audit import run_text_audit
 from trl_anatomy.cli import main
-from trl_anatomy.reading.habits import HABITS
+from trl_anatomy.reading.habits import HABITS, Habit
 from trl_anatomy.shaping.policy import ConceptPolicy
 
 NAMES = ("bold", "header", "numbered", "refusal", "hedging", "words")
@@ -215,6 +216,58 @@ def test_folding_needs_likeness_of_both_and_the_same_meaning():
     }
     for rows, expected in tried.items():
         assert fold(*zip(*rows, strict=True), alike, same).tolist() == [-1, expected], rows
+
+
+def test_clusters_add_to_rules_and_are_folded_under_them():
+    """Bold goes with a topic that no rule knows, refusals with code; A1 is the topic, A2 nearly code, A3 chance."""
+    n = 1200
+    rng = np.random.default_rng(7)
+    code, topic = rng.random(n) < 0.4, rng.random(n) < 0.3
+    near = np.where(rng.random(n) < 0.9, code, rng.random(n) < 0.4)
+    clusters = np.stack([topic, near, rng.random(n) < 0.3])
+    values = (rng.random((2, n, 2)) < 0.3).astype(float)
+    values[0, topic, 0] = rng.random(topic.sum()) < 0.8
+    values[0, code, 1] = rng.random(code.sum()) < 0.8
+    counted = Counted(values, {name: HABITS[name] for name in ("bold", "refusal")}, np.arange(n))
+    rules = Asked.of([["code"] if code[i] else [] for i in range(n)])
+    asked = rules.with_clusters(sparse.csr_array(clusters.astype(float)), [["soup", "pan"], [], ["a", "b", "c", "d"]])
+    assert asked.names == ("code", "A1", "A2", "A3")
+    assert asked.says[1:] == ("is like A1 (soup · pan)", "is like A2", "is like A3 (a · b · c)")
+    table = habits_by_prompt(counted, asked, alpha=1e-3)
+    found = cells(table)
+    assert {name for name, row in found.items() if row["kept"]} == {("code", "refusal"), ("A1", "bold")}
+    assert found["A2", "refusal"]["folded_under"] == "code~refusal"
+    assert [row["context"] for row in table.to_pylist()[:2]] == ["code", "A1"]  # rules first
+    p = {name: row["p"] for name, row in found.items()}
+    for kind in (("code",), ("A1", "A2", "A3")):  # each kind with its own q
+        of = [name for name in p if name[0] in kind]
+        wanted = reference.false_discovery_control([p[name] for name in of])
+        np.testing.assert_allclose([found[name]["q"] for name in of], wanted)
+    alone = cells(habits_by_prompt(counted, rules, alpha=1e-3))
+    assert {name: row["q"] for name, row in alone.items()} == {
+        name: pytest.approx(row["q"]) for name, row in found.items() if name[0] == "code"
+    }
+    assert by_prompt_texts(table, 5)[1].sentence.startswith("When the prompt is like A1 (soup · pan): bold more in")
+
+
+def test_a_habit_of_one_topic_is_found_in_the_cluster_of_its_prompts(tmp_path):
+    """As planted in the small world: lemon is chosen in prompts on soup; the clusters are those of the audit."""
+    made = make_world(1500)
+    audit = make_audit(tmp_path, made)
+    names = {"lemon": Habit("lemon", "Serves lemon.", "serve lemon", pattern="lemon")}
+    texts = [(row["prompt"], row["chosen"], row["rejected"]) for row in made.texts]
+    counted = Counted(habit_values(texts, names, progress=False), names, np.arange(1500))
+    n_clusters = sum(name.startswith("A") for name in audit.info["contexts"])
+    clusters = cluster_members(audit.pairs, n_clusters)
+    for k in range(n_clusters):
+        rows = audit.pairs["row"].to_numpy()[clusters[[k]].indices]
+        np.testing.assert_array_equal(np.sort(rows), audit.rows_in(f"A{k + 1}"))
+    asked = Asked.of([[]] * 1500).with_clusters(clusters, [[]] * n_clusters)
+    kept = [row for row in habits_by_prompt(counted, asked).to_pylist() if row["kept"]]
+    assert kept
+    for row in kept:
+        soup = np.mean([made.topic[list(made.rows).index(of)] for of in audit.rows_in(row["context"])])
+        assert row["lean"] == ("chosen" if soup > 0.5 else "rejected")
 
 
 # What a reader sees ---------------------------------------------------------------------------------------------------

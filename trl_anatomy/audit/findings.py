@@ -31,6 +31,7 @@ _STEPS = {
     "predict": "Estimating shifts",
     "problems": "Looking for problems of the data",
     "findings": "Listing findings",
+    "prompt_rules": "Reading what prompts ask for",
     "by_prompt": "Testing habits by what is asked",
 }
 

@@ -20,6 +20,8 @@ from .prompt_rules import RULES
 LEAST_PROMPTS = 10
 # A context is called by a property that so many of its pairs have, and that correlates so much with it.
 MOST, SHAPED = 0.5, 0.3
+# Terms that a cluster is called by; lines beyond which what a line says of its habit already is no further line.
+NAMED, MOST_LINES = 3, 100
 
 HABIT_HYPOTHESES = pa.schema(
     [
@@ -43,14 +45,16 @@ HABIT_HYPOTHESES = pa.schema(
 
 @dataclass(frozen=True)
 class Asked:
-    """Contexts of prompts for which a rule of `prompt_rules.RULES` holds.
+    """Contexts of prompts: those for which a rule of `prompt_rules.RULES` holds, and clusters that an SAE finds.
 
     Attributes:
-        names: of the rules.
+        names: of the rules, then of the clusters: "list", "A3".
+        says: what a prompt does that is in it, to follow "when the prompt": "asks for code", "is like A3 (tea · cup)".
         members: (n_contexts, n) of ones, the pairs of each.
     """
 
     names: tuple[str, ...]
+    says: tuple[str, ...]
     members: sparse.csr_array
 
     @classmethod
@@ -64,7 +68,45 @@ class Asked:
         inside = [[i for i, of in enumerate(held) if name in of] for name in names]
         indptr = np.r_[0, np.cumsum([len(of) for of in inside])].astype(np.int64)
         rows = np.array([i for of in inside for i in of], dtype=np.int64)
-        return cls(names, sparse.csr_array((np.ones(len(rows)), rows, indptr), shape=(len(names), len(held))))
+        members = sparse.csr_array((np.ones(len(rows)), rows, indptr), shape=(len(names), len(held)))
+        return cls(names, tuple(RULES[name].says for name in names), members)
+
+    def with_clusters(self, clusters: sparse.csr_array, terms: Sequence[Sequence[str]]) -> "Asked":
+        """The same with the prompt clusters A1, A2, ... of an audit.
+
+        Args:
+            clusters: (K, n) of ones; terms: what each is called by.
+        """
+        words = [" · ".join(of[:NAMED]) for of in terms]
+        says = (f"is like A{k + 1}" + (f" ({of})" if of else "") for k, of in enumerate(words))
+        return Asked(
+            (*self.names, *(f"A{k + 1}" for k in range(len(words)))),
+            (*self.says, *says),
+            sparse.csr_array(sparse.vstack([self.members, clusters], format="csr")),
+        )
+
+    def select(self, contexts: np.ndarray) -> "Asked":
+        """Some of the contexts, by number."""
+        names, says = (tuple(of[k] for k in contexts) for of in (self.names, self.says))
+        return Asked(names, says, sparse.csr_array(self.members[contexts]))
+
+    @property
+    def clusters(self) -> np.ndarray:
+        """(n_contexts,) bool: which are clusters."""
+        return np.array([name not in RULES for name in self.names], dtype=bool)
+
+
+def cluster_members(pairs: pa.Table, n_clusters: int) -> sparse.csr_array:
+    """(n_clusters, n_pairs) of ones: the pairs of A1, A2, ... in a table of schema `folder.PAIRS`."""
+    listed = pairs["contexts"].combine_chunks()
+    named = listed.flatten().dictionary_encode()
+    number = {f"A{k + 1}": k for k in range(n_clusters)}
+    of = np.array([number.get(name, -1) for name in named.dictionary.to_pylist()], dtype=np.int64)
+    context, pair = of[named.indices.to_numpy()], listed.value_parent_indices().to_numpy()
+    about = context >= 0
+    return sparse.csr_array(
+        (np.ones(int(about.sum())), (context[about], pair[about])), shape=(n_clusters, pairs.num_rows)
+    )
 
 
 def properties(counted: Counted | None, asked: Asked | None) -> tuple[sparse.csr_array, list[str]]:
@@ -73,10 +115,11 @@ def properties(counted: Counted | None, asked: Asked | None) -> tuple[sparse.csr
     Returns:
         (n_properties, n) of ones, and each in words: "asks for code or brings some", "responses use bold".
     """
-    parts, says = [], []
+    parts: list[sparse.csr_array] = []
+    says: list[str] = []
     if asked is not None:
         parts.append(asked.members)
-        says += [RULES[name].says for name in asked.names]
+        says += asked.says
     if counted is not None:
         rates = [k for k, habit in enumerate(counted.habits.values()) if habit.kind == "rate"]
         shown = (counted.values[:, :, rates] > 0).any(axis=0)
@@ -111,15 +154,16 @@ def habits_by_prompt(
     least: int = 25,
     copies: np.ndarray | None = None,
 ) -> pa.Table:
-    """Every (prompt rule, habit) against all other pairs.
+    """Every (prompt rule or prompt cluster, habit) against all other pairs.
 
     The difference of the gaps (chosen minus rejected; of amounts differences of logarithms, `Counted.gaps`) inside and
     outside is tested as in the prompt-conditioned view: the larger of the prompt-robust Welch error and that of a
-    context drawn at random. q is over all cells of contexts with `least` different pairs and `LEAST_PROMPTS` prompts on
-    either side. What `differs` has q at most alpha and is alike in both halves of the prompts. Of that, `kept` is what
-    says something of its own: a row is folded under one with a smaller p that says the same of almost the same prompts
-    (`folding.fold`; habits of layout, and lengths, say the same), or where nothing is left of it beyond the contexts of
-    such rows above it, at the level of the others.
+    context drawn at random. q is over all cells of rules, or of clusters, with `least` different pairs and
+    `LEAST_PROMPTS` prompts on either side. What `differs` has q at most alpha and is alike in both halves of the
+    prompts. Of that, `kept` is what says something of its own: a row is folded under one before it that says the same
+    of almost the same prompts (`folding.fold`; habits of layout, and lengths, say the same), or where nothing is left
+    of it beyond the contexts of such rows before it, at the level of the others. Rules come before clusters, then the
+    smaller p; of clusters a correlation of `SHAPED` is near enough.
 
     Args:
         counted: habits of both sides; asked: the contexts.
@@ -136,22 +180,24 @@ def habits_by_prompt(
     fit = (support[:, :2].min(axis=1) >= least) & (support[:, 2:].min(axis=1) >= LEAST_PROMPTS)
     if not fit.any() or few_prompts(counted.groups, n) or not gaps.shape[1]:
         return HABIT_HYPOTHESES.empty_table()
-    asked = Asked(tuple(np.array(asked.names)[fit].tolist()), sparse.csr_array(asked.members[np.flatnonzero(fit)]))
+    asked = asked.select(np.flatnonzero(fit))
     support, pool = support[fit], np.ones(n, dtype=bool)
     halves = stats.row_halves(np.arange(n), counted.groups)
     welch, split = stats.compare_members(gaps, asked.members, pool, halves)
     welch = stats.welch_of_groups(welch, gaps, asked.members, pool, counted.groups)
     welch = stats.no_surer_than_a_draw(welch, gaps, pool, counted.groups)
-    q = stats.benjamini_hochberg(welch.p)
+    clusters, q = asked.clusters, np.full_like(welch.p, np.nan)
+    for kind in (clusters, ~clusters):
+        q[kind] = stats.benjamini_hochberg(welch.p[kind])
     with np.errstate(invalid="ignore"):
         differs = (q <= alpha) & split.consistent
     k, m = np.nonzero(~np.isnan(welch.p))
     with np.errstate(divide="ignore"):
         size = np.round(np.log(welch.p[k, m]), 6)  # a context and its complement tie, but for rounding
-    order = np.lexsort((m, k, size, ~differs[k, m]))
+    order = np.lexsort((m, k, size, clusters[k], ~differs[k, m]))
     k, m = k[order], m[order]
     n_differ = int(differs.sum())
-    under = _folded(counted, gaps, asked.members, k[:n_differ], m[:n_differ], welch)
+    under = _folded(counted, gaps, asked, k[:n_differ], m[:n_differ], welch)
     names = list(counted.habits)
     cell = [f"{asked.names[a]}~{names[b]}" for a, b in zip(k, m, strict=True)]
     folded_under = [cell[i] if i >= 0 else None for i in under] + [None] * (len(k) - n_differ)
@@ -167,7 +213,7 @@ def habits_by_prompt(
         entry: dict[str, Any] = {
             "rank": rank if kept[i] else None,
             "context": asked.names[a],
-            "when": RULES[asked.names[a]].says,
+            "when": asked.says[a],
             "habit": names[b],
             "says": habit.says,
             "unit": SHARE if habit.kind == "rate" else habit.unit,
@@ -206,13 +252,13 @@ def _rest(values: np.ndarray, members: sparse.csr_array, inside: np.ndarray) -> 
 def _folded(
     counted: Counted,
     gaps: np.ndarray,
-    members: sparse.csr_array,
+    asked: Asked,
     k: np.ndarray,
     m: np.ndarray,
     welch: stats.Welch,
 ) -> np.ndarray:
     """(N,) place of the row that each of these, which differ, is folded under; -1 for a line of its own."""
-    names = list(counted.habits)
+    names, members, clusters = list(counted.habits), asked.members, asked.clusters
     same = side_correlations(gaps, np.arange(len(names)))
     of_kind = np.array([0 if name in FORMATTING else 1 if name in LENGTHS else -1 for name in names])
     kin = (of_kind[:, None] == of_kind) & (of_kind >= 0)
@@ -220,16 +266,23 @@ def _folded(
     alike = context_correlations(members, np.ones(len(gaps), dtype=bool))
     delta = welch.delta[k, m]
     under = fold(k.tolist(), m.tolist(), np.sign(delta).tolist(), alike, same)
-    level = welch.p[k, m].max(initial=0.0)
+    levels = [welch.p[k, m][clusters[k] == kind].max(initial=0.0) for kind in (False, True)]
     lines: list[int] = []
     for i in np.flatnonzero(under < 0):
         above = [j for j in lines if k[j] != k[i] and abs(same[m[i], m[j]]) >= SAME]
         if above:
             contexts = np.unique(k[above])
-            inside = np.asarray(members[[k[i]]].todense(), dtype=np.float64).ravel()
-            others = np.asarray(members[contexts].todense(), dtype=np.float64).T
-            left, p = stats.partial_effect(gaps[:, m[i]], inside, others, counted.groups)
-            if not (p <= level and left * delta[i] > 0):
+            left, p = np.nan, 1.0
+            # A cluster that is called by what a line's prompts ask for says no more than that line.
+            called_so = clusters[k[i]] and any(
+                abs(alike[k[i], k[j]]) >= SHAPED and alike[k[i], k[j]] * same[m[i], m[j]] * delta[i] * delta[j] > 0
+                for j in above
+            )
+            if len(lines) < MOST_LINES and not called_so:
+                inside = np.asarray(members[[k[i]]].todense(), dtype=np.float64).ravel()
+                others = np.asarray(members[contexts].todense(), dtype=np.float64).T
+                left, p = stats.partial_effect(gaps[:, m[i]], inside, others, counted.groups)
+            if not (p <= levels[int(clusters[k[i]])] and left * delta[i] > 0):
                 under[i] = max(above, key=lambda j: abs(alike[k[i], k[j]]))
                 continue
         lines.append(int(i))

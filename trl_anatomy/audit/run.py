@@ -30,7 +30,7 @@ from .finding_list import Line, Shown, habit_lines, list_findings
 from .findings import Findings, few_prompts, one_blas_thread, shared_prompts, timed
 from .folder import Audit, load_audit, pairs_table, write_audit
 from .habit_table import habit_table, habit_values, habits_to_count, texts_of, tokens_of
-from .habits_by_prompt import Asked, habits_by_prompt, properties, shapes
+from .habits_by_prompt import Asked, cluster_members, habits_by_prompt, properties, shapes
 from .improbable import improbable_labels
 from .judge_sae import fit_notes, fit_record, judged, pairs_to_judge, refuse_unfit
 from .labels import distinctive_terms, group_terms, member_terms, own_words
@@ -428,20 +428,22 @@ def _conclude(
             )
         with timed(timings, "problems"):
             problems = find_problems(raw, pairs=pairs, evaluated=evaluated)
-        with timed(timings, "by_prompt"):
+        with timed(timings, "prompt_rules"):
             asked = Asked.of(rules_of_pairs(pairs))
-            by_prompt = habits_by_prompt(
-                counted,
-                asked,
-                alpha=config.alpha,
-                least=config.min_context,
-                copies=pairs.copies.group,
-            )
         with timed(timings, "habit_lines"):
             lines = habit_lines(counted, config.seed)
         findings = analyse(
             read, config, pairs.texts, pairs.prompt_groups, pairs.copies, pairs.cut, counted, lines, asked
         )
+        with timed(timings, "by_prompt"):
+            terms = [of["terms"] for name, of in findings.info["contexts"].items() if name.startswith("A")]
+            by_prompt = habits_by_prompt(
+                counted,
+                asked.with_clusters(cluster_members(findings.pairs, len(terms)), terms),
+                alpha=config.alpha,
+                least=config.min_context,
+                copies=pairs.copies.group,
+            )
         problems = with_improbable(problems, findings.improbable, pairs.rows, raw)
         kinds = looked_for(True, evaluated is not None, can_tell_ties(raw), findings.improbable is not None)
         with timed(timings, "samples"):

@@ -10,6 +10,7 @@ from scipy import sparse
 from scipy import stats as distributions
 
 from ..audit.config import recorded
+from ..audit.habits_by_prompt import cluster_members
 from ..audit.prompt_view import delta_scale, prompt_scores, response_scores, top_pairs
 from ..audit.stats import half_masks, member_means, member_moments, stepped_up
 
@@ -65,7 +66,7 @@ def prompt_view_agreement(audit: Audit, read: Harvest, prompt_groups: np.ndarray
     scale = delta_scale(audit.harvest, config.pooling)
     u = response_scores(audit.harvest, responses, config.pooling, scale).u
     seen = response_scores(read, responses, config.pooling, scale).u
-    members = _members(audit, len(prompts))
+    members = cluster_members(audit.pairs, len(prompts))
     about = prompt_scores(audit.harvest, prompts, config)
     there = about_as_much(prompt_scores(read, prompts, config), about, members)
     n_prompts = _prompts_in(there, prompt_groups)
@@ -246,19 +247,6 @@ def _r2(x: np.ndarray, y: np.ndarray) -> float | None:
 
 def _known(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
-
-
-def _members(audit: Audit, n_contexts: int) -> sparse.csr_array:
-    """(n_contexts, n_pairs) of ones: the pairs of A1, A2, ..."""
-    listed = audit.pairs["contexts"].combine_chunks()
-    named = listed.flatten().dictionary_encode()
-    number = {f"A{k + 1}": k for k in range(n_contexts)}
-    of = np.array([number.get(name, -1) for name in named.dictionary.to_pylist()], dtype=np.int64)
-    context, pair = of[named.indices.to_numpy()], listed.value_parent_indices().to_numpy()
-    about = context >= 0
-    return sparse.csr_array(
-        (np.ones(int(about.sum())), (context[about], pair[about])), shape=(n_contexts, audit.pairs.num_rows)
-    )
 
 
 def _cells(audit: Audit, shape: tuple[int, int]) -> dict[str, np.ndarray]:

@@ -6,10 +6,15 @@ from markupsafe import Markup
 
 from ..by_prompt_text import by_prompt_texts
 from ..folder import Audit
+from ..prompt_rules import RULES
 from .policies import explaining_away
 from .shell import render_part
 
 N_LINES = 8  # lines shown; the table has the rest
+
+
+def _gate(context: str) -> str:
+    return "asks" if context in RULES else "prompts"
 
 
 def by_prompt_section(audit: Audit) -> Markup:
@@ -18,7 +23,7 @@ def by_prompt_section(audit: Audit) -> Markup:
     if table is None:
         return Markup("")
     found: list[dict[str, Any]] = [
-        {"text": text, "policy": explaining_away(text.habit, f"{{asks: {text.context}}}")}
+        {"text": text, "policy": explaining_away(text.habit, f"{{{_gate(text.context)}: {text.context}}}")}
         for text in by_prompt_texts(table, N_LINES)
     ]
     n_kept, n_differ = (sum(table[name].to_pylist()) for name in ("kept", "differs"))
@@ -29,5 +34,6 @@ def by_prompt_section(audit: Audit) -> Markup:
         n_kept=n_kept,
         n_folded=n_differ - n_kept,
         n_tested=table.num_rows,
+        clusters=audit.has_concepts,
         alpha=f"{audit.info['settings']['alpha']:g}",
     )
