@@ -20,7 +20,7 @@ from trl_anatomy.audit.by_prompt_text import by_prompt_texts
 from trl_anatomy.audit.counted import Counted
 from trl_anatomy.audit.folding import context_correlations, fold, side_correlations
 from trl_anatomy.audit.habit_table import habit_values
-from trl_anatomy.audit.habits_by_prompt import Asked, cluster_members, habits_by_prompt
+from trl_anatomy.audit.habits_by_prompt import Asked, _support, cluster_members, habits_by_prompt
 from trl_anatomy.audit.report import write_report
 from trl_anatomy.audit.text_audit import run_text_audit
 from trl_anatomy.cli import main
@@ -109,6 +109,13 @@ def test_support_is_asked_for_on_both_sides():
         assert {row["context"] for row in table.to_pylist()} == wanted
     few = Counted(counted.values, counted.habits, counted.groups % 19)
     assert habits_by_prompt(few, asked).num_rows == 0
+    # pairs inside and outside, prompts inside and outside, counted one by one
+    rng = np.random.default_rng(0)
+    groups, copies, members = rng.integers(0, 40, 200), rng.integers(0, 90, 200), rng.random((5, 200)) < 0.4
+    members[4] = groups < 10  # whole prompts
+    wanted = [[len(set(of[where].tolist())) for of in (copies, groups) for where in (here, ~here)] for here in members]
+    found = _support(sparse.csr_array(members.astype(float)), groups, copies)
+    np.testing.assert_array_equal(found, wanted)
     # 30 pairs inside, all of one or two prompts: errors between so few can not be estimated
     rules = [["code"] if i < 30 else [] for i in range(300)]
     shared = Counted(counted.values, counted.habits, np.where(np.arange(300) < 30, np.arange(300) % 2, np.arange(300)))

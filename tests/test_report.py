@@ -18,7 +18,7 @@ from trl_anatomy.audit.concept_words import shown_in
 from trl_anatomy.audit.config import AuditConfig, recorded
 from trl_anatomy.audit.folder import Audit, load_audit
 from trl_anatomy.audit.labels import distinctive_terms, group_terms
-from trl_anatomy.audit.report import explore, render, write_report
+from trl_anatomy.audit.report import by_prompt, explore, render, write_report
 from trl_anatomy.audit.report import page as page_module
 from trl_anatomy.audit.report.shell import clean, deviations, points, probability, to_script
 from trl_anatomy.cli import _print_audit
@@ -230,6 +230,10 @@ def test_prompt_hypotheses_are_listed_with_their_words(audit, page):
         assert f"the pairs lean {side} {h['concept']} {label or 'no distinctive words'}" in text
         assert f"{deviations(h['mean_in'])} here, {deviations(h['mean_out'])} elsewhere" in text
     assert f"{len(kept)} of " in text
+
+
+def test_at_most_twenty_hypotheses_are_listed():
+    assert by_prompt.N_LINES + 2 * 2 * page_module.N_HYPOTHESES == 20  # two sides of two views
 
 
 def test_without_the_dataset_rows_are_named(audit):

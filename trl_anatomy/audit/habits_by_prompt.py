@@ -20,8 +20,10 @@ from .prompt_rules import RULES
 LEAST_PROMPTS = 10
 # A context is called by a property that so many of its pairs have, and that correlates so much with it.
 MOST, SHAPED = 0.5, 0.3
-# Terms that a cluster is called by; lines beyond which what a line says of its habit already is no further line.
-NAMED, MOST_LINES = 3, 100
+# Terms that a cluster is called by.
+NAMED = 3
+# Lines, and rows tried, beyond which a row whose habit has a line is no further one: a reader has enough.
+MOST_LINES, MOST_TRIED = 100, 500
 
 HABIT_HYPOTHESES = pa.schema(
     [
@@ -235,12 +237,13 @@ def habits_by_prompt(
 
 def _support(members: sparse.csr_array, groups: np.ndarray, copies: np.ndarray) -> np.ndarray:
     """(n_contexts, 4): different pairs inside and outside, prompts inside and outside."""
-    found = []
-    for part in np.split(members.indices, members.indptr[1:-1])[: members.shape[0]]:
-        outside = np.ones(len(groups), dtype=bool)
-        outside[part] = False
-        found.append([len(np.unique(of[where])) for of in (copies, groups) for where in (part, outside)])
-    return np.array(found, dtype=np.int64).reshape(-1, 4)
+    found = np.zeros((members.shape[0], 4), dtype=np.int64)
+    for column, labels in ((0, copies), (2, groups)):
+        _, of, size = np.unique(labels, return_inverse=True, return_counts=True)
+        for k, part in enumerate(np.split(members.indices, members.indptr[1:-1])[: members.shape[0]]):
+            held, count = np.unique(of[part], return_counts=True)
+            found[k, column : column + 2] = len(held), len(size) - (count == size[held]).sum()
+    return found
 
 
 def _rest(values: np.ndarray, members: sparse.csr_array, inside: np.ndarray) -> np.ndarray:
@@ -268,6 +271,7 @@ def _folded(
     under = fold(k.tolist(), m.tolist(), np.sign(delta).tolist(), alike, same)
     levels = [welch.p[k, m][clusters[k] == kind].max(initial=0.0) for kind in (False, True)]
     lines: list[int] = []
+    tried = 0
     for i in np.flatnonzero(under < 0):
         above = [j for j in lines if k[j] != k[i] and abs(same[m[i], m[j]]) >= SAME]
         if above:
@@ -278,7 +282,8 @@ def _folded(
                 abs(alike[k[i], k[j]]) >= SHAPED and alike[k[i], k[j]] * same[m[i], m[j]] * delta[i] * delta[j] > 0
                 for j in above
             )
-            if len(lines) < MOST_LINES and not called_so:
+            if len(lines) < MOST_LINES and tried < MOST_TRIED and not called_so:
+                tried += 1
                 inside = np.asarray(members[[k[i]]].todense(), dtype=np.float64).ravel()
                 others = np.asarray(members[contexts].todense(), dtype=np.float64).T
                 left, p = stats.partial_effect(gaps[:, m[i]], inside, others, counted.groups)

@@ -214,6 +214,7 @@ def _run(out: Path, seed: int, size: Size, say: Callable[[str], None]) -> DemoRe
 
 def hypotheses(audit: Audit, n: int = 6) -> list[str]:
     """The audit in a few lines: findings and the concepts that lean most, and where one depends on the prompt."""
+    from ..audit.by_prompt_text import by_prompt_texts
     from ..audit.concept_words import shown_in, verdict_words
     from ..audit.finding_text import finding_texts
 
@@ -231,6 +232,8 @@ def hypotheses(audit: Audit, n: int = 6) -> list[str]:
     kept = sorted((h for h in audit.hypotheses.to_pylist() if h["kept"]), key=lambda h: h["rank"])
     for view, heading in (("feature", "and where it differs from elsewhere:"), ("prompt", "and by what is asked:")):
         lines.append(heading)
+        if view == "prompt":
+            lines += [f"  {text.sentence}" for text in by_prompt_texts(audit.habit_hypotheses, n // 2)]
         for h in [h for h in kept if h["view"] == view][: n // 2]:
             about = " · ".join(contexts.get(h["context"], {}).get("terms", [])[:3])
             lines.append(
