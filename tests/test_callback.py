@@ -23,6 +23,7 @@ from wandb_records import read_run, records
 
 from trl_anatomy import AnatomyDPOTrainer, AnatomyError, AuditCallback, AuditConfig, load_audit
 from trl_anatomy.audit.folder import Audit
+from trl_anatomy.audit.habits_by_prompt import HABIT_HYPOTHESES
 from trl_anatomy.audit.report import render
 from trl_anatomy.trainers.card import card_section
 
@@ -132,6 +133,10 @@ def test_findings_come_first_and_say_what_the_page_says(audit: Audit, tiny_model
             finding("concept", "T1", says="[surely] it is", folded=[folded("bullet", chosen=0.59, rejected=0.12)]),
         ]
     )
+    asked: dict[str, Any] = {field.name: 0.25 for field in HABIT_HYPOTHESES if pa.types.is_floating(field.type)}
+    asked |= {"rank": 1, "context": "list", "when": "asks for a list", "habit": "bold", "unit": "share", "n_in": 30}
+    asked |= {"differs": True, "kept": True}
+    listed.habit_hypotheses = pa.Table.from_pylist([asked | {"rank": None, "kept": False}, asked], HABIT_HYPOTHESES)
     evidence = {"tokens": ["surely"], "promoted": [], "place": "opening", "habit": None, "correlation": None}
     at = audit.concepts.column_names.index("evidence")
     told = pa.array([evidence] + [None] * (audit.concepts.num_rows - 1), audit.concepts.schema.field(at).type)
@@ -143,6 +148,9 @@ def test_findings_come_first_and_say_what_the_page_says(audit: Audit, tiny_model
     rows, _ = read_run(offline)
     (run_folder,) = offline.glob("wandb/offline-run-*")
     paths = {key: value for row in rows for key, value in row.items()}
+    stored = json.loads((run_folder / "files" / paths["audit/by_prompt/step_0.path"]).read_text())
+    assert stored["columns"] == HABIT_HYPOTHESES.names
+    assert [row[stored["columns"].index("rank")] for row in stored["data"]] == [1, None]
     stored = json.loads((run_folder / "files" / paths["audit/findings/step_0.path"]).read_text())
     found = [dict(zip(stored["columns"], row, strict=True)) for row in stored["data"]]
     assert [row["finding"] for row in found] == ["numbered list", "words", "[surely] it is"]

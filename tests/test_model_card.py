@@ -21,6 +21,7 @@ from trl import DPOConfig, DPOTrainer, RewardTrainer
 
 from trl_anatomy import AnatomyDPOTrainer
 from trl_anatomy.audit.folder import Audit
+from trl_anatomy.audit.habits_by_prompt import HABIT_HYPOTHESES
 from trl_anatomy.trainers.card import COMPARED, COMPARED_END, HEADING, card_section, code, fence, put_comparison
 
 HOSTILE = [
@@ -138,7 +139,22 @@ def test_section_tells_of_the_audit_and_holds_no_markup(audit: Audit, tiny_model
     labels = [label.replace("\ud800", "") for label in labels]  # which no parquet file holds
     shown.concepts = audit.concepts.set_column(audit.concepts.column_names.index("label"), "label", pa.array(labels))
     shown.info = {**audit.info, "data": {**audit.info["data"], "name": str(tmp_path), "left_out": {"`|<b>": 3}}}
+    row = {
+        "kept": True,
+        "differs": True,
+        "context": "list",
+        "habit": "bold",
+        "unit": "share",
+        "mean_in": 0.5,
+        "q": 0.01,
+    }
+    row |= {"mean_in": 0.5, "mean_out": 0.1, "n_in": 30}
+    row |= {"chosen_in": 0.7, "rejected_in": 0.2, "chosen_out": 0.3, "rejected_out": 0.2}
+    rows = [row | {"when": hostile.replace("\ud800", "")} for hostile in ("asks for a list", *HOSTILE)]
+    shown.habit_hypotheses = pa.Table.from_pylist(rows[:9], schema=HABIT_HYPOTHESES)
     section = card_section(shown, trainer.plan, trainer.policy_text, trainer.state.log_history)
+    told = "more in chosen, hardly so elsewhere | `70 % / 20 %` | `30 % / 20 %` |"
+    assert f"| `asks for a list` | `bold` | {told}" in section
     page = Page(section)
     assert page.tags <= SAFE
     assert page.attributes <= {"class"}

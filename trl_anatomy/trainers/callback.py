@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..reading.storage import fetch, listed
-from .card import OBSERVED, Cells, concept_cells, fence, finding_cells, hypothesis_cells, observed, observed_cells
+from .card import (
+    OBSERVED,
+    Cells,
+    by_prompt_cells,
+    concept_cells,
+    fence,
+    finding_cells,
+    hypothesis_cells,
+    observed,
+    observed_cells,
+)
 
 if TYPE_CHECKING:
     from ..audit.folder import Audit
@@ -24,14 +34,15 @@ class AuditCallback(TrainerCallback):
     The trainers of this package add it by themselves. To every tracker: the numbers of `audit.json` counts as `audit/*`
     and what each rule touches as `policy/*`, through `trainer.log`. Beyond numbers, where `report_to` names them:
 
-    - W&B, where a run exists: the tables `audit/findings/step_N`, as the page tells them, `audit/hypotheses/step_N`,
-      `audit/concepts/step_N`, `policy/rules/step_N`, `observed/concepts/step_N` and `observed/rewards/step_N` (N = the
-      global step, so that no later table, say of a resumed run, hides an earlier one), the page as
-      `audit/report/step_N`, the policy in the run's configuration as `concept_policy`, and the audit folder as an
-      artifact of type "audit", without `harvest/`, which can be tens of gigabytes.
+    - W&B, where a run exists: the tables `audit/findings/step_N`, as the page tells them, `audit/by_prompt/step_N`,
+      `audit/hypotheses/step_N`, `audit/concepts/step_N`, `policy/rules/step_N`, `observed/concepts/step_N` and
+      `observed/rewards/step_N` (N = the global step, so that no later table, say of a resumed run, hides an earlier
+      one), the page as `audit/report/step_N`, the policy in the run's configuration as `concept_policy`, and the audit
+      folder as an artifact of type "audit", without `harvest/`, which can be tens of gigabytes.
     - TensorBoard (through the writer of the trainer's own callback) and trackio: the first rows of the same tables,
-      `audit/findings`, `audit/hypotheses`, `audit/concepts`, `observed/concepts`, `observed/rewards`, and
-      `policy/yaml`, `policy/plan`. Text of the data stands in code spans and fences there, since both read Markdown.
+      `audit/findings`, `audit/by_prompt`, `audit/hypotheses`, `audit/concepts`, `observed/concepts`,
+      `observed/rewards`, and `policy/yaml`, `policy/plan`. Text of the data stands in code spans and fences there,
+      since both read Markdown.
 
     Args:
         audit: an Audit, the path of an audit folder, or None to report the plan only.
@@ -73,6 +84,8 @@ class AuditCallback(TrainerCallback):
             concepts = concept_cells(self.audit.labelled(self.audit.concepts).to_pylist(), self.plan)
             findings = finding_cells(self.audit)
             tables = {"audit/findings": findings} if findings.rows else {}
+            by_prompt = by_prompt_cells(self.audit)
+            tables |= {"audit/by_prompt": by_prompt} if by_prompt.rows else {}
             tables |= {"audit/hypotheses": hypothesis_cells(self.audit), "audit/concepts": concepts}
         if self.plan is not None:
             from ..shaping.plan import plan_report
@@ -129,6 +142,8 @@ class AuditCallback(TrainerCallback):
         if audit is not None:
             if audit.findings is not None and audit.findings.num_rows:
                 payload[f"audit/findings/step_{step}"] = _finding_table(audit.findings, audit.habits)
+            if audit.habit_hypotheses is not None and audit.habit_hypotheses.num_rows:
+                payload[f"audit/by_prompt/step_{step}"] = _arrow_table(audit.habit_hypotheses, first="rank")
             payload[f"audit/hypotheses/step_{step}"] = _arrow_table(audit.hypotheses, first="rank")
             payload[f"audit/concepts/step_{step}"] = _arrow_table(audit.labelled(audit.concepts))
             page = Path(audit.path) / "report.html"

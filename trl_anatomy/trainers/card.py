@@ -146,6 +146,17 @@ def hypothesis_cells(audit: "Audit") -> Cells:
     return Cells(columns, rows)
 
 
+def by_prompt_cells(audit: "Audit") -> Cells:
+    """The surest habits whose difference depends on what is asked; no rows where there are none."""
+    from ..audit.by_prompt_text import by_prompt_texts
+
+    rows = [
+        [code(text.when), code(text.title), text.how, *(code(" / ".join(of)) for of in (text.here, text.elsewhere))]
+        for text in by_prompt_texts(audit.habit_hypotheses, MAX_ROWS)
+    ]
+    return Cells(("when the prompt", "habit", "differs", "here, chosen / rejected", "elsewhere"), rows)
+
+
 def observed(history: Sequence[Mapping[str, Any]]) -> dict[str, list[list[Any]]]:
     """The first and last logged values of what training shows.
 
@@ -242,7 +253,6 @@ def put_comparison(card: Path, result: Mapping[str, Any], name: str) -> bool:
 
 
 def _audited(audit: "Audit", plan: "PolicyPlan | None") -> list[str]:
-    from ..audit.by_prompt_text import by_prompt_texts
     from ..audit.concept_words import HELD
 
     data, sae, alpha = audit.info["data"], audit.info["sae"], audit.info["settings"]["alpha"]
@@ -260,9 +270,9 @@ def _audited(audit: "Audit", plan: "PolicyPlan | None") -> list[str]:
     findings = finding_cells(audit)
     if findings.rows:
         parts += ["What sets chosen and rejected responses apart:", findings.markdown()]
-    by_prompt = by_prompt_texts(audit.habit_hypotheses, MAX_ROWS)
-    if by_prompt:
-        parts += ["Where it depends on what is asked:", "\n".join(f"- {text.sentence}" for text in by_prompt)]
+    by_prompt = by_prompt_cells(audit)
+    if by_prompt.rows:
+        parts += ["Where it depends on what is asked:", by_prompt.markdown()]
     return [
         *parts,
         f"Of {len(concepts)} concepts {verdicts.count('rises')} are shown more in chosen responses and"
