@@ -101,5 +101,16 @@ def test_the_way_to_a_margin(path: str, target: float) -> None:
 def test_a_margin_beyond_the_cap_is_said_to_be() -> None:
     found = alpha_for_margin(lambda a: 0.1 * a, 5.0, cap=10.0, at_one=0.1)
     assert (found.alpha, found.margin, found.capped) == (10.0, 1.0, True)
-    sinking = alpha_for_margin(lambda a: 0.2 * a - 0.02 * a**2, 5.0, cap=10.0, at_one=0.18)
-    assert (sinking.alpha, sinking.margin, sinking.capped) == (5.0, 0.5, True)
+
+
+@pytest.mark.parametrize("peak", [1.7, 5.0, 9.5])
+def test_a_margin_that_sinks_again_is_taken_near_its_height(peak: float) -> None:
+    """A straight line may leave the region in which it was learned: the largest margin of those measured is taken."""
+
+    def margin_at(alpha: float) -> float:
+        return 0.5 * (alpha / peak) * (2 - alpha / peak)
+
+    found = alpha_for_margin(margin_at, 5.0, cap=10.0, at_one=margin_at(1.0))
+    assert found.capped
+    assert found.margin >= 0.8 * 0.5
+    assert found.margin == pytest.approx(margin_at(found.alpha))

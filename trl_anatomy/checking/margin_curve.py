@@ -143,8 +143,11 @@ def alpha_for_margin(margin_at: Callable[[float], float], target: float, cap: fl
             break
         points[guess] = margin_at(guess)
         if guess == cap and points[cap] <= target:
-            if points[cap] < max(points.values()):  # it has been higher on the way
-                points |= {a: margin_at(a) for a in (cap / 2, cap / 4) if a not in points}
+            while points[guess] < max(points.values()) and len(points) < 2 + MAX_EVALUATIONS:
+                # It has been higher on the way: halve towards where it was.
+                best = max(points, key=lambda a: points[a])
+                guess = (best + min(a for a in points if a > best)) / 2
+                points[guess] = margin_at(guess)
             break
     alpha = min((a for a in points if 0 < a <= cap), key=lambda a: abs(points[a] - target))
     others = sorted((a for a in points if a != alpha), key=lambda a: abs(a - alpha))
