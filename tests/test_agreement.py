@@ -8,7 +8,13 @@ from audit_world import HABITS, TOPICS, make_world, save_harvest
 from scipy import sparse
 
 from trl_anatomy.audit import agreement
-from trl_anatomy.audit.agreement import agreeing_communities, agreeing_groups, agreement_graph, n_returned
+from trl_anatomy.audit.agreement import (
+    agreeing_communities,
+    agreeing_groups,
+    agreement_graph,
+    n_returned,
+    told_by_others,
+)
 from trl_anatomy.audit.communities import find_communities
 from trl_anatomy.audit.config import PUBLISHED, AuditConfig
 
@@ -73,6 +79,34 @@ def test_every_member_agrees_with_the_others_by_the_bound() -> None:
             if len(inside) > 1:
                 assert (inside.sum(axis=1) / (len(inside) - 1)).min() >= bound * (1 - 1e-6)
         np.testing.assert_array_equal(labels, agreeing_groups(graph, bound))
+
+
+def test_communities_tell_their_members_as_a_dense_reference_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(5)
+    fired = rng.random((300, 12)) < (0.2 + 0.4 * rng.random((300, 1)))
+    fired[:, 11] = False
+    live, labels = np.array([0, 1, 2, 4, 5, 7, 9, 11]), np.array([1, 1, 1, 0, 0, 2, 3, 3])
+    expected = 0.0
+    for k, latent in enumerate(live):
+        others = live[(labels == labels[k]) & (live != latent)]
+        count = fired[:, others].sum(axis=1)
+        if count.std() > 0 and fired[:, latent].std() > 0:
+            expected += max(0.0, np.corrcoef(fired[:, latent], count)[0, 1]) ** 2
+    table = sparse.csr_array(fired.astype(np.float64))
+    assert told_by_others(table, live, labels) == pytest.approx(expected)
+    monkeypatch.setattr(agreement, "BLOCK_CELLS", 40)  # ten samples at a time
+    assert told_by_others(table, live, labels) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.2, 0.3])
+def test_groups_that_are_joined_or_split_tell_less(noise: float) -> None:
+    fired = planted(2000, (6, 6), noise=noise, lone=0, seed=6)
+    live = np.arange(12)
+    told = {
+        name: told_by_others(fired[1000:], live, np.array(labels))
+        for name, labels in {"right": [0] * 6 + [1] * 6, "joined": [0] * 12, "split": [0, 1] * 3 + [2, 3] * 3}.items()
+    }
+    assert told["right"] > max(told["joined"], told["split"])
 
 
 def test_communities_have_returned_if_they_share_more_than_half() -> None:

@@ -2,7 +2,7 @@
 
 Two latents agree by the correlation phi of their firing over responses. A community is a group whose members agree
 with each other by more than a bound on average, whatever its size (the constant Potts model, by Leiden). The bound is
-the one whose communities come back most often when each half of the prompts is taken by itself.
+the one whose communities, found in one half of the prompts, tell their members best in the other half.
 """
 
 from dataclasses import dataclass
@@ -32,8 +32,8 @@ class Agreeing:
     Attributes:
         features: arrays of feature ids (ascending), largest first, ties by smallest id.
         bound: mean agreement that a community's members exceed.
-        returned: communities of one half of the prompts that came back in the other, and how many it had; None where
-            no bound was tried.
+        returned: at that bound, communities of one half of the prompts that came back in the other, and how many it
+            had; None where no bound was tried.
         n_left: communities and lone latents beyond `MOST_CONCEPTS`.
     """
 
@@ -144,16 +144,53 @@ def n_returned(labels: tuple[np.ndarray, np.ndarray], live: tuple[np.ndarray, np
     return int(np.sum(large[common.row[alike]])), int(large.sum())
 
 
+def told_by_others(fired: sparse.csr_array, live: np.ndarray, labels: np.ndarray) -> float:
+    """How well communities tell their members: summed squared correlation of each with the number of others that fire.
+
+    A latent whose community fires against it, or that is alone, is not told: it adds 0. So a community that is too
+    large adds less than its parts, and one that is too small leaves out others that would tell.
+
+    Args:
+        fired: (n_samples, d_sae), samples in which the communities were not found.
+        live: (L,) feature ids; labels: (L,) group of each.
+    """
+    n, n_groups = fired.shape[0], int(labels.max(initial=-1)) + 1
+    place = np.full(fired.shape[1], -1)
+    place[live] = np.arange(len(live))
+    one, own, both, squares = np.zeros(len(live)), np.zeros(n_groups), np.zeros(len(live)), np.zeros(n_groups)
+    step = max(1, BLOCK_CELLS // max(1, n_groups))
+    for start in range(0, n, step):
+        block = fired[start : start + step]
+        row, at = np.repeat(np.arange(block.shape[0]), np.diff(block.indptr)), place[block.indices]
+        row, at = row[at >= 0], at[at >= 0]
+        cell = row * n_groups + labels[at]
+        together = np.bincount(cell, minlength=block.shape[0] * n_groups).astype(np.float64)
+        one += np.bincount(at, minlength=len(live))
+        both += np.bincount(at, together[cell], len(live))
+        together = together.reshape(-1, n_groups)
+        own += together.sum(axis=0)
+        squares += np.square(together).sum(axis=0)
+    # Of a member x with S the number of its community that fire, and S - x that of the others
+    mean, total = one / n, own[labels] / n
+    spread = mean * (1 - mean)
+    with_all = both / n - mean * total
+    others = squares[labels] / n - total**2 - 2 * with_all + spread
+    usable = (spread > 0) & (others > 1e-12)
+    r = np.zeros(len(live))
+    r[usable] = (with_all - spread)[usable] / np.sqrt(spread[usable] * others[usable])
+    return float(np.square(np.maximum(r, 0.0)).sum())
+
+
 def stable_bound(
     fired: sparse.csr_array, groups: np.ndarray, *, min_count: int, edge_share: float, seed: int
 ) -> tuple[float, tuple[int, int] | None]:
-    """The bound of `BOUNDS` whose communities come back most often in two random halves of the prompts.
+    """The bound of `BOUNDS` whose communities of each random half of the prompts tell their members best in the other.
 
     Args:
         fired: (n_samples, d_sae); groups: (n_samples,) prompt of each sample, which stays in one half.
     Returns:
-        The bound, the lowest of equal ones; communities of one half that came back in the other, and how many it had.
-        `USUAL_BOUND` and None where none comes back.
+        The bound (`told_by_others`), the lowest of equal ones; communities of one half that came back in the other at
+        that bound, and how many it had. `USUAL_BOUND` and None where nothing is told.
     """
     names, index = np.unique(groups, return_inverse=True)
     half = (np.random.default_rng(seed).permutation(len(names)) % 2 == 0)[index]
@@ -161,14 +198,15 @@ def stable_bound(
     for rows in (half, ~half):
         part = affordable(fired[np.flatnonzero(rows)], seed, TRIED_WORK)
         live = live_features(part, min_count)
-        halves.append((agreement_graph(part, live, edge_share), live))
-    best, returned = USUAL_BOUND, (0, 0)
+        halves.append((part, live, agreement_graph(part, live, edge_share)))
+    (one, live, graph), (other, live_of_other, graph_of_other) = halves
+    best, told, returned = USUAL_BOUND, 0.0, None
     for bound in BOUNDS:
-        first, second = (agreeing_groups(graph, bound, seed) for graph, _ in halves)
-        found = n_returned((first, second), (halves[0][1], halves[1][1]))
-        if found[0] > returned[0]:
-            best, returned = bound, found
-    return best, returned if returned[0] else None
+        first, second = (agreeing_groups(of, bound, seed) for of in (graph, graph_of_other))
+        found = round(told_by_others(other, live, first) + told_by_others(one, live_of_other, second), 6)
+        if found > told:
+            best, told, returned = bound, found, n_returned((first, second), (live, live_of_other))
+    return best, returned
 
 
 def agreeing_communities(
