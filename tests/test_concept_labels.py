@@ -2,9 +2,15 @@
 
 import numpy as np
 import pytest
+from audit_files import config_for, write_inputs
 
-from trl_anatomy.audit.concept_labels import WEAK, Label, clearly, marked, unique_labels
+from trl_anatomy.audit import stats
+from trl_anatomy.audit.concept_labels import Label, clearly, marked, quoted, unique_labels
+from trl_anatomy.audit.folder import Audit
+from trl_anatomy.audit.reopen import reopen
+from trl_anatomy.audit.run import run_audit
 from trl_anatomy.audit.text_rules import Rule, TextTable, held_out_scores, learn_rules, phrase, rule_of
+from trl_anatomy.audit.word_classes import is_content, terms_at
 from trl_anatomy.errors import AnatomyError
 from trl_anatomy.reading.habits import HABITS, TOKENS, measure
 
@@ -101,22 +107,52 @@ def test_a_habit_that_agrees_is_taken_before_a_word_that_comes_with_it() -> None
     assert phrase(rule, {}) == "refusal"
 
 
-def label(words: str, score: float, place: str = "everywhere") -> Label:
+def label(words: str, score: float | None, place: str = "everywhere") -> Label:
     return Label(words, score, None, {"place": place, "promoted": []})
 
 
 def test_no_two_labels_are_the_same() -> None:
+    # Labels that quote what they fire on took the place of "(weak name)"; what tells two apart is quoted, too.
     given = [
         label("bold", 0.8),
         label("bold", 0.9),
         label("bold", 0.85),
-        label(f"bold{WEAK}", 0.6),
+        label("fires on [step]", None),
         label("bold", 0.76),
+        label("fires on [step]", None),
+        label("colons, as in “say[:]”", 0.77),
+        label("colons, as in “say[:]”", 0.78),
     ]
-    found = unique_labels(given, ["T1", "T2", "T3", "T4", "T5"], [["step"], ["**"], [":"], [], ["step"]])
+    examples = [["[step]"], ["“[**]One”"], ["“[:] two”"], ["[step]"], ["[step]"], ["[step]", "[go]"]]
+    found = unique_labels(given, [f"T{k}" for k in range(1, 9)], [*examples, ["“say[:]”"], ["“say[:]”"]])
     words = [of.words for of in found]
-    assert words == ["bold, on “step”", "bold", "bold, on colons", f"bold (T4){WEAK}", "bold (T5)"]
-    assert [of.score for of in found] == [0.8, 0.9, 0.85, 0.6, 0.76]
+    assert words == [
+        "bold, as in [step]",
+        "bold",
+        "bold, as in “[:] two”",
+        "fires on [step]",
+        "bold (T5)",
+        "fires on [step], [go]",
+        "colons, as in “say[:]” (T7)",
+        "colons, as in “say[:]”",
+    ]
+    assert [of.score for of in found] == [0.8, 0.9, 0.85, None, 0.76, None, 0.77, 0.78]
+
+
+@pytest.mark.parametrize(
+    ("runs", "said"),
+    [
+        ([("sorts and ", "kinds", " of"), ("no ", "Kinds", "")], ["[kinds]"]),
+        ([("a kind ", "of", " bird"), ("that kind ", "of", " bread"), ("out ", "of", " it")], ["“kind [of]”"]),
+        ([("step\n", "-", " Social life")], ["“[-] Social”"]),
+        ([("as a ", "**", "Result**")], ["“[**]Result**”"]),
+        ([("it is what ", "the", " of\nlast")], ["“it is what [the] of”"]),
+        ([("", "...", "")], ["[...]"]),
+        ([("", "�", ""), ("一个", "好", "人")], ["[好]"]),
+    ],
+)
+def test_what_is_marked_is_quoted_with_a_word_that_says_something(runs: list[tuple[str, str, str]], said: str) -> None:
+    assert quoted(runs) == said
 
 
 def test_hostile_words_stay_text() -> None:
@@ -129,3 +165,50 @@ def test_hostile_words_stay_text() -> None:
     said = phrase(rule, {})
     assert said.isprintable()
     assert "<script>" not in said
+
+
+@pytest.fixture(scope="module")
+def audit(tmp_path_factory: pytest.TempPathFactory) -> Audit:
+    root = tmp_path_factory.mktemp("labelled")
+    write_inputs(root)
+    return run_audit(config_for(root, "."), progress=False)
+
+
+def test_a_score_is_that_of_the_rule_on_texts_of_other_prompts(audit: Audit) -> None:
+    """By the rule as it is stored, text by text, against what the audit says that responses show."""
+    pairs = reopen(audit).pairs
+    held_out = stats.row_halves(pairs.rows, pairs.prompt_groups) == 1
+    texts = [[pairs.response_text(i, side) for i in np.flatnonzero(held_out)] for side in ("chosen", "rejected")]
+    n_scored = 0
+    for k, row in enumerate(audit.concepts.to_pylist()):
+        assert (row["label_score"] is None) == (row["label_rule"] is None)
+        if row["label_score"] is None:
+            assert row["label"].startswith("fires on ")
+            continue
+        assert row["label_score"] >= 0.75
+        if row["kind"] != "co-firing":
+            continue
+        shown = [side[:, k] for side in audit.activity.shown]
+        if np.concatenate(shown).mean() > 0.95:
+            continue
+        rule = rule_of(row["label_rule"])
+        said = np.array([rule.holds(text) for side in texts for text in side])
+        truth = np.concatenate([side[held_out] for side in shown])
+        assert row["label_score"] == pytest.approx((said[truth].mean() + (~said[~truth]).mean()) / 2)
+        n_scored += 1
+    assert n_scored >= 3
+
+
+def test_labels_of_an_audit_are_unique_and_say_something(audit: Audit) -> None:
+    labels = audit.concepts["label"].to_pylist()
+    assert len(set(labels)) == len(labels) > 5
+    for label in labels:
+        said = label.removeprefix("fires on ")
+        assert any(is_content(term) for term, _, _ in terms_at(said)), label
+        assert "weak name" not in label
+    for row in audit.concepts.to_pylist():
+        if row["label_score"] is None:
+            quoted_tokens = [piece.split("]")[0] for piece in row["label"].split("[")[1:]]
+            marks = " ".join(row["evidence"]["tokens"]).lower().replace("⟦", "").replace("⟧", "")
+            assert quoted_tokens
+            assert all(piece.lower() in marks for piece in quoted_tokens), row["label"]

@@ -1,14 +1,17 @@
 """Labels of concepts without a language model: where they fire, and the text rule that tells it best.
 
 A label is the words of a rule (`text_rules.py`) that is learned on half of the prompts; its score is the rule's
-balanced accuracy on the others. No test of the audit reads labels.
+balanced accuracy on the others. Where no rule names the concept well, the label quotes on what it fires, in brackets,
+and has no score. No test of the audit reads labels.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,21 +20,20 @@ from scipy import sparse
 
 from ..reading.habits import TOKENS, Habit, measure
 from ..reading.habits.parts import Parts
-from ..reading.token_text import pieces
+from ..reading.token_text import UNSPACED, pieces
 from . import stats
 from .levels import Levels, shard_firing
 from .predict import EVIDENCE, LABELLED
 from .shown import split_points
 from .text_rules import (
     AGREES,
-    Atom,
+    LEAST_SHARE,
     Rule,
     Standing,
     TextTable,
     correlations,
     held_out_scores,
     learn_rules,
-    noun,
     phrase,
 )
 from .views import cluster_sums
@@ -60,9 +62,14 @@ SHORT = 20
 NEARLY_ALL = 0.95
 OPEN, CLOSE = "⟦", "⟧"
 N_PROMOTED, READABLE = 10, 300
-# A rule of a lower held-out score names a concept weakly.
-GOOD = 0.75
-WEAK = " (weak name)"
+# A rule of a lower held-out score names no concept, nor does one that holds fewer of the marked tokens. A habit that
+# agrees with the concept goes on beyond the words that tell it: `LEAST_SHARE` of the marked tokens are enough.
+GOOD, SHOWS = 0.75, 0.5
+# Examples that a label quotes; words beside a marked token, and characters of one.
+EXAMPLES, BESIDE, LONGEST = 3, 3, 32
+# Tokens that are looked through for contexts at a time.
+FEW = 256
+FIRES = "fires on "
 # Where a concept may fire, and how a label says it.
 AT = {
     "line breaks": "at line breaks",
@@ -145,33 +152,37 @@ def label_concepts(
     tokens = _Tokens(tokenizer, pairs, features, words, sides)
     how: dict[str, Any] = {"layer": layer, "batch_tokens": batch_tokens, "progress": progress, "codes": read.codes}
     tokens.read(model, sae, looked, **how)
-    standing = tokens.standing()
+    halves = stats.row_halves(pairs.rows, pairs.prompt_groups)
+    standing = tokens.standing(np.flatnonzero(halves == 0))
     rules = learn_rules(words, fired, learning, standing, strength)
     scores = held_out_scores(words, rules, fired, learning)
     promoted = promoted_tokens(model, sae, tokenizer, features, set(words.vocabulary))
     named, correlation = _agreeing(strength, counted, list(habits))
     share = {(a.kind, a.name): float((words.amounts[:, k] > 0).mean()) for k, a in enumerate(words.columns)}
-    labels = []
+    labels, examples = [], []
     for k, rule in enumerate(rules):
-        strongest = tokens.strongest(k)
-        score = None if np.isnan(scores[k]) else float(scores[k])
-        place = tokens.place(k)
+        places = tokens.strongest_places(k)
         evidence = {
-            "tokens": tokens.contexts(k),
+            "tokens": [tokens.context(k, place) for place in places],
             "promoted": promoted[k],
-            "place": place,
+            "place": tokens.place(k),
             "habit": named[k],
             "correlation": correlation[k],
         }
-        if rule is not None and score is not None and score >= GOOD:
-            labels.append(Label(phrase(rule, share, strongest), score, rule, evidence))
+        holds = np.zeros(len(places), dtype=bool) if rule is None else tokens.holds(rule, k, places)
+        agrees = rule is not None and any((a.kind, a.name) == ("habit", named[k]) for a in rule.any)
+        enough = LEAST_SHARE if agrees else SHOWS
+        if rule is not None and scores[k] >= GOOD and holds.any() and holds.mean() >= enough:
+            said = phrase(rule, share, tokens.strongest(k))
+            examples.append(tokens.examples(k, [place for place, held in zip(places, holds, strict=True) if held]))
+            if all(a.kind in ("class", "pattern") or a.name in OF_TERM for a in rule.any):
+                said = f"{said}, as in {examples[k][0]}"
+            labels.append(Label(said, float(scores[k]), rule, evidence))
         else:
-            agrees = named[k]
-            plain = noun(Atom("habit", agrees)) if agrees else _by_tokens(strongest, tokens.stands(standing, k), place)
-            labels.append(Label(plain + WEAK, score, rule, evidence))
-    names = table["concept"].to_pylist()
-    labels = unique_labels(labels, names, [tokens.strongest(k) for k in range(len(labels))])
-    return with_labels(table, labels)
+            examples.append(tokens.examples(k, places))
+            said = FIRES + ", ".join(examples[k][:EXAMPLES]) if places else "no tokens that were read"
+            labels.append(Label(said, None, None, evidence))
+    return with_labels(table, unique_labels(labels, table["concept"].to_pylist(), examples))
 
 
 def with_labels(table: pa.Table, labels: Sequence[Label]) -> pa.Table:
@@ -322,6 +333,7 @@ class _Tokens:
             np.repeat(1 / np.maximum(1, size), size),
         )
         self._decoded: dict[tuple[int, ...], str] = {}
+        self._places: dict[int, list[int]] = {}
         self.responses: list[list[str]] = []  # texts of the tokens of each response
         self.vocabulary: dict[str, int] = {}
 
@@ -358,21 +370,38 @@ class _Tokens:
             response.append(np.full(len(ids), len(self.responses) - 1))
         self._term, self._place = np.concatenate(terms), np.concatenate(places)
         self._inside = np.concatenate(columns)
-        self._activation = sparse.csc_array(sparse.vstack(activations, format="csc"))
+        self._activation = sparse.csr_array(sparse.vstack(activations, format="csr"))
         # Ties must not be broken by the last digits, which depend on what is read in a batch.
         self._activation.data = np.round(self._activation.data, 4)
+        self._by_concept = sparse.csc_array(self._activation)
+        self._by_concept.sort_indices()
         self._response = np.concatenate(response)
+        self._pair = np.repeat([pair for pair, _, _ in read], [len(texts) for texts in self.responses])
         self._start = np.concatenate([[0], np.cumsum([len(texts) for texts in self.responses])])
-        total = np.maximum(1e-12, np.asarray(self._activation.sum(axis=0)).ravel())
-        held = self._term >= 0
-        self._n = max(1, int(held.sum()))
-        at = np.flatnonzero(held)
-        one = sparse.csr_array((np.ones(len(at)), (self._term[at], at)), shape=(len(self.vocabulary), len(self._term)))
-        self._share = (one @ self._activation).toarray() / total
-        self._base = np.asarray(one.sum(axis=1)).ravel() / self._n
+        self._own = [text.strip().lower() for texts in self.responses for text in texts]
         self._names = list(self.vocabulary)
-        self._in_columns = (sparse.csr_array(self._inside.T.astype(np.float32)) @ self._activation).toarray() / total
-        self._in_places = (sparse.csr_array(self._place.T.astype(np.float32)) @ self._activation).toarray() / total
+        every = self._shares(np.ones(len(self._term), dtype=bool))
+        self._share, self._base, self._in_places, self._base_places = every
+        beyond = np.where(self._share > 1.5 * self._base[:, None], self._share - self._base[:, None], 0.0)
+        self._strongest = [np.argsort(-of, kind="stable")[:8] for of in beyond.T]
+        self._strongest = [at[beyond[at, k] > 0.005] for k, at in enumerate(self._strongest)]
+
+    def _shares(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Shares of the activation on each term (n_terms, K) and place, beside the shares of these tokens (n_terms,).
+
+        Args:
+            tokens: (n,) bool, those that count.
+        """
+        at = np.flatnonzero(tokens)
+        activation, term = self._activation[at], self._term[at]
+        total = np.maximum(1e-12, np.asarray(activation.sum(axis=0)).ravel())
+        held = np.flatnonzero(term >= 0)
+        n = max(1, len(held))
+        one = sparse.csr_array((np.ones(len(held)), (term[held], held)), shape=(len(self._names), len(at)))
+        place = self._place[at]
+        in_places = (sparse.csr_array(place.T.astype(np.float32)) @ activation).toarray() / total
+        share = (one @ activation).toarray() / total
+        return share, np.asarray(one.sum(axis=1)).ravel() / n, in_places, place.sum(axis=0) / n
 
     def _texts(self, ids: Sequence[int]) -> list[str]:
         """The text that each token adds."""
@@ -425,78 +454,128 @@ class _Tokens:
         place[:, 4] = np.isin(term, [self.vocabulary.get(sign, -2) for sign in (".", "!", "?", "。")])
         return term, place, inside
 
-    def standing(self) -> Standing:
-        """Where the concepts fire, for choosing rules."""
-        of = {atom.name: k for k, atom in enumerate(self.words.columns) if atom.kind == "class"}
-        columns, base = self._in_columns.copy(), self._inside.mean(axis=0) * len(self._term) / self._n
+    def standing(self, pairs: np.ndarray) -> Standing:
+        """Where the concepts fire in some of the pairs that were read, for choosing rules."""
+        tokens = np.isin(self._pair, pairs)
+        share, base_terms, in_places, _ = self._shares(tokens)
+        at = np.flatnonzero(tokens)
+        total = np.maximum(1e-12, np.asarray(self._activation[at].sum(axis=0)).ravel())
+        inside = self._inside[at]
+        columns = (sparse.csr_array(inside.T.astype(np.float32)) @ self._activation[at]).toarray() / total
+        base = inside.sum(axis=0) / max(1, int((self._term[at] >= 0).sum()))
         for t, term in enumerate(self._names):
-            for k in self._columns_of(term, of):
-                columns[k] += self._share[t]
-                base[k] += self._base[t]
-        terms = {term: self._share[t] for t, term in enumerate(self._names)}
-        return Standing(terms, columns, base, dict(zip(self._names, self._base.tolist(), strict=True)))
+            for k in self._class_columns(term):
+                columns[k] += share[t]
+                base[k] += base_terms[t]
+        terms = {term: share[t] for t, term in enumerate(self._names)}
+        first = in_places[PLACES.index("first words of the response")]
+        marked = np.zeros(columns.shape)
+        for concept in range(self.n_concepts):
+            places = [place for place in self.strongest_places(concept) if tokens[place]]
+            marked[:, concept] = self._columns_at(concept, places).mean(axis=0) if places else 0.0
+        return Standing(terms, columns, base, dict(zip(self._names, base_terms.tolist(), strict=True)), first, marked)
 
-    def _columns_of(self, term: str, of: Mapping[str, int]) -> list[int]:
-        if term not in OF_TERM:
-            return []
-        words = self._word_columns
-        return [of[CLASSES[OF_TERM[term]].name], *([words[term]] if term in words else [])]
+    def _class_columns(self, term: str) -> list[int]:
+        """Columns of the words that a term of a closed class is in: the class, and the word where it has one."""
+        keys = [("class", CLASSES[OF_TERM[term]].name), ("word", term)] if term in OF_TERM else []
+        return [self._column_of[key] for key in keys if key in self._column_of]
 
-    @property
-    def _word_columns(self) -> dict[str, int]:
-        return {atom.name: k for k, atom in enumerate(self.words.columns) if atom.kind == "word"}
+    @cached_property
+    def _column_of(self) -> dict[tuple[str, str], int]:
+        return {(atom.kind, atom.name): k for k, atom in enumerate(self.words.columns)}
 
-    def strongest(self, concept: int, n: int = 8) -> list[str]:
+    def strongest(self, concept: int) -> list[str]:
         """Terms with the largest share of a concept's activation, beyond their share of all tokens."""
-        share = self._share[:, concept]
-        beyond = np.where(share > 1.5 * self._base, share - self._base, 0.0)
-        order = np.argsort(-beyond, kind="stable")[:n]
-        return [self._names[t] for t in order if beyond[t] > 0.005]
-
-    def stands(self, standing: Standing, concept: int) -> list[Atom]:
-        """Habits, classes and patterns that hold a tenth of a concept's activation and half as much again as usual."""
-        share, base = standing.columns[:, concept], standing.base_columns
-        beyond = np.where((share > 1.5 * base) & (share > 0.1), share - base, 0.0)
-        order = np.argsort(-beyond, kind="stable")
-        return [self.words.columns[k] for k in order if beyond[k] > 0 and self.words.columns[k].kind != "word"]
+        return [self._names[t] for t in self._strongest[concept]]
 
     def place(self, concept: int) -> str:
         """Where a concept fires: one of `PLACES` that holds half of its activation and twice what all tokens have."""
         share = self._in_places[:, concept]
-        base = self._place.sum(axis=0) / self._n
-        fit = [p for p in range(len(PLACES)) if share[p] >= 0.5 and share[p] >= 2 * base[p]]
+        fit = [p for p in range(len(PLACES)) if share[p] >= 0.5 and share[p] >= 2 * self._base_places[p]]
         return PLACES[max(fit, key=lambda p: share[p])] if fit else EVERYWHERE
 
-    def contexts(self, concept: int) -> list[str]:
-        """The places where a concept fires strongest, one of a response at most, with the tokens in brackets."""
-        column = self._activation[:, [concept]]
-        at, value = column.indices, column.data
-        order = np.lexsort((at, -value))
-        found: list[str] = []
+    def strongest_places(self, concept: int) -> list[int]:
+        """Tokens on which a concept fires strongest: one of a response at most, few with the same text."""
+        if concept in self._places:
+            return self._places[concept]
+        at, value = self._column(concept)
+        found: list[int] = []
+        self._places[concept] = found
         responses: set[int] = set()
         same: dict[str, int] = {}
-        before: set[tuple[str, str]] = set()
-        for entry in order:
-            token, response = int(at[entry]), int(self._response[at[entry]])
+        before: set[tuple[str, ...]] = set()
+        for token in _descending(at, value):
+            response = int(self._response[token])
             if response in responses:
                 continue
-            local = token - int(self._start[response])
-            texts = self.responses[response]
-            own = texts[local].strip().lower()
-            key = (own, "".join(texts[max(0, local - 3) : local]).strip().lower())
+            own = self._own[token]
+            key = tuple(self._own[max(int(self._start[response]), token - 3) : token + 1])
             if same.get(own, 0) >= SAME_TOKEN or key in before:
                 continue
             responses.add(response)
             same[own] = same.get(own, 0) + 1
             before.add(key)
-            stop = int(self._start[response + 1])
-            share = np.zeros(len(texts))
-            inside = (at >= self._start[response]) & (at < stop)
-            share[at[inside] - int(self._start[response])] = value[inside]
-            found.append(marked(texts, local, share >= MARKED * value[entry]))
+            found.append(token)
             if len(found) == CONTEXTS:
                 break
         return found
+
+    def _column(self, concept: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens on which a concept fires, ascending, and how much."""
+        here = slice(self._by_concept.indptr[concept], self._by_concept.indptr[concept + 1])
+        return self._by_concept.indices[here], self._by_concept.data[here]
+
+    def _near(self, concept: int, token: int) -> tuple[list[str], int, np.ndarray]:
+        """Texts of a response, the place of a token in it, and which tokens fire at least half as strongly as it."""
+        at, value = self._column(concept)
+        response = int(self._response[token])
+        start, stop = int(self._start[response]), int(self._start[response + 1])
+        first, last = np.searchsorted(at, (start, stop))
+        fires = np.zeros(stop - start, dtype=bool)
+        here = at[first:last]
+        fires[here - start] = value[first:last] >= MARKED * value[np.searchsorted(at, token)]
+        return self.responses[response], token - start, fires
+
+    def context(self, concept: int, token: int) -> str:
+        """A token in its context, in brackets with others that fire near it."""
+        return marked(*self._near(concept, token))
+
+    def holds(self, rule: Rule, concept: int, places: Sequence[int]) -> np.ndarray:
+        """(n_places,) bool: tokens that are what a rule names, or have that beside them where they are marked."""
+        columns, found = self._columns_at(concept, places), np.zeros(len(places), dtype=bool)
+        for atom in rule.any:
+            if (k := self._column_of.get((atom.kind, atom.name))) is not None:
+                found |= columns[:, k]
+                continue
+            first = self._place[:, PLACES.index("first words of the response")]
+            for i, run in enumerate(self._runs(concept, places)):
+                is_it = self._term[run] == self.vocabulary.get(atom.name, -2)
+                found[i] |= bool((is_it & first[run] if atom.kind == "opening" else is_it).any())
+        return found
+
+    def _columns_at(self, concept: int, places: Sequence[int]) -> np.ndarray:
+        """(n_places, n_columns) bool: whether marked tokens are in each column of the words."""
+        found = np.zeros((len(places), len(self.words.columns)), dtype=bool)
+        for i, run in enumerate(self._runs(concept, places)):
+            found[i] = self._inside[run].any(axis=0)
+            for term in set(self._term[run].tolist()) - {-1}:
+                found[i, self._class_columns(self._names[term])] = True
+        return found
+
+    def _runs(self, concept: int, places: Sequence[int]) -> Iterator[slice]:
+        """The tokens that are marked together with each of some tokens."""
+        for token in places:
+            texts, at, fires = self._near(concept, token)
+            first, last = _marked_run(texts, at, fires)
+            yield slice(token - at + first, token - at + last)
+
+    def examples(self, concept: int, places: Sequence[int]) -> list[str]:
+        """Of some tokens, what is marked, in brackets: the most frequent first, each with a word that says something.
+
+        >>> # “kind [of]”, [widely]
+        """
+        near = [self._near(concept, token) for token in places]
+        return quoted([_run(*one) for one in near])
 
 
 def marked(texts: Sequence[str], at: int, fires: np.ndarray) -> str:
@@ -530,69 +609,128 @@ def marked(texts: Sequence[str], at: int, fires: np.ndarray) -> str:
     return ("… " if first else "") + said + (" …" if last < len(texts) else "")
 
 
+@lru_cache(1 << 16)
 def _clean(text: str) -> str:
     """On one line, without signs that cannot be seen, and without our own brackets."""
     text = text.replace("\n", "↵").replace("\t", " ").replace(OPEN, "[").replace(CLOSE, "]")
-    return "".join(c for c in text if c.isprintable())
+    return text if text.isprintable() else "".join(c for c in text if c.isprintable())
+
+
+def _descending(at: np.ndarray, value: np.ndarray) -> Iterator[int]:
+    """Entries of `at` by `value`, the largest first, of equal ones the first; few at a time, as few are wanted."""
+    while len(at):
+        least = np.partition(value, len(value) - FEW)[len(value) - FEW] if len(value) > FEW else -np.inf
+        top = value >= least
+        yield from at[top][np.lexsort((at[top], -value[top]))].tolist()
+        at, value = at[~top], value[~top]
+
+
+def _marked_run(texts: Sequence[str], at: int, fires: np.ndarray) -> tuple[int, int]:
+    """Bounds of the tokens around one that fire too, up to `LONGEST` characters; whole characters."""
+    first, last = at, at + 1
+    while first > 0 and fires[first - 1] and sum(map(len, texts[first - 1 : last])) <= LONGEST:
+        first -= 1
+    while last < len(texts) and (not texts[last - 1] or fires[last]):
+        if texts[last - 1] and sum(map(len, texts[first : last + 1])) > LONGEST:
+            break
+        last += 1
+    return first, last
+
+
+def _run(texts: Sequence[str], at: int, fires: np.ndarray) -> tuple[str, str, str]:
+    """What stands before a token, it with the tokens beside it that fire too, in whole words, and what comes after."""
+    first, last = _marked_run(texts, at, fires)
+    edges = ((max(0, first - 24), first), (first, last), (last, last + 24))
+    before, own, after = ("".join(texts[a:b]) for a, b in edges)
+    head, tail = own[: len(own) - len(own.lstrip())], own[len(own.rstrip()) :]
+    if own.strip():
+        before, own, after = before + head, own.strip(), tail + after
+    # Of scripts without blanks between words a token stands for itself
+    if own[:1].isalnum() and not UNSPACED.match(own) and (cut := re.search(rf"[^\W_]{{1,{LONGEST}}}$", before)):
+        before, own = before[: cut.start()], cut[0] + own
+    if own[-1:].isalnum() and not UNSPACED.match(own[-1]) and (cut := re.match(rf"[^\W_]{{1,{LONGEST}}}", after)):
+        own, after = own + cut[0], after[cut.end() :]
+    return before, own, after
+
+
+def quoted(runs: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Marked pieces of text in brackets, each once, the most frequent first.
+
+    One without a word of an open class takes words beside it until it has one: first on the side where more of the
+    pieces that are the same have the same neighbour; of equal ones on the side that it touches.
+
+    Args:
+        runs: what stands before each piece, the piece, and what comes after; the strongest first.
+
+    >>> quoted([("some ", "kind", ""), ("a kind ", "of", " bird"), ("no kind ", "of", " bread"), ("two ", "kind", "s")])
+    ['[kind]', '“kind [of]”']
+    """
+    same: dict[str, list[tuple[str, str, str]]] = {}
+    for run in runs:
+        same.setdefault(" ".join(run[1].lower().split()) or run[1], []).append(run)
+    found = [_quote(pieces) for pieces in sorted(same.values(), key=lambda pieces: -len(pieces))]
+    whole = [said for said in found if "\N{REPLACEMENT CHARACTER}" not in said]
+    return list(dict.fromkeys(whole or found))
+
+
+def _quote(pieces: Sequence[tuple[str, str, str]]) -> str:
+    """One for all of some pieces that are the same, with words beside it where it has none that says something."""
+    own = " ".join(_clean(pieces[0][1]).split()) or "␣"
+    if _says(own):
+        return f"[{own}]"
+    beside = [([word[::-1] for word in _beside(before[::-1])], _beside(after)) for before, _, after in pieces]
+    near = [[words[side][0].lower() for words in beside if words[side]] for side in (0, 1)]
+    touches = [not pieces[0][0][-1:].isspace(), not pieces[0][2][:1].isspace()]
+    usually = [(max(Counter(near[side]).values(), default=0), touches[side]) for side in (0, 1)]
+    first = int(usually[1] > usually[0])
+    usual = max(near[first], key=near[first].count, default="")
+    at = next((i for i, words in enumerate(beside) if words[first] and words[first][0].lower() == usual), 0)
+    taken: list[list[str]] = [[], []]
+    for side in (first, 1 - first):
+        for word in beside[at][side]:
+            if not _says(" ".join(taken[0] + taken[1])):
+                taken[side].append(word)
+    # A sign stays at the word that it belongs to
+    apart = [" " if not text or text.isspace() else "" for text in (pieces[at][0][-1:], pieces[at][2][:1])]
+    left = " ".join(taken[0][::-1]) + apart[0] if taken[0] else ""
+    right = apart[1] + " ".join(taken[1]) if taken[1] else ""
+    return f"“{left}[{own}]{right}”" if left or right else f"[{own}]"
+
+
+def _beside(text: str) -> list[str]:
+    """Words of a text's first line."""
+    words = (_clean(word[:LONGEST]) for word in text.split("\n")[0].split()[:BESIDE])
+    return [word for word in words if word]
+
+
+def _says(text: str) -> bool:
+    return any(is_content(term) for term, _, _ in terms_at(text))
 
 
 # Words ---------------------------------------------------------------------------------------------------------------
 
 
-def _by_tokens(strongest: Sequence[str], stands: Sequence[Atom], place: str) -> str:
-    """What a concept fires on, where no rule tells it: words of open classes, else what stands there, else the place.
-
-    Args:
-        strongest: terms on which it fires, and stands: what else does; the strongest first.
-    """
-    content = [term for term in strongest if is_content(term)]
-    if strongest and is_content(strongest[0]) and len(content) >= 2:
-        return _shown(content[:4])
-    if stands:
-        return " and ".join(dict.fromkeys(noun(atom, strongest) for atom in stands[:2]))
-    if content:
-        return _shown(content[:1])
-    return place if place != EVERYWHERE else "tokens of all kinds"
-
-
-def unique_labels(labels: Sequence[Label], names: Sequence[str], strongest: Sequence[Sequence[str]]) -> list[Label]:
-    """Labels of which no two are the same: the better one keeps it, others add on what they fire, or their name.
+def unique_labels(labels: Sequence[Label], names: Sequence[str], examples: Sequence[Sequence[str]]) -> list[Label]:
+    """Labels of which no two are the same: the better one keeps it, others add examples, a place, or their name.
 
     Args:
         names: of the concepts, for the last resort.
-        strongest: terms on which each fires, the strongest first.
+        examples: of what each fires on.
     """
-    from dataclasses import replace
-
-    order = sorted(range(len(labels)), key=lambda k: -(labels[k].score or 0.0))
     taken: set[str] = set()
     found = list(labels)
-    for k in order:
-        label = labels[k]
-        weak = WEAK if label.words.endswith(WEAK) else ""
-        plain = label.words.removesuffix(WEAK)
-        said = plain.lower()
-        own = [_said(term) for term in strongest[k] if term.isprintable()]
-        own = [term for term in dict.fromkeys(own) if term.strip("“”").lower() not in said]
-        tries = [plain, *(f"{plain}, on {', '.join(own[:n])}" for n in range(1, 1 + min(4, len(own))))]
-        place = label.evidence["place"]
+    for k in sorted(range(len(labels)), key=lambda k: -(labels[k].score or 0.0)):
+        plain = labels[k].words
+        own = [example for example in examples[k] if example not in plain]
+        link = ", " if FIRES in plain or ", as in " in plain else ", as in "
+        tries = [plain, *(f"{plain}{link}{', '.join(own[:n])}" for n in range(1, 1 + min(EXAMPLES, len(own))))]
+        place = labels[k].evidence["place"]
         tries += [f"{plain}, {AT[place]}"] if place != EVERYWHERE else []
         tries.append(f"{plain} ({names[k]})")
         words = next((words for words in tries if words.lower() not in taken), tries[-1])
         taken.add(words.lower())
-        found[k] = replace(label, words=words + weak)
+        found[k] = replace(labels[k], words=words)
     return found
-
-
-def _said(term: str) -> str:
-    """A term as a label says it: a sign by what it is, a word as it stands."""
-    if term in OF_TERM and not CLASSES[OF_TERM[term]].listed:
-        return CLASSES[OF_TERM[term]].name
-    return _shown([term])
-
-
-def _shown(terms: Sequence[str]) -> str:
-    return ", ".join(f"“{term}”" for term in terms)
 
 
 def promoted_tokens(
@@ -618,7 +756,9 @@ def promoted_tokens(
     if weight is None or weight.ndim != 2 or not len(features):
         return [[] for _ in features]
     with torch.no_grad():
-        rows = torch.stack([sae.decoder_rows(of.tolist()).mean(dim=0) for of in features])
+        every = np.unique(np.concatenate(features))
+        directions = sae.decoder_rows(every.tolist())
+        rows = torch.stack([directions[np.searchsorted(every, of)].mean(dim=0) for of in features])
         if rows.shape[1] != weight.shape[1]:
             return [[] for _ in features]
         base: Any = decoder(model)
@@ -640,13 +780,15 @@ def promoted_tokens(
             return [[] for _ in features]
         order = torch.cat(values, dim=1).argsort(dim=1, descending=True)[:, :READABLE]
         top = torch.cat(places, dim=1).gather(1, order).tolist()
-    special = set(text.all_special_ids)
-    decoded = {i: text.decode([i]).strip() for of in top for i in of if i not in special}
+    backend = text.backend_tokenizer
+    wanted = {i for of in top for i in of}.difference(text.all_special_ids)
+    decoded = {i: backend.decode([i], skip_special_tokens=False).strip() for i in wanted}
+    readable = {i: word for i, word in decoded.items() if word.lower() in known and word.isprintable()}
     found = []
     for of in top:
-        words = (decoded[i] for i in of if i in decoded)
-        readable = {
-            word.lower(): word for word in reversed(list(words)) if word.lower() in known and word.isprintable()
-        }
-        found.append(list(readable.values())[::-1][:N_PROMOTED])
+        words: dict[str, str] = {}
+        for i in of:
+            if i in readable:
+                words.setdefault(readable[i].lower(), readable[i])
+        found.append(list(words.values())[:N_PROMOTED])
     return found

@@ -24,17 +24,21 @@ MOST_WORDS, POOL = 4, 40
 LEAST_TEXTS, MOST_TERMS = 4, 20_000
 # Quantiles of a column on the learning half, at which a rule may split it.
 QUANTILES = (0.2, 0.35, 0.5, 0.65, 0.8)
-# What a rule is worth for standing where the concept fires, and loses for each more word, for a split that is not
-# "has it or not", for telling by length, and for telling by what is not there.
-STANDS, EACH_WORD, SPLIT, BY_LENGTH, ABSENCE = 0.2, 0.01, 0.02, 0.08, 0.2
+# What a rule is worth for standing where the concept fires, and loses for each more word, and for a split that is not
+# "has it or not".
+STANDS, EACH_WORD, SPLIT = 0.2, 0.01, 0.02
 # A habit of the library, which has a name of its own, is preferred by this.
 NAMED = 0.03
 # What a habit gains for its correlation with how much of the concept a response shows, where that is so large.
 AGREEING, AGREES = 0.1, 0.6
 # A further word makes a rule better by so much.
 BETTER = 0.01
-# A second habit, class or pattern joins a rule where it holds this share of the concept's activation.
+# A label says what the marked tokens show: a habit, class or pattern, all words of a rule together, or the first words
+# where the rule is an opening, hold at least this share of the activation, the first three also of the marked tokens;
+# each single word holds a tenth of it. Of a habit that a concept agrees with the marked tokens are enough.
 LEAST_SHARE = 0.15
+# A habit that a concept agrees with names it if its balanced accuracy on the learning half is so good.
+TELLS = 0.75
 # Responses of each kind in each half, without which nothing is learned or scored.
 FEWEST = 5
 # A habit, class or pattern that stands in more of the responses than this is told by how often it does.
@@ -228,12 +232,16 @@ class Standing:
         columns: (n_columns, K) the same for the columns of a `TextTable`; zeros where that has no places.
         base_columns: (n_columns,) share of all tokens.
         base_terms: term -> share of all tokens.
+        first: (K,) share of the activation on the first words of responses.
+        marked: (n_columns, K) share of the tokens on which a concept fires strongest.
     """
 
     terms: Mapping[str, np.ndarray]
     columns: np.ndarray
     base_columns: np.ndarray
     base_terms: Mapping[str, float]
+    first: np.ndarray
+    marked: np.ndarray
 
 
 def balanced(hits: np.ndarray, false: np.ndarray, positive: Any, negative: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -255,67 +263,77 @@ def learn_rules(
 ) -> list[Rule | None]:
     """The rule for each concept that tells best, on the learning half, which responses it fires in.
 
+    Length tells no rule: no token shows it. Nor does what is absent.
+
     Args:
         fires: (n, K) bool.
         learning: (n,) bool; the other texts are not looked at.
-        standing: where the concepts fire, so that of rules that tell alike the one that says so is taken.
-        strength: (n, K) how much of the concepts the texts show, so that a habit that they agree with is taken.
+        standing: where the concepts fire in the learning half: a rule names what holds their activation.
+        strength: (n, K) how much of the concepts the texts show: a habit that they agree with names them, if it tells
+            them well.
     Returns:
-        K rules; None where a concept fires in too few or too many of the texts.
+        K rules; None where a concept fires in too few or too many of the texts, or nothing can name it.
     """
     y = fires[learning].astype(np.float32)
     positive = y.sum(axis=0)
     negative = len(y) - positive
     values = table.amounts[learning]
-    # Columns of "has it", then of each quantile: (atom, more_than)
+    # Columns of "has it", then of each quantile
     cuts = np.concatenate([np.zeros((1, values.shape[1])), np.quantile(values, QUANTILES, axis=0)]).astype(np.float32)
-    worth, rules = [], []
     amounts = np.array([atom.kind == "habit" and table.habits[atom.name].kind == "mean" for atom in table.columns])
     lengths = np.array([atom.kind == "habit" and atom.name in LENGTHS for atom in table.columns])
     named = np.array([atom.kind == "habit" for atom in table.columns]) & ~lengths
     single = np.array([atom.kind == "word" for atom in table.columns])
     stands = np.zeros((len(table.columns), y.shape[1]))
+    holds_some = np.ones(stands.shape, dtype=bool)
     if standing is not None:
         lift = standing.columns > 1.5 * standing.base_columns[:, None]
         stands = np.where(lift, standing.columns, 0.0)
+        holds_some = (stands >= LEAST_SHARE) & (standing.marked >= LEAST_SHARE)
     agrees = np.zeros(stands.shape)
     if strength is not None:
         known = correlations(values[:, named], strength[learning])
-        agrees[named] = np.where(known >= AGREES, known, 0.0)
+        shows = True if standing is None else standing.marked[named] >= LEAST_SHARE
+        agrees[named] = np.where((known >= AGREES) & shows, known, 0.0)
+    eligible = (holds_some | (agrees > 0)) & ~lengths[:, None]
+    common = (values > 0).mean(axis=0) > COMMON
+    worth, telling = [], []
     for level, cut in enumerate(cuts):
         usable = (cut > 0) if level else ~amounts
         usable &= (values > cut).any(axis=0)
         x = (values > cut).astype(np.float32)
         hits = x.T @ y
         accuracy, error = balanced(hits, x.sum(axis=0)[:, None] - hits, positive, negative)
-        common = (values > 0).mean(axis=0) > COMMON
-        for negated in (False, True):
-            value = (1 - accuracy if negated else accuracy) - error
-            value = value + (NAMED * named - BY_LENGTH * lengths)[:, None] - SPLIT * (level > 0)
-            value = value - ABSENCE if negated else value + STANDS * stands + AGREEING * agrees
-            value[~usable] = -np.inf
-            if level and not negated:
-                value[~common & ~amounts] -= SPLIT  # "frequent" of what is seldom there is hard to check by eye
-            worth.append(value)
-            rules += [(atom, float(c), negated) for atom, c in zip(table.columns, cut, strict=True)]
-    best_columns = np.concatenate(worth)
+        value = accuracy - error + STANDS * stands + AGREEING * agrees
+        value += (NAMED * named - SPLIT * (level > 0))[:, None]
+        if level:
+            value[~common & ~amounts] -= SPLIT  # "frequent" of what is seldom there is hard to check by eye
+        value[~(usable[:, None] & eligible)] = -np.inf
+        worth.append(value)
+        telling.append(np.where((agrees > 0) & (accuracy >= TELLS), value, -np.inf))
+    best_columns, by_habit = np.concatenate(worth), np.concatenate(telling)
     words = _word_worth(table, y, learning, positive, negative, standing)
     opens = table.opens[learning]
     hits = np.asarray(opens.T @ y)
     accuracy, error = balanced(hits, np.asarray(opens.sum(axis=0))[:, None] - hits, positive, negative)
     open_worth = accuracy - error
+    if standing is not None:
+        open_worth = np.where(standing.first >= LEAST_SHARE, open_worth + STANDS * standing.first, -np.inf)
     found: list[Rule | None] = []
     for k in range(y.shape[1]):
         if positive[k] < FEWEST or negative[k] < FEWEST:
             found.append(None)
             continue
-        at = int(np.argmax(best_columns[:, k]))
-        atom, more_than, negated = rules[at]
-        choices = [(float(best_columns[at, k]), Rule((Atom(atom.kind, atom.name, more_than),), negated))]
-        if not negated and standing is not None:
+        choices: list[tuple[float, Rule]] = []
+        of_columns = by_habit[:, k] if np.isfinite(by_habit[:, k]).any() else best_columns[:, k]
+        at = int(np.argmax(of_columns))
+        if np.isfinite(of_columns[at]):
             first = at % len(table.columns)
-            places = np.flatnonzero((stands[:, k] >= LEAST_SHARE) & ~amounts & ~single)
-            holds = (values[:, [first]] > more_than) | (values[:, places] > 0)
+            one = Atom(table.columns[first].kind, table.columns[first].name, float(cuts.ravel()[at]))
+            choices.append((float(of_columns[at]), Rule((one,))))
+        if choices and of_columns is not by_habit[:, k] and standing is not None:
+            places = np.flatnonzero(holds_some[:, k] & ~amounts & ~single & ~lengths)
+            holds = (values[:, [first]] > one.more_than) | (values[:, places] > 0)
             hits = holds.T.astype(np.float32) @ y[:, k]
             accuracy, error = balanced(hits, holds.sum(axis=0) - hits, positive[k], negative[k])
             # Spans of habits, classes and patterns overlap
@@ -324,12 +342,14 @@ def learn_rules(
             value[places == first] = -np.inf
             if len(value) and value.max() > choices[0][0] + BETTER:
                 more = table.columns[places[int(np.argmax(value))]]
-                choices.append((float(value.max()), Rule((Atom(atom.kind, atom.name, more_than), more))))
-        choices.append(_of_words(table, y[:, k], learning, words[:, k], standing, k))
-        if len(open_worth):
-            at = int(np.argmax(open_worth[:, k]))
-            choices.append((float(open_worth[at, k]), Rule((Atom("opening", table.openings[at]),))))
-        found.append(max(choices, key=lambda choice: choice[0])[1])
+                choices.append((float(value.max()), Rule((one, more))))
+        if not np.isfinite(by_habit[:, k]).any():
+            choices.append(_of_words(table, y[:, k], learning, words[:, k], standing, k))
+            if len(open_worth):
+                at = int(np.argmax(open_worth[:, k]))
+                choices.append((float(open_worth[at, k]), Rule((Atom("opening", table.openings[at]),))))
+        best = max(choices, key=lambda choice: choice[0])
+        found.append(best[1] if np.isfinite(best[0]) else None)
     return found
 
 
@@ -355,11 +375,19 @@ def _word_worth(
     accuracy, error = balanced(hits, count[:, None] - hits, positive, negative)
     worth = accuracy - error
     if standing is not None:
-        for term, share in standing.terms.items():
-            if (t := table.vocabulary.get(term)) is not None:
-                worth[t] += STANDS * np.where(share > 1.5 * standing.base_terms[term], share, 0.0)
+        share = _word_shares(table.names, standing)
+        worth = np.where(share >= LEAST_SHARE / 10, worth + STANDS * share, -np.inf)
     worth[~table.content | (count < LEAST_TEXTS)] = -np.inf
     return worth
+
+
+def _word_shares(names: Sequence[str], standing: Standing) -> np.ndarray:
+    """(n_names, K) share of the activation on each word, where that is half as much again as its share of tokens."""
+    share = np.zeros((len(names), standing.first.shape[0]), dtype=np.float32)
+    for t, name in enumerate(names):
+        if (of := standing.terms.get(name)) is not None:
+            share[t] = np.where(of > 1.5 * standing.base_terms[name], of, 0.0)
+    return share
 
 
 def _of_words(
@@ -373,9 +401,7 @@ def _of_words(
     x = table.has[:, pool][learning].toarray() > 0
     share = np.zeros(len(pool))
     if standing is not None:
-        for j, t in enumerate(pool):
-            of = standing.terms.get(table.names[t])
-            share[j] = 0.0 if of is None or of[k] < 1.5 * standing.base_terms[table.names[t]] else of[k]
+        share = _word_shares([table.names[t] for t in pool], standing)[:, k]
     positive, negative = float(y.sum()), float(len(y) - y.sum())
     taken: list[int] = []
     holds, best = np.zeros(len(y), dtype=bool), -np.inf
@@ -390,6 +416,8 @@ def _of_words(
             break
         best, holds = float(value[j]), union[:, j]
         taken.append(j)
+    if standing is not None and share[taken].sum() < LEAST_SHARE:
+        best = -np.inf
     return best, Rule(tuple(Atom("word", table.names[pool[j]]) for j in taken))
 
 
