@@ -96,6 +96,7 @@ def test_communities_tell_their_members_as_a_dense_reference_says(monkeypatch: p
     assert told_by_others(table, live, labels) == pytest.approx(expected)
     monkeypatch.setattr(agreement, "BLOCK_CELLS", 40)  # ten samples at a time
     assert told_by_others(table, live, labels) == pytest.approx(expected)
+    assert told_by_others(table, live[:0], labels[:0]) == 0.0
 
 
 @pytest.mark.parametrize("noise", [0.05, 0.2, 0.3])

@@ -167,7 +167,7 @@ def told_by_others(fired: sparse.csr_array, live: np.ndarray, labels: np.ndarray
         together = np.bincount(cell, minlength=block.shape[0] * n_groups).astype(np.float64)
         one += np.bincount(at, minlength=len(live))
         both += np.bincount(at, together[cell], len(live))
-        together = together.reshape(-1, n_groups)
+        together = together.reshape(block.shape[0], n_groups)
         own += together.sum(axis=0)
         squares += np.square(together).sum(axis=0)
     # Of a member x with S the number of its community that fire, and S - x that of the others
