@@ -11,7 +11,17 @@ import numpy as np
 from scipy import sparse
 from scipy.stats import chi2
 
-from .clusters import BLOCK_CELLS, CHANCE, COFIRING_WORK, affordable, live_features, seed_libc, strongest
+from .clusters import (
+    BLOCK_CELLS,
+    CHANCE,
+    COFIRING_WORK,
+    affordable,
+    fired_together,
+    firing_tables,
+    live_features,
+    seed_libc,
+    strongest,
+)
 
 # Bounds that are tried, and the one that is taken where trying them costs too much or tells nothing.
 BOUNDS, USUAL_BOUND = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7), 0.3
@@ -59,8 +69,7 @@ def agreement_graph(fired: sparse.csr_array, live: np.ndarray, edge_share: float
     n_pairs = size * (size - 1) / 2
     least = max(LEAST_PHI, float(np.sqrt(chi2.isf(CHANCE / max(1.0, n_pairs), 1) / n)))
     wanted = max(MOST_LINKS, int(np.ceil(edge_share * n_pairs)))
-    table = sparse.csr_array((np.ones(fired.nnz, np.float32), fired.indices, fired.indptr), shape=fired.shape)[:, live]
-    by_feature = sparse.csr_array(table.T)
+    table, by_feature = firing_tables(fired, live)
     count = np.diff(by_feature.indptr).astype(np.float64)
     spread = np.sqrt(count * (n - count))
     odds, scale = (count / spread).astype(np.float32), (1 / spread).astype(np.float32)
@@ -70,7 +79,7 @@ def agreement_graph(fired: sparse.csr_array, live: np.ndarray, edge_share: float
     for start in range(0, size, step):
         if start - first > (size - first) // 8:  # columns that are done are left out, now and then
             rest, first = table[:, start:], start
-        both = (by_feature[start : start + step] @ rest).toarray()
+        both = fired_together(by_feature[start : start + step], rest)
         rows = slice(start, start + len(both))
         # In single precision first: most pairs are far below.
         rough = both * (np.float32(n) * scale[rows, None])

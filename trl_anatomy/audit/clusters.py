@@ -74,6 +74,27 @@ def affordable(fired: sparse.csr_array, seed: int = 0, most: float | None = None
     return fired[np.sort(order[:n])]
 
 
+def firing_tables(fired: sparse.csr_array, live: np.ndarray) -> tuple[sparse.csr_array, sparse.csr_array]:
+    """Live features by sample, (n_samples, L), and samples by live feature, (L, n_samples); only places are stored."""
+    places = sparse.csr_array((np.ones(fired.nnz, np.int8), fired.indices, fired.indptr), shape=fired.shape)[:, live]
+    return places, sparse.csr_array(places.T)
+
+
+def fired_together(by_feature: sparse.csr_array, by_sample: sparse.csr_array) -> np.ndarray:
+    """In how many samples two features fire together: (n_features, n_columns) float32.
+
+    A count of the columns of each feature's samples: a third of the time that the sparse product takes, which adds up
+    one entry after the other.
+
+    Args:
+        by_feature: (n_features, n_samples); by_sample: (n_samples, n_columns): their places are read, not their data.
+    """
+    counts = np.empty((by_feature.shape[0], by_sample.shape[1]), dtype=np.float32)
+    for row, start, stop in zip(counts, by_feature.indptr[:-1], by_feature.indptr[1:], strict=True):
+        row[:] = np.bincount(by_sample[by_feature.indices[start:stop]].indices, minlength=len(row))
+    return counts
+
+
 def cofiring_graph(fired: sparse.csr_array, live: np.ndarray, edge_share: float = 0.01) -> sparse.csr_matrix:
     """The strongest co-firing pairs of live features, weighted by normalised mutual information.
 
@@ -94,8 +115,7 @@ def cofiring_graph(fired: sparse.csr_array, live: np.ndarray, edge_share: float 
     """
     n = fired.shape[0]
     size = len(live)
-    table = sparse.csr_array((np.ones(fired.nnz, np.float32), fired.indices, fired.indptr), shape=fired.shape)[:, live]
-    by_feature = sparse.csr_array(table.T)
+    table, by_feature = firing_tables(fired, live)
     count = np.diff(by_feature.indptr).astype(np.float64)
     wanted = int(np.ceil(edge_share * size * (size - 1) / 2))
     entropy = _entropy(count / n)
@@ -113,7 +133,7 @@ def cofiring_graph(fired: sparse.csr_array, live: np.ndarray, edge_share: float 
     for start in range(0, size, step):
         if start - first > (size - first) // 8:  # columns that are done are left out, now and then
             rest, first = table[:, start:], start
-        block = (by_feature[start : start + step] @ rest).toarray()
+        block = fired_together(by_feature[start : start + step], rest)
         rows = slice(start, start + len(block))
         phi = block * (np.float32((1 + 1e-6) * n) * scale[rows, None])
         phi *= scale[first:]
