@@ -158,16 +158,20 @@ def score_test(gaps: np.ndarray, candidates: np.ndarray, groups: np.ndarray) -> 
         z and two-sided p, each (n_candidates,), z above 0 where more of it speaks for chosen; 0 and 1 of what the
         model tells wholly.
     """
-    candidates = np.asarray(candidates, dtype=np.float64)
-    margins, left = np.zeros(len(candidates)), candidates
+    margins, model = np.zeros(len(candidates)), gaps[:, :0]
+    weighted = model
     if gaps.shape[1]:
-        margins = gaps @ fit_path(gaps, [LIGHT])[0]
-        variance = np.exp(log_sigmoid(margins) + log_sigmoid(-margins))
-        weighted = gaps * variance[:, None]
-        left = candidates - gaps @ np.linalg.lstsq(weighted.T @ gaps, weighted.T @ candidates, rcond=None)[0]
-    mean, error, p = stats.mean_test(np.exp(log_sigmoid(-margins))[:, None] * left, groups)
-    size = np.sqrt(np.square(candidates).mean(axis=0))
-    told = ~(np.sqrt(np.square(left).mean(axis=0)) > 1e-6 * size)  # also of a candidate that never varies
+        margins, model = gaps @ fit_path(gaps, [LIGHT])[0], gaps
+        weighted = gaps * np.exp(log_sigmoid(margins) + log_sigmoid(-margins))[:, None]
+    moments, residual = weighted.T @ model, np.exp(log_sigmoid(-margins))[:, None]
+
+    def of(block: np.ndarray) -> tuple[np.ndarray, ...]:
+        left = block - model @ np.linalg.lstsq(moments, weighted.T @ block, rcond=None)[0] if gaps.shape[1] else block
+        size = np.sqrt(np.square(block).mean(axis=0))
+        told = ~(np.sqrt(np.square(left).mean(axis=0)) > 1e-6 * size)  # also of a candidate that never varies
+        return (*stats.mean_test(residual * left, groups), told)
+
+    mean, error, p, told = stats.in_blocks(candidates, of)
     with np.errstate(invalid="ignore", divide="ignore"):
         z = np.where(told, 0.0, np.where(error > 0, mean / error, np.sign(mean) * np.inf))
     return np.nan_to_num(z), np.where(told | np.isnan(p), 1.0, p)

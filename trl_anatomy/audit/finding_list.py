@@ -179,7 +179,7 @@ def habit_lines(counted: Counted, seed: int = 0) -> list[Line]:
     tested = _test_habits(counted)
     family = [next((i for i, of in enumerate((FORMATTING, LENGTHS)) if name in of), -1) for name in names]
     lines = pick_lines(gaps, tested, counted.groups, np.array(family))
-    lines = selected(lines, gaps, counted.groups, seed)
+    lines = selected(lines, [gaps], counted.groups, seed)
     return _fold_rest(lines, np.flatnonzero(tested.differs).tolist(), gaps)
 
 
@@ -253,12 +253,16 @@ def correlations(column: np.ndarray, columns: np.ndarray) -> np.ndarray:
 
     The means over both directions are zero, so this is the cosine; 0 where nothing varies.
     """
-    column, columns = np.asarray(column, dtype=np.float64), np.asarray(columns, dtype=np.float64)
-    size = np.sqrt(column @ column * np.square(columns).sum(axis=0))
-    return column @ columns / np.where(size > 0, size, 1.0)
+    column = np.asarray(column, dtype=np.float64)
+
+    def of(block: np.ndarray) -> tuple[np.ndarray]:
+        size = np.sqrt(column @ column * np.square(block).sum(axis=0))
+        return (column @ block / np.where(size > 0, size, 1.0),)
+
+    return stats.in_blocks(columns, of)[0]
 
 
-def selected(lines: list[Line], gaps: np.ndarray, groups: np.ndarray, seed: int) -> list[Line]:
+def selected(lines: list[Line], gaps: Sequence[np.ndarray], groups: np.ndarray, seed: int) -> list[Line]:
     """The lines that are selected in most halves of the prompts, with the share of them.
 
     Stability selection with complementary pairs of halves (Shah and Samworth 2013) by an L1-penalised logistic
@@ -267,7 +271,8 @@ def selected(lines: list[Line], gaps: np.ndarray, groups: np.ndarray, seed: int)
     the share is then told, and decides nothing.
 
     Args:
-        lines: to look for; gaps: (n, J) of all candidates; groups: (n,) prompt of each pair; seed: of the halves.
+        lines: to look for; gaps: of all candidates, arrays of (n, some columns) side by side; groups: (n,) prompt of
+            each pair; seed: of the halves.
 
     Returns:
         Lines that they or what is folded under them are selected in 60 % of the halves or more.
@@ -276,7 +281,7 @@ def selected(lines: list[Line], gaps: np.ndarray, groups: np.ndarray, seed: int)
         return []
     rows = drawn_rows(groups, MOST_HALVED, seed)
     sides = [mask for half in stats.half_masks(groups[rows], N_HALVES, seed) for mask in (half, ~half)]
-    drawn, sets = gaps[rows], [[line.at, *line.folded] for line in lines]
+    drawn, sets = np.column_stack([part[rows] for part in gaps]), [[line.at, *line.folded] for line in lines]
     hits = np.zeros(len(lines))
     for mask in sides:
         found = _l1_selected(drawn[mask], groups[rows][mask])
@@ -419,10 +424,10 @@ def _concept_rows(
     stay = np.flatnonzero(left)
     _, label = np.unique([concepts.labels[good[at[i]]] for i in stay], return_inverse=True)
     above = gaps[:, tested.differs]
-    of_left = of[:, stay].astype(np.float64)
+    of_left = of[:, stay]
     picked = pick_lines(of_left, compared.only(at[stay]), counted.groups, label, above, MOST_LINES - len(lines))
     # Beside the habits that differ, so that a concept is not selected for what they say.
-    picked = selected(picked, np.column_stack([of_left, above]), counted.groups, seed)
+    picked = selected(picked, [of_left, above], counted.groups, seed)
     more = []
     for line in picked:
         j = at[stay[line.at]]
@@ -441,7 +446,7 @@ def _concept_rows(
                 "telling_rows": list(concepts.telling_rows[k]),
             }
         )
-    return more, [of_left[:, line.at] for line in picked]
+    return more, [of_left[:, line.at].astype(np.float64) for line in picked]
 
 
 def _sides(sides: Sequence[float], tested: _Tested, at: int, n_prompts: int) -> dict[str, Any]:

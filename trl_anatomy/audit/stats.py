@@ -372,7 +372,7 @@ def mean_test(values: np.ndarray, groups: np.ndarray | None = None) -> tuple[np.
         mean = block.mean(axis=0)
         return mean, np.square(within @ (block - mean)).sum(axis=0)
 
-    mean, square = _in_blocks(values, of)
+    mean, square = in_blocks(values, of)
     if n_groups < 2:
         return mean, empty, empty
     error = np.sqrt(square * n_groups / (n_groups - 1)) / n
@@ -410,8 +410,8 @@ def rate_interval(
     return rate, float(max(0.0, low)) if rate > 0 else 0.0, float(min(1.0, high)) if rate < 1 else 1.0
 
 
-def _in_blocks(values: np.ndarray, of: Callable[[np.ndarray], tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
-    """`of` (n, some columns) in float64, a block at a time; its results put together along their last axis."""
+def in_blocks(values: np.ndarray, of: Callable[[np.ndarray], tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+    """`of` of (n, some columns) in float64, a block at a time; its results put together along their last axis."""
     starts = range(0, max(1, values.shape[1]), BLOCK)
     parts = [of(np.asarray(values[:, start : start + BLOCK], dtype=np.float64)) for start in starts]
     return tuple(np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
@@ -455,7 +455,7 @@ def bootstrap_mean(
     if units.shape[0] > max_units:
         units = one_hot(rng.permutation(units.shape[0]) % max_units, max_units) @ units
     size = units.sum(axis=1)
-    (values,) = _in_blocks(values, lambda block: (units @ block,))
+    (values,) = in_blocks(values, lambda block: (units @ block,))
     n_units = len(values)
     means = np.empty((n_resamples, values.shape[1]))
     step = max(1, chunk_bytes // (8 * n_units))
@@ -498,11 +498,11 @@ def swapped_mean_p(
     """
     if groups is not None:
         within = _within(groups, len(values))
-        (values,) = _in_blocks(values, lambda block: (within @ block,))
+        (values,) = in_blocks(values, lambda block: (within @ block,))
     values = np.asarray(values, dtype=np.float64)
     observed = np.abs(values.sum(axis=0))
     count = np.zeros(values.shape[1])
-    slack, differ = _in_blocks(values, lambda block: (_slack(np.abs(block).sum(axis=0)), (block != 0).any(axis=0)))
+    slack, differ = in_blocks(values, lambda block: (_slack(np.abs(block).sum(axis=0)), (block != 0).any(axis=0)))
     for signs in random_signs(len(values), n_permutations, seed, max(1, chunk_bytes // (8 * max(1, len(values))))):
         count += (np.abs(signs @ values) >= observed - slack).sum(axis=0)
     return np.where(differ, (1 + count) / (1 + n_permutations), np.nan)
@@ -611,7 +611,7 @@ def length_adjusted_mean(
         influence = within @ ((block - design @ coefficients) * share)
         return coefficients[0], np.square(influence).sum(axis=0)
 
-    intercept, square = _in_blocks(values, of)
+    intercept, square = in_blocks(values, of)
     n_fitted = design.shape[1]
     n_told = n if copies is None else len(np.unique(copies))
     correction = n_groups / (n_groups - 1) * (n_told - 1) / (n_told - n_fitted)
