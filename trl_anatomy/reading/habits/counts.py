@@ -2,8 +2,10 @@
 
 import re
 import unicodedata
+from functools import lru_cache
 
 from ..token_text import UNSPACED
+from .characters import PLAIN_PAGES, lower_split, mostly_latin, pages, split
 
 # What a word ends with where a sentence ends, before quotation marks and brackets; what looks like it and is none.
 _ENDS, _CLOSE = ".!?…。！？", "\"'”’)]*_"
@@ -12,7 +14,9 @@ _NO_END = re.compile(r"\W*(?:Dr|Mr|Mrs|Ms|Prof|St|vs|e\.g|i\.e|etc|cf|Fig|No|[A-
 _WIDE = re.compile("[。！？]+(?=.)", re.DOTALL)
 _GAP = re.compile(r"\n[ \t]*\n\s*")
 _NUMERAL = re.compile(r"\d(?<![\w.]\d)[\d,.]*")
-_MARKER = re.compile(r"^[ \t]*(?:#+[ \t]*)?\d{1,3}[.)](?=\s)", re.MULTILINE)
+_PLAIN_NUMERAL = re.compile(r"[0-9](?<![\w.][0-9])[0-9,.]*")  # the same where there are no other digits, and quicker
+# Behind a line break, where the search for it is quickest.
+_MARKER = re.compile(r"\n[ \t]*(?:#+[ \t]*)?\d{1,3}[.)](?=\s)")
 _LETTER = re.compile(r"[^\W\d_]")
 _NOT_LATIN = re.compile(r"[^\W\d_A-Za-z\u00aa\u00ba\u00c0-\u024f\u1e00-\u1eff]")
 
@@ -47,11 +51,9 @@ def words(text: str) -> float:
     >>> words("a short text"), words("你好，世界")
     (3.0, 4.0)
     """
-    if text.isascii():
-        return float(len(text.split()))
-    found = UNSPACED.findall(text)
+    found = [] if pages(text) <= PLAIN_PAGES else UNSPACED.findall(text)
     if not found:
-        return float(len(text.split()))
+        return float(len(split(text)))
     rest = [word for word in UNSPACED.sub(" ", text).split() if any(map(str.isalnum, word))]
     return float(len(found) + len(rest))
 
@@ -62,12 +64,15 @@ def sentences(text: str) -> float:
     >>> sentences("Dr. Who came, e.g. by bus. Why?"), sentences("1. Bread"), sentences("")
     (2.0, 1.0, 0.0)
     """
-    last = [word for word in text.split() if word[-1] in _LAST]
-    found = sum(
-        word.rstrip(_CLOSE)[-1:] in _ENDS and not _NO_END.fullmatch(word) for word in last if word.strip(_CLOSE)
-    )
-    found += 0 if text.isascii() else len(_WIDE.findall(text))
-    return float(max(found, bool(text.strip())))
+    words = split(text)
+    found = sum(_ends(word) for word in words if word[-1] in _LAST)
+    found += 0 if pages(text) <= PLAIN_PAGES else len(_WIDE.findall(text))
+    return float(max(found, bool(words)))
+
+
+@lru_cache(maxsize=1 << 14)
+def _ends(word: str) -> bool:
+    return bool(word.strip(_CLOSE)) and word.rstrip(_CLOSE)[-1:] in _ENDS and not _NO_END.fullmatch(word)
 
 
 def paragraphs(text: str) -> float:
@@ -86,11 +91,11 @@ def repetition(text: str, n: int = 4) -> float:
     >>> repetition("oh no no no no no"), repetition("no word twice here")
     (0.3333333333333333, 0.0)
     """
-    found = text.lower().split()
+    found = lower_split(text)
     if len(found) < n + 1:
         return 0.0
-    runs = list(zip(*(found[i:] for i in range(n)), strict=False))
-    return (len(runs) - len(set(runs))) / len(runs)
+    n_runs = len(found) - n + 1
+    return (n_runs - len(set(zip(*(found[i:] for i in range(n)), strict=False)))) / n_runs
 
 
 def numerals(text: str) -> float:
@@ -100,7 +105,11 @@ def numerals(text: str) -> float:
     20.0
     """
     n_words = words(text)
-    return 100 * (len(_NUMERAL.findall(text)) - len(_MARKER.findall(text))) / n_words if n_words else 0.0
+    plain = pages(text) <= PLAIN_PAGES
+    if not n_words or (plain and not any(map(text.__contains__, "0123456789"))):
+        return 0.0
+    found = (_PLAIN_NUMERAL if plain else _NUMERAL).findall(text)
+    return 100 * (len(found) - len(_MARKER.findall(f"\n{text}"))) / n_words
 
 
 def other_script(text: str) -> float:
@@ -109,9 +118,9 @@ def other_script(text: str) -> float:
     >>> other_script("Привет, мир"), other_script("The word 水 is water")
     (1.0, 0.0)
     """
-    if text.isascii():
-        return 0.0
     text = text[:_TOLD_FROM]
+    if text.isascii() or mostly_latin(text):
+        return 0.0
     others = len(_NOT_LATIN.findall(text))
     return float(others > 0 and 3 * others >= len(_LETTER.findall(text)))
 
@@ -133,9 +142,13 @@ def language(text: str) -> str:
     """
     if other_script(text):
         return _script(text[:_TOLD_FROM])
-    found = [word.strip(_AROUND) for word in text[:_TOLD_FROM].lower().split()]
+    found = lower_split(text[:_TOLD_FROM])
+    english = sum(map(_ENGLISH.__contains__, found))
+    if english >= 2 and 8 * english >= len(found):  # the common case: words with signs around them can only be more
+        return "English"
+    found = [word.strip(_AROUND) for word in found]
     english = sum(word in _ENGLISH for word in found)
-    if 8 * english >= len(found):  # the common case
+    if 8 * english >= len(found):
         return "English" if english >= 2 else ""
     distinct = set(found)
     most = max(3, 1.5 * len(distinct & _ENGLISH) + 1)

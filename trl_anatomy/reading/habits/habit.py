@@ -1,5 +1,6 @@
 """A habit: something that a text does or does not, or does so and so much of; and counting it."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from ...errors import AnatomyError
 from .parts import PARTS, Parts
 
 KINDS = ("rate", "mean")
+_CLASS_BEYOND_ASCII = re.compile(r"\[(?:[^\x00-\x7f](?:-[^\x00-\x7f])?)+\]\+?")
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Habit:
         measure: text of `reads` -> number; of a rate 1.0 or 0.0. Instead of `pattern`.
         unit: of a mean, what one of it is.
         reads: the part of the response, of `PARTS`.
-        needs: fragments in lower case, at least one of which is in every text that has the habit: texts without are
-            passed over unsearched.
+        needs: fragments in lower case, at least one of which is where `reads` is taken from in every text that has the
+            habit: texts without are passed over unsearched.
 
     Raises:
         AnatomyError: the pattern does not compile, or not exactly one of pattern and measure is given.
@@ -71,6 +73,30 @@ class Habit:
     def _regex(self) -> re.Pattern[str]:
         return re.compile(self.pattern or "")
 
+    @cached_property
+    def _needs(self) -> list[tuple[str, list[str]]]:
+        """`needs` by something that several of them hold, which is looked for first: a sign, or their last word."""
+        last = [fragment.split(" ")[-1] for fragment in self.needs]
+        groups: dict[str, list[str]] = {}
+        for fragment, word in zip(self.needs, last, strict=True):
+            sign = next((c for c in fragment if not c.isalnum() and c != " "), "")
+            key = sign or (word if word and last.count(word) > 2 else fragment)
+            groups.setdefault(key, []).append(fragment)
+        return list(groups.items())
+
+    @cached_property
+    def _beyond_ascii(self) -> bool:
+        """Whether the pattern is one class of characters, none of them of ASCII."""
+        return _CLASS_BEYOND_ASCII.fullmatch(self.pattern or "") is not None
+
+    def _may_have(self, lower: str) -> bool:
+        for key, fragments in self._needs:
+            if key in lower:
+                for fragment in fragments:
+                    if fragment in lower:
+                        return True
+        return False
+
     def value(self, text: "str | Parts") -> float:
         """1.0 or 0.0 of a rate; the number of a mean.
 
@@ -78,15 +104,17 @@ class Habit:
             AnatomyError: the measure gives no finite number.
         """
         parts = text if isinstance(text, Parts) else Parts(text)
-        if self.needs and not any(fragment in parts.lower for fragment in self.needs):
+        if self.needs and not self._may_have(parts.lower_of(self.reads)):
             return 0.0
         part, _ = parts.part(self.reads)
         if self.pattern is not None:
+            if self._beyond_ascii and part.isascii():
+                return 0.0
             return float(self._regex.search(part) is not None)
         if self.measure is None:
             raise AnatomyError(f"habit {self.name}: counted in tokens, which a text alone does not tell.")
         value = float(self.measure(part))
-        if not np.isfinite(value) or (self.kind == "rate" and value not in (0.0, 1.0)):
+        if not math.isfinite(value) or (self.kind == "rate" and value not in (0.0, 1.0)):
             allowed = "0 or 1" if self.kind == "rate" else "a finite number"
             raise AnatomyError(f"habit {self.name}: its measure gave {value}, allowed: {allowed}.")
         return value

@@ -166,7 +166,7 @@ _SAYS = (
         "closing_question",
         "ends with a question mark",
         "end with a question",
-        pattern=r"[^.!?。！？\n]*[?？]\W*$",
+        pattern=r"(?<![^.!?。！？\n])[^.!?。！？\n]*+[?？]\W*$",
         reads="ending",
         needs=("?", "？"),
     ),

@@ -8,11 +8,13 @@ BLANK = "\ufffc"
 # Characters of the opening, and of the ending.
 EDGE = 300
 
-_FENCED = re.compile(r"```.*?(?:```|\Z)|^[ \t]*~~~.*?(?:^[ \t]*~~~|\Z)", re.MULTILINE | re.DOTALL)
+_TICKED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
+_FENCED = re.compile(rf"{_TICKED.pattern}|^[ \t]*~~~.*?(?:^[ \t]*~~~|\Z)", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"(?<!`)(`+)(?!`)[^`\n]+(?<!`)\1(?!`)")
 _QUOTED = re.compile(
     r'"(?<!\w")(?=\S)[^"\n]{1,400}"|“[^”\n]{1,400}”|‘[^’\n]{1,400}’(?!\w)|«[^»\n]{1,400}»|「[^」\n]{1,400}」'
 )
+_QUOTES = '"“‘«「'
 _QUOTED_LINE = re.compile(r"^[ \t]*>[^\n]*", re.MULTILINE)
 _VISIBLE = re.compile(r"[^\n]")
 
@@ -40,31 +42,48 @@ class Parts:
 
     def part(self, name: str) -> tuple[str, int]:
         """A part by its name in `PARTS`, and the place in the text where it begins."""
+        if name in ("opening", "ending"):
+            start, stop = self._edge(name)
+            return self.spoken[start:stop], start
+        return getattr(self, name), 0
+
+    def lower_of(self, name: str) -> str:
+        """In lower case, where a part is taken from: the text, its opening or its ending, with code and quotations."""
+        return self._lower_opening if name == "opening" else self._lower_ending if name == "ending" else self.lower
+
+    def _edge(self, name: str) -> tuple[int, int]:
         if name == "opening":
             start = len(self.text) - len(self.text.lstrip())
-            return self.spoken[start : start + EDGE], start
-        if name == "ending":
-            end = len(self.text.rstrip())
-            start = max(0, end - EDGE)
-            return self.spoken[start:end], start
-        return getattr(self, name), 0
+            return start, start + EDGE
+        stop = len(self.text.rstrip())
+        return max(0, stop - EDGE), stop
 
     @cached_property
     def lower(self) -> str:
         return self.text.lower()
 
     @cached_property
+    def _lower_opening(self) -> str:
+        return self.text[slice(*self._edge("opening"))].lower()
+
+    @cached_property
+    def _lower_ending(self) -> str:
+        return self.text[slice(*self._edge("ending"))].lower()
+
+    @cached_property
     def unfenced(self) -> str:
-        return _FENCED.sub(_blanked, self.text) if "```" in self.text or "~~~" in self.text else self.text
+        if "~~~" in self.text:
+            return _FENCED.sub(_blanked, self.text)
+        return _TICKED.sub(_blanked, self.text) if "```" in self.text else self.text
 
     @cached_property
     def prose(self) -> str:
-        return _INLINE.sub(_blanked, self.unfenced) if "`" in self.text else self.text
+        return _INLINE.sub(_blanked, self.unfenced) if "`" in self.unfenced else self.unfenced
 
     @cached_property
     def spoken(self) -> str:
         lines = _QUOTED_LINE.sub(_blanked, self.prose) if ">" in self.prose else self.prose
-        return _QUOTED.sub(_blanked, lines)
+        return _QUOTED.sub(_blanked, lines) if any(sign in lines for sign in _QUOTES) else lines
 
 
 def _blanked(match: re.Match[str]) -> str:
