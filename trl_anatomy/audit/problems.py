@@ -82,6 +82,7 @@ PROBLEMS: Mapping[str, Problem] = {
 }
 """The kinds of problems by name, in the order of the page."""
 
+_ROWS_AT_ONCE = 100
 # Examples of a kind with their text; characters around and of the place.
 N_EXAMPLES, AROUND, MATCHED = 3, 90, 120
 
@@ -121,6 +122,8 @@ _TEMPLATE_NEEDS = (
     "[EOS",
     "s>",
 )
+# One of these is in each of the above.
+_TEMPLATE_SIGNS = "<>[]"
 _HEADER = re.compile(r"^[ \t]*#{2,4}[ \t]*(?:Instruction|Response|Human|Assistant|User|System)[ \t]*:", re.MULTILINE)
 _TURN = re.compile(r"^[ \t]*(?:Human|HUMAN|Assistant|ASSISTANT)[ \t]*:", re.MULTILINE)
 _USER = re.compile(
@@ -218,7 +221,7 @@ def with_improbable(table: pa.Table, found: Improbable | None, rows: np.ndarray,
         entry = {"problem": "improbable_labels", "row": int(rows[pair]), "side": "", "other_row": -1}
         entry |= {"example": rank <= N_EXAMPLES, "before": "", "match": "", "after": ""}
         if rank <= N_EXAMPLES:
-            ((_, prompt, chosen, _),) = _texts([raw.with_format(None)[entry["row"]]])
+            _, prompt, chosen, _ = _texts_of(raw.with_format(None)[entry["row"]])
             entry["after"] = _short((prompt if prompt.strip() else chosen).strip(), 2 * AROUND)
         entries.append(entry | {"rank": rank, "probability": probability, "why": why})
     return pa.concat_tables([table, pa.Table.from_pylist(entries, schema=table.schema)])
@@ -283,12 +286,13 @@ def find_problems(raw: "Dataset", *, pairs: "Pairs | None" = None, evaluated: fr
     tied = find_ties(raw)
     raw = raw.select_columns([column for column in PAIR_COLUMNS if column in raw.column_names])
     special = _special_texts(pairs)
+    finders = _finders(special)
     found: dict[str, list[tuple[int, str, int]]] = {kind: [] for kind in PROBLEMS}  # row, side, other row
     found["ties"] = [(row, "", -1) for row in tied.tolist()]
     prompts, hashes = np.zeros(len(raw), np.int64), np.zeros((len(raw), 2), np.int64)
     blank, endings = np.zeros(len(raw), bool), Endings()
     for row, (asked, prompt, *sides) in enumerate(_texts(raw)):
-        for kind, side in _of_row(asked, sides, special):
+        for kind, side in _of_row(asked, sides, finders):
             found[kind].append((row, side, -1))
             blank[row] |= kind == "blank_sides"
         if not blank[row]:
@@ -313,8 +317,7 @@ def find_problems(raw: "Dataset", *, pairs: "Pairs | None" = None, evaluated: fr
         return ((chosen, rejected) for _, _, chosen, rejected in _texts(raw.select(wanted)))
 
     def read_one(row: int) -> tuple[str, str]:
-        ((_, _, chosen, rejected),) = _texts([raw[row]])
-        return chosen, rejected
+        return _texts_of(raw[row])[2:]
 
     for row, other, swapped in near_copies(prompts, read, read_one, once):
         found["reversed_copies" if swapped else "near_copies"].append((row, "", other))
@@ -323,26 +326,35 @@ def find_problems(raw: "Dataset", *, pairs: "Pairs | None" = None, evaluated: fr
     return _table(found, raw, special)
 
 
-def _texts(raw: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Any, str, str, str]]:
-    """Prompt as it is, and prompt, chosen and rejected text, of every row."""
+def _texts(raw: "Dataset") -> Iterator[tuple[Any, str, str, str]]:
+    """`_texts_of` every row."""
+    for batch in raw.iter(batch_size=_ROWS_AT_ONCE):
+        for values in zip(*batch.values(), strict=True):
+            yield _texts_of(dict(zip(batch, values, strict=True)))
+
+
+def _texts_of(row: Mapping[str, Any]) -> tuple[Any, str, str, str]:
+    """Prompt as it is, and prompt, chosen and rejected text."""
     from ..reading.spans import flatten_text, split_row
 
-    for row in map(split_row, raw):
-        yield row["prompt"], *(flatten_text(row[span]) for span in ("prompt", *_SIDES))
+    row = split_row(row)
+    prompt, chosen, rejected = (flatten_text(row[span]) for span in ("prompt", *_SIDES))
+    return row["prompt"], prompt, chosen, rejected
 
 
-def _of_row(asked: Any, sides: list[str], special: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+def _of_row(asked: Any, sides: list[str], finders: Mapping[str, Finder]) -> Iterator[tuple[str, str]]:
     """Kind and side of what is wrong with the text of one row."""
     hidden = [_SEEN.search(side) is None for side in sides]
     if any(hidden):
         yield "blank_sides", _side(hidden)
         return
-    plain_sides = [" ".join(side.split()) for side in sides]
-    if plain_sides[0] == plain_sides[1]:
-        yield "same_sides", "both"
-    elif (short := _beginning(*plain_sides)) is not None:
-        yield "length_only", _SIDES[short]
-    for kind, find in _finders(special).items():
+    if sides[0].lstrip()[:1] == sides[1].lstrip()[:1]:
+        plain_sides = [" ".join(side.split()) for side in sides]
+        if plain_sides[0] == plain_sides[1]:
+            yield "same_sides", "both"
+        elif (short := _beginning(*plain_sides)) is not None:
+            yield "length_only", _SIDES[short]
+    for kind, find in finders.items():
         places = [find(side) is not None for side in sides]
         if any(places):
             yield kind, _side(places)
@@ -370,7 +382,8 @@ def _finders(special: tuple[str, ...]) -> dict[str, Finder]:
     """Kind -> where in a response it shows."""
 
     def template(text: str) -> Span | None:
-        if any(map(text.__contains__, _TEMPLATE_NEEDS)) and (match := _TEMPLATE.search(text)):
+        marked = any(map(text.__contains__, _TEMPLATE_SIGNS)) and any(map(text.__contains__, _TEMPLATE_NEEDS))
+        if marked and (match := _TEMPLATE.search(text)):
             return match.span()
         for mark in special:
             if (start := text.find(mark)) >= 0:
@@ -416,7 +429,9 @@ def _other_language(asked: Any, sides: list[str]) -> list[bool]:
         plain_english = prompt.isascii() and len(prompt.split()) > 2
         wanted = "English" if plain_english or "English" in tongues else ""
     other = [bool(wanted and tongue and _differ(wanted, tongue)) for tongue in tongues]
-    if any(other) and wanted not in tongues and _ANY_LANGUAGE.search(prompt):
+    if not any(other):
+        return other
+    if wanted not in tongues and _ANY_LANGUAGE.search(prompt):
         return [False, False]
     named = [bool(re.search(rf"(?i)\b(?:{_NAMES.get(tongue, tongue)})", prompt)) for tongue in tongues]
     return [differs and not asked_for for differs, asked_for in zip(other, named, strict=True)]
@@ -510,8 +525,7 @@ def _table(found: dict[str, list[tuple[int, str, int]]], raw: "Dataset", special
         for row, side, other in once:
             pieces = ("", "", "")
             if row in shown:
-                (texts,) = _texts([raw[row]])
-                pieces = _piece(kind, side, texts, special)
+                pieces = _piece(kind, side, _texts_of(raw[row]), special)
             for name, value in zip(PROBLEM_ROWS.names, (kind, row, side, other, row in shown, *pieces), strict=True):
                 made[name].append(value)
     return ranked(pa.table(made, schema=PROBLEM_ROWS))
