@@ -1,9 +1,11 @@
 """The statistics of an audit at full size: 260,000 pairs, 65,536 latents, 814 communities, 512 contexts.
 
 Makes a harvest with known communities, contexts and effects on disk, shard by shard through the project's own writer,
-and runs the analysis of `run_audit` on it in a fresh process: seconds of each step, peak memory, and how much of what
-was planted it found. Beside it, on a smaller harvest, a straightforward version with dense arrays, scipy and
-scikit-learn, in a process of its own; both must agree before anything is written.
+and runs the analysis of `run_audit` on it in a fresh process, with made numbers of habits and the list of findings:
+CPU seconds of each step, peak memory, and how much of what was planted it found. What is read in text has a benchmark
+of its own (`scale_text.py`); labels of concepts look at 20,000 pairs at most, and need a model. Beside it, on a smaller
+harvest, a straightforward version with dense arrays, scipy and scikit-learn, in a process of its own; both must agree
+before anything is written.
 
     python benchmarks/scale.py
 """
@@ -20,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -179,14 +182,44 @@ class Memory:
         return {"peak_rss_gb": round(peak / 2**20, 2), "peak_anonymous_gb": round(self.anonymous / 2**20, 2)}
 
 
+def made_habits(pairs: int, groups: np.ndarray) -> object:
+    """Every habit of the library on both sides, drawn: each third one differs between the sides."""
+    from trl_anatomy.audit.counted import Counted
+    from trl_anatomy.reading.habits import HABITS
+
+    rng = np.random.default_rng([SEED, 3])
+    values = np.empty((2, pairs, len(HABITS)))
+    for k, habit in enumerate(HABITS.values()):
+        for side in range(2):
+            more = 0.01 * (k % 3 == 0 and side == 0)
+            if habit.kind == "rate":
+                values[side, :, k] = rng.random(pairs) < 0.02 + 0.01 * k + more
+            else:
+                values[side, :, k] = np.round((1 + more) * rng.gamma(2, 50, pairs))
+    return Counted(values, HABITS, groups)
+
+
 def audit(plan: Plan, harvest: Path, out: Path, contexts: int) -> dict:
     """What `run_audit` does with a finished harvest, with what it took and what it found."""
+    import pyarrow as pa
+
+    from trl_anatomy.audit import run
     from trl_anatomy.audit.config import AuditConfig
+    from trl_anatomy.audit.finding_list import Shown, habit_lines, list_findings
     from trl_anatomy.audit.folder import write_audit
-    from trl_anatomy.audit.run import analyse
     from trl_anatomy.reading.harvest import Harvest
 
-    memory = Memory()
+    memory, cpu, wall_timed = Memory(), {}, run.timed
+
+    @contextmanager
+    def timed(timings: dict[str, float], name: str) -> Iterator[None]:
+        start = time.process_time()
+        with wall_timed(timings, name):
+            yield
+        cpu[name] = round(time.process_time() - start, 1)
+        print(f"{name}: {cpu[name]} s of CPU, {memory.gigabytes()}", file=sys.stderr, flush=True)
+
+    run.timed = timed
     topic = np.concatenate([plan.topics(i) for i in range(-(-plan.pairs // SHARD))])
     prompt_groups = np.arange(plan.pairs) - (np.arange(plan.pairs) % 10 == 9)  # every tenth pair repeats a prompt
 
@@ -194,13 +227,22 @@ def audit(plan: Plan, harvest: Path, out: Path, contexts: int) -> dict:
         return f"tell me of subject{topic[i]}", f"word{i % 97} answer", f"word{i % 89} answer"
 
     config = AuditConfig(out=str(out), n_contexts=contexts, bootstrap=1000)
+    counted, timings = made_habits(plan.pairs, prompt_groups), {}
     start = time.perf_counter()
-    read = Harvest.open(harvest)
-    opened = time.perf_counter() - start
-    findings = analyse(read, config, texts, prompt_groups)
-    analysed = time.perf_counter() - start - opened
-    info = {"versions": {}, "model": {}, "sae": {}, "data": {}, "settings": config.settings(), **findings.info}
-    write_audit(out, {**info, "timings": findings.timings}, findings.hypotheses, findings.concepts, findings.pairs)
+    with timed(timings, "open and check hashes"):
+        read = Harvest.open(harvest)
+    with timed(timings, "habit_lines"):
+        lines = habit_lines(counted, config.seed)
+    findings = run.analyse(read, config, texts, prompt_groups, counted=counted, lines=lines)
+    with timed(timings, "findings"):
+        table, n = findings.concepts, findings.concepts.num_rows
+        for name, made in (("label", [f"label {i}" for i in range(n)]), ("label_score", [0.8] * n)):
+            table = table.set_column(table.column_names.index(name), name, pa.array(made))
+        listed, _ = list_findings(counted, read.rows, Shown.of(table, findings.shown), lines=lines, seed=config.seed)
+    analysed = time.perf_counter() - start
+    with timed(timings, "write the folder"):
+        info = {"versions": {}, "model": {}, "sae": {}, "data": {}, "settings": config.settings(), **findings.info}
+        write_audit(out, {**info, "timings": findings.timings}, findings.hypotheses, findings.concepts, findings.pairs)
     entries = dict.fromkeys(SPANS, 0)
     for shard in read.shards():
         for span in SPANS:
@@ -210,13 +252,16 @@ def audit(plan: Plan, harvest: Path, out: Path, contexts: int) -> dict:
         "latents": plan.latents,
         "live_latents_per_span": {span: round(n / plan.pairs) for span, n in entries.items()},
         "harvest_gb": round(sum(file.stat().st_size for file in harvest.iterdir()) / 1e9, 2),
+        "cpu_seconds": {**cpu, "in all": round(sum(cpu.values()), 1)},
         "seconds": {
-            "open and check hashes": round(opened, 1),
+            **{name: round(timings[name], 1) for name in ("open and check hashes", "habit_lines")},
             **findings.timings,
+            "findings": round(timings["findings"], 1),
             "analysis in all": round(analysed, 1),
             "until the folder is written": round(time.perf_counter() - start, 1),
         },
         **memory.gigabytes(),
+        "findings_listed": listed.num_rows,
         "settings_used": findings.info["settings_used"],
         "notes": findings.info["notes"],
         "found": found(plan, topic, findings),
@@ -373,7 +418,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=260_000)
     parser.add_argument("--live", type=int, default=1000, help="latents that fire in a response (default 1000)")
-    parser.add_argument("--small_pairs", type=int, default=16_000, help="pairs of the comparison")
+    parser.add_argument("--small_pairs", type=int, default=8_000, help="pairs of the comparison")
     parser.add_argument("--folder", help="where the harvests stay (default: a temporary folder)")
     parser.add_argument("--results", default="benchmarks/results/scale.json")
     parser.add_argument("--part", choices=("write", "audit", "ours", "plain"), help=argparse.SUPPRESS)
