@@ -95,6 +95,9 @@ def test_what_only_a_concept_tells() -> None:
     assert found is not None
     assert set(which.tolist()) <= set(found.pairs.tolist())
     assert all(why.startswith("more of T2 in rejected") for why in found.why[: N // 2])
+    called = found.called({"T2": "code; “more of T1 in chosen”", "T1": ""})
+    assert all(why.startswith("more of T2 (code; “more of T1 in chosen”) in rejected") for why in called.why[: N // 2])
+    assert called.every is found.every
 
 
 def test_no_label_is_learnt_from_its_own_copies() -> None:

@@ -1,7 +1,8 @@
 """Pairs whose label looks improbable, given what decides most pairs: out of fold, ranked (docs/problems.md)."""
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from .habit_words import SHARE, percent
 SURELY, AT_MOST = 0.1, 0.2
 # Reasons told for a pair; rows whose columns are made at a time.
 N_REASONS, BLOCK = 3, 20_000
+# A concept in a reason, before it has a label.
+_CONCEPT = re.compile(r"(?:^|(?<=; ))more of (T\d+) in(?= (?:chosen|rejected))")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,19 @@ class Improbable:
     probability: np.ndarray
     why: Sequence[str]
     every: np.ndarray
+
+    def called(self, labels: Mapping[str, str]) -> "Improbable":
+        """The same with reasons that say what each concept is called, beside its name.
+
+        Args:
+            labels: name of a concept -> its label.
+        """
+
+        def with_label(match: re.Match[str]) -> str:
+            label = labels.get(match[1], "")
+            return f"more of {match[1]} ({label}) in" if label else match[0]
+
+        return replace(self, why=[_CONCEPT.sub(with_label, why) for why in self.why])
 
 
 @one_blas_thread

@@ -59,9 +59,6 @@ CONTEXT_TERMS = 10
 # Pairs of a prompt context whose text is read in any case.
 LABEL_MEMBERS = 30
 
-# What a concept is called in a sentence, and terms of it there.
-_NAMED, N_TERMS = ["concept", "terms"], 4
-
 _PACKAGES = ("trl", "transformers", "torch", "sae-lens", "datasets", "numpy", "scipy", "scikit-learn", "scikit-network")
 
 
@@ -444,7 +441,6 @@ def _conclude(
                 least=config.min_context,
                 copies=pairs.copies.group,
             )
-        problems = with_improbable(problems, findings.improbable, pairs.rows, raw)
         kinds = looked_for(True, evaluated is not None, can_tell_ties(raw), findings.improbable is not None)
         with timed(timings, "samples"):
             table = findings.concepts
@@ -482,6 +478,10 @@ def _conclude(
         )
         findings = replace(findings, concepts=labelled)
     if counted is not None:
+        assert problems is not None
+        labels = dict(zip(*(findings.concepts[name].to_pylist() for name in ("concept", "label")), strict=True))
+        improbable = None if findings.improbable is None else findings.improbable.called(labels)
+        problems = with_improbable(problems, improbable, pairs.rows, raw)
         with timed(timings, "findings"):
             shown = None if findings.shown is None else Shown.of(findings.concepts, findings.shown)
             listed, findings.info["findings"] = list_findings(counted, pairs.rows, shown, lines=lines, seed=config.seed)
@@ -598,9 +598,8 @@ def analyse(
     if counted is not None:
         with timed(timings, "choice"):
             choice = {"choice": choice_of(counted, view.activity.u, config.seed, lines)}
-            called = concepts[0].select(_NAMED).to_pylist()
-            named = [f"{row['concept']} ({' · '.join(row['terms'][:N_TERMS])})" for row in called]
-            improbable = improbable_labels(counted, choice["choice"], view.activity.u, named, config.seed)
+            names = concepts[0]["concept"].to_pylist()
+            improbable = improbable_labels(counted, choice["choice"], view.activity.u, names, config.seed)
     return Findings(
         hypotheses=pa.concat_tables([view.hypotheses, prompts.hypotheses]),
         concepts=pa.concat_tables(concepts),
