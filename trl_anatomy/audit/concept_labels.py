@@ -180,8 +180,7 @@ def label_concepts(
             labels.append(Label(said, float(scores[k]), rule, evidence))
         else:
             examples.append(tokens.examples(k, places))
-            said = FIRES + ", ".join(examples[k][:EXAMPLES]) if places else "no tokens that were read"
-            labels.append(Label(said, None, None, evidence))
+            labels.append(Label(_fires_on(examples[k][:EXAMPLES], tokens.strongest(k)), None, None, evidence))
     return with_labels(table, unique_labels(labels, table["concept"].to_pylist(), examples))
 
 
@@ -671,6 +670,22 @@ def quoted(runs: Sequence[tuple[str, str, str]]) -> list[str]:
     found = [_quote(pieces) for pieces in sorted(same.values(), key=lambda pieces: -len(pieces))]
     whole = [said for said in found if "\N{REPLACEMENT CHARACTER}" not in said]
     return list(dict.fromkeys(whole or found))
+
+
+def _fires_on(examples: Sequence[str], strongest: Sequence[str]) -> str:
+    """A label that quotes; where nothing quoted has a word that says something, what the signs are comes first.
+
+    >>> _fires_on(["“y = 2x [+] 1”"], ["+", "="]), _fires_on(["[kind]"], ["kind"])
+    ('fires on operators and equals signs, as in “y = 2x [+] 1”', 'fires on [kind]')
+    """
+    if not examples:
+        return "no tokens that were read"
+    said = ", ".join(examples)
+    if _says(said):
+        return FIRES + said
+    return (
+        f"{FIRES}{next((CLASSES[OF_TERM[term]].name for term in strongest if term in OF_TERM), 'signs')}, as in {said}"
+    )
 
 
 def _quote(pieces: Sequence[tuple[str, str, str]]) -> str:
