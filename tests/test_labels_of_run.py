@@ -1,4 +1,4 @@
-"""The columns of labels that `run_audit` writes, end to end: rules that hold, evidence that is there, scores in range."""
+"""The columns of labels that `run_audit` writes, end to end: rules that hold, evidence, scores in range."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Trainers pool as the audit does whose concepts they read: over the text alone, or over what the template writes too."""
+"""Trainers pool as the audit whose concepts they read: over text alone, or over what the template writes too."""
 
 import json
 from dataclasses import replace
