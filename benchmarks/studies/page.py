@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html import escape
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -349,6 +350,32 @@ def reading_figure(found: dict[str, Any]) -> str:
         return svg(figure)
 
 
+SET_COLOURS = ("#c2410c", "#1d4ed8", "#15803d", "#6b7280", "#a21caf", "#0e7490")
+
+
+def real_model_figure(found: dict[str, Any]) -> str:
+    """R2 of every rival at the end of each set's first training, over concepts and over named habits."""
+    ends = {}
+    for name, of in found["sets"].items():
+        for seed, doses in of["doses"].items():
+            if "end" in doses:
+                ends[f"{name}, margin {of['trainings'][seed]['snapshots']['end']['margin']:.1f}"] = doses["end"]
+                break
+    rivals = list(dict.fromkeys(rival for end in ends.values() for judged in end.values() for rival in judged))
+    with drawn(8.6, 0.34 * len(rivals) + 1.1, 2, sharey=True) as (figure, axes):
+        for ax, space in zip(axes, ("concepts", "habits"), strict=True):
+            for colour, (name, end) in zip(cycle(SET_COLOURS), ends.items()):
+                judged = end.get(space, {})
+                at = [y for y, rival in enumerate(rivals) if judged.get(rival, {}).get("all") is not None]
+                ax.plot([judged[rivals[y]]["all"] for y in at], at, "o", color=colour, markersize=5, label=name)
+            ax.set_xlim(-0.03, 1.03)
+            ax.set_xlabel(f"R² over all {space}")
+        axes[0].set_yticks(range(len(rivals)), rivals, fontsize=8)
+        axes[0].invert_yaxis()
+        axes[1].legend(frameon=False, fontsize=7, loc="lower right")
+        return svg(figure)
+
+
 def faults_figure(found: dict[str, Any]) -> str:
     """Share of the seeded faults of each kind that were found, over all sets, and the largest share of false alarms."""
     counts: dict[str, list[tuple[int, int, float]]] = {}
@@ -528,6 +555,14 @@ FIGURES: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
         "real_training",
         "Concepts of an SAE, a point each, in real pairs and after plain DPO of a small real model on them.",
         real_training_figure,
+    ),
+    (
+        "Predictions on a real chat model",
+        "real_model",
+        "SmolLM2-135M-Instruct after plain DPO with LoRA on real pairs, a dot a set: how well each prediction says "
+        "what changed in 64 responses to held-out prompts. Beside them, as noisy as the pilot: what the same training "
+        "changed in 64 responses to others.",
+        real_model_figure,
     ),
     (
         "What the first step foretells of rules",

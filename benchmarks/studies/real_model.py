@@ -275,12 +275,12 @@ def predictions(place: Place, space: Space, run: Run, dose: str, rows: np.ndarra
         "disparity": space.gaps.mean(axis=0),
         **space.others,
         "log-odds": space.odds(rows),
-        "chosen less start": None,
         "null drift": np.mean(drifts, axis=0) if drifts else None,
         "pilot, as it is": since(f"responses/{slug(run.name)}", "pilot"),
         "pilot, at the dose": since(f"pilot/{slug(run.name)}", dose),
         "steering, at the dose": since(f"steering/{slug(run.name)}", dose),
         "first step": stepped(place, space, run, rows),
+        "the training itself, other prompts": since(f"responses/{slug(run.name)}", dose),
         "another seed": since(f"responses/{slug(Run(run.of, 1 - run.seed).name)}", dose),
     }
     return found
