@@ -1,6 +1,7 @@
 """What is counted quickly is what the plain way counts: habits of texts, features that fire together, blocks."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from scipy import sparse
 
 from trl_anatomy.audit import clusters, finding_list
 from trl_anatomy.audit.bradley_terry import score_test
+from trl_anatomy.audit.maps import map_places, plane
 from trl_anatomy.audit.problems import find_problems
 from trl_anatomy.reading.habits import HABITS, TOKENS, measure
 from trl_anatomy.reading.habits.characters import PLAIN_PAGES, mostly_latin, pages
@@ -155,3 +157,17 @@ def test_problems_do_not_depend_on_what_is_passed_over():
     found = {(row["problem"], row["row"], row["side"]) for row in find_problems(Dataset.from_list(rows)).to_pylist()}
     assert {("same_sides", 0, "both"), ("length_only", 1, "chosen"), ("template_text", 2, "both")} <= found
     assert not {row for kind, row, _ in found if kind == "template_text"} - {2}
+
+
+def test_places_of_contexts_are_those_of_whole_arrays():
+    rng = np.random.default_rng(3)
+    s, u = rng.random((300, 150)).astype(np.float32), rng.normal(size=(300, 150))
+    contexts, members = rng.integers(0, 6, 300), sparse.csr_array((rng.random((4, 300)) < 0.2).astype(np.float64))
+    view = SimpleNamespace(activity=SimpleNamespace(u=u, s=s), contexts=contexts)
+    prompts = SimpleNamespace(scores=SimpleNamespace(u=u[:, :9]), members=members)
+    every = np.concatenate([np.eye(6)[contexts].T, members.toarray()])
+    unit = s / np.linalg.norm(s.astype(np.float64), axis=1)[:, None]
+    centres = every @ unit / every.sum(axis=1)[:, None]
+    places = map_places(view, prompts)
+    found = np.array([places[name] for name in [*(f"B{k}" for k in range(6)), *(f"A{k}" for k in range(1, 5))]])
+    np.testing.assert_allclose(found, plane(centres @ centres.T), atol=2e-4)

@@ -8,6 +8,7 @@ import numpy as np
 from scipy import sparse
 
 from . import stats
+from .views import row_norms
 
 if TYPE_CHECKING:
     from .prompt_view import PromptView
@@ -61,11 +62,12 @@ def map_places(view: FeatureView, prompts: PromptView) -> dict[str, list[float]]
     concepts = plane(products / np.outer(spread, spread))
 
     s = view.activity.s
-    norm = np.linalg.norm(s.astype(np.float64), axis=1)
-    unit = sparse.diags_array(1 / np.maximum(norm, 1e-12))
+    unit = sparse.diags_array(1 / np.maximum(row_norms(s), 1e-12))
     data = stats.one_hot(view.contexts, int(view.contexts.max(initial=0)) + 1)
     members = sparse.csr_array(sparse.vstack([data, prompts.members], format="csr"))
-    centres = np.asarray(members @ unit @ s) / np.maximum(1, members.sum(axis=1))[:, None]
+    shares = members @ unit
+    (total,) = stats.in_blocks(s, lambda block: (shares @ block,))
+    centres = total / np.maximum(1, members.sum(axis=1))[:, None]
     contexts = plane(centres @ centres.T)
 
     names = [f"T{k + 1}" for k in range(blocks[0].shape[1])] + [f"R{k + 1}" for k in range(blocks[1].shape[1])]
