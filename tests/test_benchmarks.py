@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHARED = "worlds.py"  # what the studies have in common
-BENCHMARKS = sorted(path for path in (ROOT / "benchmarks").rglob("*.py") if path.name != SHARED)
+SHARED = ("worlds.py", "real_runs.py", "real_rivals.py")  # what the studies have in common, and parts of one
+BENCHMARKS = sorted(path for path in (ROOT / "benchmarks").rglob("*.py") if path.name not in SHARED)
 
 
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)

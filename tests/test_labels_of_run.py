@@ -8,7 +8,7 @@ import pytest
 from chat_world import chat_audit, said, trl_template
 
 from trl_anatomy import load_audit
-from trl_anatomy.audit.concept_labels import CLOSE, GOOD, OPEN, PLACES, WEAK
+from trl_anatomy.audit.concept_labels import CLOSE, GOOD, OPEN, PLACES
 from trl_anatomy.audit.reopen import reopen
 from trl_anatomy.audit.text_rules import rule_of
 
@@ -42,8 +42,9 @@ def test_every_concept_of_a_run_has_a_label_that_holds(template: str, tmp_path: 
         assert json.loads(concept["label_rule"])
         held = [rule.holds(text) for text in texts]
         assert 0 < sum(held) < len(held)  # a rule that all texts fit, or none, would tell nothing
-        assert 0.0 <= concept["label_score"] <= 1.0
-        assert (WEAK in concept["label"]) == (concept["label_score"] < GOOD)
+        assert GOOD <= concept["label_score"] <= 1.0
+    for concept in concepts:  # what no rule names is quoted
+        assert (concept["label_rule"] is None) == (concept["label_score"] is None)
     for concept in concepts:
         evidence = concept["evidence"]
         assert evidence["place"] == "everywhere" or evidence["place"] in PLACES

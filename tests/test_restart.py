@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from audit_files import config_for, digests, write_inputs
 from tqdm.std import tqdm
 
@@ -25,6 +26,7 @@ def in_a_process(work: Callable[[], None]) -> int:
         status = 1
         try:
             tqdm.set_lock(threading.RLock())  # another thread may have held the lock when this process began
+            torch.set_num_threads(1)  # makes torch's pool anew, which two threads that load weights at once fail to do
             work()
             status = 0
         except BaseException:
