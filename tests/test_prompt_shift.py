@@ -10,8 +10,8 @@ from scipy import sparse
 
 from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.folder import Audit, write_audit
-from trl_anatomy.audit.stats import half_masks, stepped_up
-from trl_anatomy.checking.compare import prompt_view_told, split_half_reliability
+from trl_anatomy.audit.stats import half_masks, split_half_reliability, stepped_up
+from trl_anatomy.checking.compare import prompt_view_told
 from trl_anatomy.checking.prompt_shift import agreement_of_cells, prompt_view_agreement, shifts, shrunk
 
 N_ROLLOUTS = 400

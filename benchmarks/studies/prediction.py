@@ -29,7 +29,7 @@ from trl_anatomy.audit.communities import MIN_COUNT, fired_responses
 from trl_anatomy.audit.config import PUBLISHED, recorded
 from trl_anatomy.audit.folder import Audit, load_audit
 from trl_anatomy.audit.predict import agreement, concept_means, odds_shift, predicted_shift, step_shift, tilted_shift
-from trl_anatomy.checking.compare import cheap_predictions, fired_counts, split_half_reliability
+from trl_anatomy.checking.compare import cheap_predictions, fired_counts
 from trl_anatomy.checking.first_step import first_step, log_prob_changes
 from trl_anatomy.checking.likelihood import log_likelihoods
 from trl_anatomy.checking.rates import rate_interval
@@ -165,8 +165,8 @@ def by_size(result: DemoResult, told: dict[str, np.ndarray], out: Path) -> dict[
     parts = {}
     for name, of in (("of one latent", sizes == 1), ("of 2 latents or more", sizes >= 2), ("of 4 or more", sizes >= 4)):
         seen = shifts.u[:, of]
-        rollouts_allow = split_half_reliability(seen, 0, shifts.groups) or float("nan")
-        both_allow = rollouts_allow * (split_half_reliability(u[:, of], 0, groups) or float("nan"))
+        rollouts_allow = stats.split_half_reliability(seen, 0, shifts.groups) or float("nan")
+        both_allow = rollouts_allow * (stats.split_half_reliability(u[:, of], 0, groups) or float("nan"))
         noise = [np.square(stats.mean_test(x, by)[1]) for x, by in ((seen, shifts.groups), (u[:, of], groups))]
         fit = {which: agreement(values[of], seen.mean(axis=0)) for which, values in told.items()}
         plain = fit["mean disparity"]

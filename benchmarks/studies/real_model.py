@@ -8,9 +8,10 @@ The rivals stand side by side on the same runs.
     python benchmarks/studies/real_model.py --model SMOLLM2 --sae SAE --out FOLDER
 
 Units (real_runs.py, real_rivals.py) are kept in `--out` and never made twice, so the study can be stopped and gone on
-with, and several processes may work in one `--out`; of two seeds it takes about 12 hours of one core. `--table` records
-what is finished. Predictions never see the prompts that they are judged on: half the held-out prompts predict the other
-half, both ways. Results hold numbers and names of habits, no text.
+with, and several processes may work in one `--out`; of two seeds it takes some 12 hours of one core (by what three sets
+took). `--table` records what is finished. Half the held-out prompts predict the other half, both ways, so that nothing
+is judged on prompts that it has seen; the null drift alone, of prompts of all sets, has seen some. Results hold
+numbers, no text.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,7 @@ from real_runs import (
 )
 from scipy.stats import spearmanr
 
-from trl_anatomy.audit.folder import Audit, load_audit
+from trl_anatomy.audit.folder import load_audit
 from trl_anatomy.audit.predict import concept_means, explained_shift, odds_shift, step_shift
 from trl_anatomy.audit.views import shard_activity
 from trl_anatomy.checking.compare import fired_counts
@@ -137,23 +139,19 @@ def where(place: Place, folder: str, model: str) -> tuple[Path, int] | None:
     return None
 
 
-def concepts_of(place: Place, name: str) -> tuple[Audit, Space]:
+def concepts_of(place: Place, name: str) -> Space:
     audit = load_audit(place.out / "audits" / slug(name) / "audit")
     table, features, tau = audit.concepts.to_pylist(), audit.communities, audit.tau
-    kept: dict[tuple[str, str], np.ndarray | None] = {}
 
+    @cache
     def shown(folder: str, model: str) -> np.ndarray | None:
-        if (folder, model) not in kept:
-            found = where(place, folder, model)
-            kept[folder, model] = None
-            if found is not None:
-                read, side = Harvest.open(found[0] / "harvest"), ("chosen", "rejected")[found[1]]
-                values = np.full((RESPONSES, len(features)), np.nan)
-                values[read.rows] = np.concatenate(
-                    [shard_activity(shard, side, features, tau) for shard in read.shards()]
-                )
-                kept[folder, model] = values
-        return kept[folder, model]
+        found = where(place, folder, model)
+        if found is None:
+            return None
+        read, side = Harvest.open(found[0] / "harvest"), ("chosen", "rejected")[found[1]]
+        values = np.full((RESPONSES, len(features)), np.nan)
+        values[read.rows] = np.concatenate([shard_activity(shard, side, features, tau) for shard in read.shards()])
+        return values
 
     start = Harvest.open(place.out / "start" / slug(name) / "harvest")  # responses-1 are its rejected ones
     fired = [fired_counts(audit.harvest, of, tau) for of in ("chosen", "rejected")]
@@ -164,19 +162,15 @@ def concepts_of(place: Place, name: str) -> tuple[Audit, Space]:
         return concept_means(odds_shift(*fired, audit.harvest.n_pairs, counts), features)
 
     u = audit.activity.u
-    rows = place.rows(name)[0]
-    texts = [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows]
-    gaps = habit_values([text[0] for text in texts]) - habit_values([text[1] for text in texts])
-    kept_rows = audit.pairs["row"].to_numpy() if "row" in audit.pairs.column_names else np.arange(len(u))
+    chosen, rejected = habits_of_sides(place, name)
     rng = np.random.default_rng(0)
     others = {
         "length": explained_shift(u, audit.activity.log_ratio[:, None]),
-        "text rules": explained_shift(u, gaps[kept_rows]),
+        "text rules": explained_shift(u, (chosen - rejected)[audit.pairs["row"].to_numpy()]),
         "disparity, sides swapped at random": (u * rng.choice([-1.0, 1.0], len(u))[:, None]).mean(axis=0),
     }
     reported = np.array([row["verdict"] in ("rises", "falls") for row in table])
-    names = [row["concept"] for row in table]
-    return audit, Space(names, u, reported, shown, others, odds)
+    return Space([row["concept"] for row in table], u, reported, shown, others, odds)
 
 
 def habit_values(texts: Sequence[str]) -> np.ndarray:
@@ -184,24 +178,24 @@ def habit_values(texts: Sequence[str]) -> np.ndarray:
     return (measure(texts, RATES) != 0).astype(np.float64)
 
 
-def habits_of(place: Place, name: str) -> Space:
+def habits_of_sides(place: Place, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """`habit_values` of the chosen and of the rejected responses of a set."""
     rows = place.rows(name)[0]
-    sides = [habit_values([row[side][0]["content"] for row in rows]) for side in ("chosen", "rejected")]
-    gaps = sides[0] - sides[1]
-    kept: dict[tuple[str, str], np.ndarray | None] = {}
+    chosen, rejected = (habit_values([row[side][0]["content"] for row in rows]) for side in ("chosen", "rejected"))
+    return chosen, rejected
 
+
+def habits_of(place: Place, name: str) -> Space:
+    rows, sides = place.rows(name)[0], habits_of_sides(place, name)
+    gaps = sides[0] - sides[1]
+
+    @cache
     def shown(folder: str, model: str) -> np.ndarray | None:
-        if (folder, model) not in kept:
-            found = where(place, folder, model)
-            kept[folder, model] = None
-            if found is not None:
-                names = (
-                    ["responses-0", "responses-1"]
-                    if folder.startswith("start")
-                    else json.loads((found[0] / "done.json").read_text())["names"]
-                )
-                kept[folder, model] = habit_values(list(map(str, sampled_responses(found[0], names[found[1]]))))
-        return kept[folder, model]
+        found = where(place, folder, model)
+        if found is None:
+            return None
+        names = (done(place, str(found[0].relative_to(place.out))) or {}).get("names", ["responses-0", "responses-1"])
+        return habit_values(list(map(str, sampled_responses(found[0], names[found[1]]))))
 
     def odds(rows: np.ndarray) -> np.ndarray:
         start = shown(f"start/{slug(name)}", "responses-1")
@@ -220,7 +214,8 @@ def habits_of(place: Place, name: str) -> Space:
 # --- judging ---
 
 
-def r2(x: np.ndarray, y: np.ndarray) -> float:
+def correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Of entries that are finite in both; NaN where that cannot be told."""
     ok = np.isfinite(x) & np.isfinite(y)
     if ok.sum() < 3 or np.ptp(x[ok]) == 0 or np.ptp(y[ok]) == 0:
         return np.nan
@@ -238,9 +233,9 @@ def figures(predicted: np.ndarray, observed: np.ndarray, reported: np.ndarray) -
     same = np.sign(predicted[told]) == np.sign(observed[told])
     varies = np.ptp(predicted[np.isfinite(predicted)]) > 0 if np.isfinite(predicted).any() else False
     return {
-        "all": signed(r2(predicted, observed)),
-        "reported": signed(r2(predicted[told], observed[told])),
-        "largest": signed(r2(predicted[large], observed[large])),
+        "all": signed(correlation(predicted, observed)),
+        "reported": signed(correlation(predicted[told], observed[told])),
+        "largest": signed(correlation(predicted[large], observed[large])),
         "rank": float(spearmanr(predicted, observed, nan_policy="omit").statistic) if varies else np.nan,
         "sign": float(same.mean()) if len(same) else np.nan,
     }
@@ -314,15 +309,13 @@ def judged(place: Place, space: Space, run: Run, dose: str) -> dict[str, Any]:
         for name, predicted in predictions(place, space, run, dose, told).items():
             if predicted is not None:
                 found.setdefault(name, []).append(figures(predicted, shift, space.reported))
-    return {
-        name: {
-            key: float(np.nanmean([each[key] for each in both]))
-            if not all(np.isnan(each[key]) for each in both)
-            else None
-            for key in both[0]
-        }
-        for name, both in found.items()
-    }
+    return {name: {key: mean_told([each[key] for each in both]) for key in both[0]} for name, both in found.items()}
+
+
+def mean_told(values: Sequence[float]) -> float | None:
+    """Mean of what is not NaN; None where all is."""
+    told = [value for value in values if not np.isnan(value)]
+    return float(np.mean(told)) if told else None
 
 
 def table(place: Place, seeds: Sequence[int]) -> dict[str, Any]:
@@ -334,13 +327,18 @@ def table(place: Place, seeds: Sequence[int]) -> dict[str, Any]:
         audited = done(place, f"audits/{slug(name)}") is not None
         spaces = {"habits": habits_of(place, name)}
         if audited:
-            _, spaces["concepts"] = concepts_of(place, name)
+            spaces["concepts"] = concepts_of(place, name)
         result[name] = {
             "on_policy": name in PREFERENCES,
             "trainings": {
                 str(seed): {key: told[key] for key in ("rows", "margins", "snapshots", "cpu_seconds")}
                 for seed, told in trained.items()
                 if told
+            },
+            "rivals": {
+                rival: {key: told[key] for key in ("doses", "cpu_seconds") if key in told}
+                for rival in ("pilot", "steering", "step")
+                if (told := done(place, f"{rival}/{slug(Run(name, seeds[0]).name)}"))
             },
             "columns": {of: [len(space.names), int(space.reported.sum())] for of, space in spaces.items()},
             "doses": {

@@ -17,44 +17,19 @@ from typing import Any
 import numpy as np
 import torch
 from peft.helpers import rescale_adapter_scale
-from real_runs import BATCH, NEW_TOKENS, PILOT, RECIPE, TOKENS, Place, Run, adapted, dpo_trainer, made_once
+from real_runs import NEW_TOKENS, RECIPE, TOKENS, Place, Run, adapted, dpo_trainer, made_once
 from torch import Tensor
 
 from trl_anatomy.checking.first_step import first_step, log_prob_changes
 from trl_anatomy.checking.likelihood import log_probs
+from trl_anatomy.checking.margin_curve import alpha_for_margin
 from trl_anatomy.checking.responses import as_pairs, sampled_responses, slug
 from trl_anatomy.reading.locate import decoder_layers
 from trl_anatomy.reading.spans import Pairs, read_pairs
 
 MARGIN_PAIRS, STEP_PAIRS, STEERING_PAIRS = 32, 96, 96
 TARGETS = ("dose 1.0", "end")  # whose margin the pilot and steering are brought to
-LARGEST = 64.0  # times the pilot, or the mean difference
-TRIES = 6  # factors whose margin is read
-
-
-def factor_for(margin: Callable[[float], float], target: float, start: float) -> tuple[float, float]:
-    """A factor with the margin of a dose, and the margin it has; by secants from 0, where there is none.
-
-    Stops within a tenth of the target, at LARGEST, or after TRIES margins; then the closest.
-    """
-    seen = {0.0: 0.0}
-    factor = start
-    for _ in range(TRIES):
-        seen[factor] = margin(factor)
-        if abs(seen[factor] - target) <= 0.1 * target:
-            break
-        below = max((f for f, m in seen.items() if m < target), default=0.0)
-        above = min((f for f, m in seen.items() if m > target and f > below), default=None)
-        if above is not None:
-            share = (target - seen[below]) / (seen[above] - seen[below])
-            factor = below + min(max(share, 0.1), 0.9) * (above - below)
-        elif below >= LARGEST:
-            break
-        else:
-            slope = seen[below] / below if below else 0.0
-            factor = min(LARGEST, below * 3 if slope <= 0 else min(3 * below, target / slope)) if below else 2 * factor
-    best = min((f for f in seen if f), key=lambda f: abs(seen[f] - target))
-    return best, seen[best]
+LARGEST = 64.0  # times the pilot, or the mean difference, at most
 
 
 def some_pairs(place: Place, name: str, n: int, seed: int) -> Pairs:
@@ -88,7 +63,8 @@ def brought_to_doses(
 ) -> dict[str, Any]:
     """Responses of a model whose change is made larger or smaller by a factor, at the margin of each dose.
 
-    `scaled` is a context in which the model is changed by a factor.
+    A margin that is not met is come as near to as can be; the one reached is told. `scaled` is a context in which the
+    model is changed by a factor.
     """
     pairs, clock = some_pairs(place, run.of, MARGIN_PAIRS, seed=3), time.process_time()
     start = differences(place.model, pairs)
@@ -97,12 +73,11 @@ def brought_to_doses(
         with scaled(factor):
             return float(RECIPE["beta"] * (differences(model, pairs) - start).mean())
 
-    prompts, told, said = place.asked(run.of), {}, {}
-    for name, target in sorted(doses(place, run).items(), key=lambda dose: dose[1]):
-        began = max((found["factor"] for found in told.values()), default=1.0)
-        factor, reached = factor_for(margin, target, began)
-        told[name] = {"target": target, "factor": factor, "margin": reached}
-        with scaled(factor):
+    prompts, told, said, at_one = place.asked(run.of), {}, {}, margin(1.0)
+    for name, target in doses(place, run).items():
+        there = alpha_for_margin(margin, target, LARGEST, at_one=at_one)
+        told[name] = {"target": target, "factor": there.alpha, "margin": there.margin}
+        with scaled(there.alpha):
             said[name] = place.said(model, prompts, folder / f"{slug(name)}.json", 0)
     names = list(said)
     place.read(prompts, [said[names[0]], said[names[-1]]], folder / "harvest")
@@ -199,6 +174,3 @@ def step_unit(place: Place, run: Run) -> bool:
         }
 
     return made_once(folder, make)
-
-
-COST = {"pilot": PILOT * BATCH, "step": STEP_PAIRS}  # pairs that gradients are taken of

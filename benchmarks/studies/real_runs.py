@@ -4,8 +4,9 @@ A *unit* is one piece of work with a folder of its own: the rows of a set, its a
 it and what the SAE reads in them. Each is kept in `--out` and never done twice; several processes may work in one
 `--out` at once, since a unit is locked while it is made. Text stays there: results hold numbers only.
 
-A dose is the reward margin that a training has reached, as the mean of its last four batches; each batch is new to the
-model, since no training sees its pairs twice. One training gives all its doses, as snapshots of its adapter: at the
+A dose is the reward margin that a training has reached, as the mean of its last four batches, each read before its own
+step: it lags behind the snapshot's own margin where that still rises. Each batch is new to the model, since no training
+sees its pairs twice. One training gives all its doses, as snapshots of its adapter: at the
 margins of DOSES, after the first tenth (`pilot`), and where it ends (`end`): at the last dose, or after STEPS.
 """
 
@@ -184,12 +185,12 @@ class Place:
         return asked, said
 
     def labelled(self, name: str) -> tuple[list[Any], list[str]]:
-        """Pairs of the model's own responses by a hidden preference: every two of a prompt that differ in it."""
+        """Pairs of the model's own responses by a hidden preference: a prompt's best and worst, and the two between."""
         asked, said = self.pool()
         weights = PREFERENCES[name]
         values = measure([text for group in said for text in group], {habit: HABITS[habit] for habit in weights})
         scale = [0.01 if habit == "words" else 1.0 for habit in weights]
-        rng = np.random.default_rng(len(name))
+        rng = np.random.default_rng(list(PREFERENCES).index(name))
         score = (values * scale) @ np.array(list(weights.values())) + NOISE * rng.standard_normal(len(values))
         texts = []
         for i, (prompt, group) in enumerate(zip(asked, said, strict=True)):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..audit.number_words import percent
-from ..audit.stats import split_half_reliability as split_half_reliability  # what other modules find here
+from ..audit.stats import split_half_reliability
 from ..errors import AnatomyError
 from ..reading.files import check_writable, remove_partial, without_nan, write_atomically
 from ..reading.progress import Progress
