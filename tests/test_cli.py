@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
-from trl_anatomy.cli import COMMANDS, _without, main
+from trl_anatomy.cli import COMMANDS, main
+from trl_anatomy.cli.training import without
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -19,6 +21,16 @@ def test_overview_names_every_command(capsys):
     assert main([]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in COMMANDS)
+
+
+def test_every_command_has_a_file_and_one_way_in():
+    """The entry point of the installed program, `python -m`, and a launcher's module are one and the same."""
+    assert all(callable(import_module(f"trl_anatomy.cli.{command}").run) for command in COMMANDS)
+    shown = [
+        subprocess.run([sys.executable, *words, "--help"], capture_output=True, text=True, check=True).stdout
+        for words in (["-m", "trl_anatomy.cli"], ["-c", "from trl_anatomy.cli import main; main()"])
+    ]
+    assert shown[0] == shown[1] != ""
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -135,7 +147,7 @@ def test_an_audit_folder_that_does_not_exist_is_refused(tmp_path, capsys):
 
 def test_launch_options_are_taken_out_in_order():
     words = ["--config", "a.yaml", "--num_processes", "2", "--beta", "2"]
-    assert _without(words, ["--num_processes", "2"]) == ["--config", "a.yaml", "--beta", "2"]
+    assert without(words, ["--num_processes", "2"]) == ["--config", "a.yaml", "--beta", "2"]
 
 
 def test_importing_the_package_loads_nothing_heavy():

@@ -35,7 +35,8 @@ from trl_anatomy.audit.region_view import analyse_regions
 from trl_anatomy.audit.report import render
 from trl_anatomy.audit.run import run_audit
 from trl_anatomy.audit.titles import LABEL_FILE, read_labels
-from trl_anatomy.cli import _print_audit, main
+from trl_anatomy.cli import main
+from trl_anatomy.cli.shown_audit import print_audit
 from trl_anatomy.errors import AnatomyError
 from trl_anatomy.reading import chat as chat_module
 from trl_anatomy.reading.chat import ChatEndpoint, LocalChat, TooLongError
@@ -182,7 +183,7 @@ def test_names_are_shown_everywhere_and_change_nothing_else(
     assert again.labels == found
     shown = dict(zip(again.concept_names, again.labelled(again.concepts)["label"].to_pylist(), strict=True))
     page = render(again, raw_dataset(WORLD))
-    _print_audit(again)
+    print_audit(again)
     printed = capsys.readouterr().out
     taught = {c["concept"]: c for c in again.concepts.to_pylist() if c["verdict"] in ("rises", "falls")}
     for name, habit in habit_concepts(audit).items():

@@ -23,7 +23,8 @@ from trl_anatomy import AuditConfig, load_audit
 from trl_anatomy.audit.reopen import reopen
 from trl_anatomy.audit.run import load_model, load_tokenizer
 from trl_anatomy.checking.responses import load_audited
-from trl_anatomy.cli import _ours, main
+from trl_anatomy.cli import main
+from trl_anatomy.cli.options import ours
 from trl_anatomy.errors import AnatomyError
 from trl_anatomy.reading.dataset import load_mixture
 from trl_anatomy.recipe import _known
@@ -209,7 +210,7 @@ def test_every_option_of_a_command_may_stand_in_a_recipe(capsys: pytest.CaptureF
         printed = re.sub(r"\s+", " ", capsys.readouterr().out).replace("- ", "-")
         options = {word.replace("-", "_") for word in re.findall(r"[ \[]--([\w-]+)", printed)}
         assert len(options) > 6
-        left = {option for option in options - _known(_ours()) if not option.startswith("no_")}
+        left = {option for option in options - _known(ours()) if not option.startswith("no_")}
         assert left <= {"help", "config", "open"}, command
 
 

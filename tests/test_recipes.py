@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from trl_anatomy import AuditConfig, ConceptPolicy
-from trl_anatomy.cli import PolicyArguments, _strict_parse, main
+from trl_anatomy.cli import main
+from trl_anatomy.cli.options import PolicyArguments, strict_parse
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "recipes"
@@ -46,11 +47,11 @@ def _parse(command: str, words: list[str]) -> tuple[Any, ...]:
     from trl import TrlParser
 
     if command == "audit":
-        return _strict_parse(TrlParser((AuditConfig,)), words)
+        return strict_parse(TrlParser((AuditConfig,)), words)
     script = import_module(f"trl.scripts.{command}")
     types = script.make_parser().dataclass_types
     ours = () if command == "grpo" else (PolicyArguments,)
-    return _strict_parse(TrlParser((*types, *ours)), words)
+    return strict_parse(TrlParser((*types, *ours)), words)
 
 
 def _without_launcher(words: list[str]) -> list[str]:

@@ -21,7 +21,7 @@ from trl_anatomy.audit.labels import distinctive_terms, group_terms
 from trl_anatomy.audit.report import by_prompt, explore, render, write_report
 from trl_anatomy.audit.report import page as page_module
 from trl_anatomy.audit.report.shell import clean, deviations, points, probability, to_script
-from trl_anatomy.cli import _print_audit
+from trl_anatomy.cli.shown_audit import print_audit
 from trl_anatomy.errors import AnatomyError
 from trl_anatomy.shaping.policy import ConceptPolicy
 
@@ -288,7 +288,7 @@ def test_no_concepts_at_all(tmp_path):
 def test_too_few_prompts_are_told_first(tmp_path, capsys, n, told):
     """Nothing is claimed of them: that is the first thing to read, and there are no empty maps below."""
     audit = make_audit(tmp_path, make_world(n=n))
-    _print_audit(audit)
+    print_audit(audit)
     shown = capsys.readouterr().out.strip()
     assert shown.startswith(f"Too few prompts to tell: {told}")
     assert f"No claim about any of {audit.concepts.num_rows} concepts." in shown
@@ -309,7 +309,7 @@ def test_what_was_cut_copied_and_pooled_is_told(tmp_path, capsys):
     audit.info["copies"] = {"distinct": 53, "identical": 5, "reversed": 4}
     del audit.info["settings"]["pool_special_tokens"]  # an audit of an earlier version
     page = render(audit)
-    _print_audit(audit)
+    print_audit(audit)
     shown = capsys.readouterr().out
     assert all(note in page and note in shown for note in notes)
     assert recorded(audit.info["settings"]).pool_special_tokens

@@ -1,0 +1,85 @@
+"""`trl-anatomy audit`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+from ..errors import AnatomyError
+from .commands import COMMANDS
+from .labeller import check_labeller, name_concepts
+from .options import AuditFlags, strict_parse
+from .shown_audit import print_audit, print_habits, print_regions
+
+if TYPE_CHECKING:
+    from ..audit.config import AuditConfig
+
+
+def run(argv: list[str]) -> int:
+    from trl import TrlParser
+
+    from ..audit.config import NO_SAE, AuditConfig
+    from ..audit.find_sae import AUTO
+    from ..audit.run import dry_run, run_audit
+    from ..reading.ranks import is_main_process
+
+    parser = TrlParser(
+        (AuditConfig, AuditFlags),
+        prog="trl-anatomy audit",
+        description=COMMANDS["audit"],
+        epilog="example: trl-anatomy audit --model M --dataset D --sae S --layer 20 --out audits/run1\n"
+        "without a model, in seconds: trl-anatomy audit --dataset D\n"
+        "by the recipe of a training: trl-anatomy audit --config recipe.yaml (docs/recipe.md)",
+    )
+    config, flags = strict_parse(parser, argv, {"audit": "out"})
+    with redirect_stdout(sys.stderr):  # some libraries print notes, which would spoil the JSON
+        check_labeller(flags)
+    if config.sae == NO_SAE or not (config.sae or config.model):
+        config.sae = ""
+        return _audit_text(config, flags)
+    config.sae = config.sae or AUTO
+    with redirect_stdout(sys.stderr):
+        summary = dry_run(config) if flags.dry_run else None
+        audit = None if flags.dry_run else run_audit(config)
+        if audit is not None and is_main_process() and flags.label_model is not None:
+            name_concepts(audit, flags)
+    if audit is None:
+        print(json.dumps(summary, indent=2) if flags.json else _lines(summary or {}))
+    elif not is_main_process():
+        pass
+    elif flags.json:
+        print(json.dumps(audit.info, indent=2))
+    elif config.data_kind == "sft":
+        print_regions(audit)
+    else:
+        print_audit(audit)
+    return 0
+
+
+def _audit_text(config: AuditConfig, flags: Any) -> int:
+    """Count habits alone, without an SAE."""
+    from ..audit.text_audit import run_text_audit
+    from ..reading.files import without_nan
+    from ..reading.ranks import is_main_process
+
+    if flags.label_model is not None or flags.dry_run:
+        what = "--dry_run" if flags.label_model is None else "--label_model"
+        raise AnatomyError(
+            f"{what} goes with --model and an SAE; without, an audit counts habits, which takes seconds."
+        )
+    if not is_main_process():
+        return 0
+    with redirect_stdout(sys.stderr):  # as in _audit
+        audit = run_text_audit(config)
+    if flags.json:
+        habits = audit.habits.drop_columns(["snippets"]).to_pylist()
+        print(json.dumps(without_nan({**audit.info, "habits": habits}), indent=2))
+    else:
+        print_habits(audit)
+    return 0
+
+
+def _lines(summary: dict[str, Any]) -> str:
+    return "\n".join(f"{key}: {value}" for key, value in summary.items())

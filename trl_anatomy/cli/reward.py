@@ -1,0 +1,7 @@
+"""`trl-anatomy reward`."""
+
+from .training import train
+
+
+def run(argv: list[str]) -> int:
+    return train("reward", argv)

@@ -1,0 +1,156 @@
+"""TRL's own script with our trainer in the place of TRL's, for `dpo`, `reward` and `predict`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from .. import recipe
+from ..errors import AnatomyError
+from .commands import COMMANDS
+from .options import PolicyArguments, ours
+
+_LAUNCHED = "TRL_ANATOMY_LAUNCHED"
+
+
+def train(kind: str, argv: list[str]) -> int:
+    """Run TRL's own script with our trainer in the place of TRL's: its flags and YAML mean what they mean there."""
+    from trl import TrlParser
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    from ..audit.folder import load_audit
+    from ..reading.storage import exists
+
+    script = import_module(f"trl.scripts.{kind}")
+    parser = TrlParser(
+        (*script.make_parser(prog=f"trl {kind}").dataclass_types, PolicyArguments),
+        prog=f"trl-anatomy {kind}",
+        description=f"{COMMANDS[kind]} Options of accelerate launch are passed on.",
+        epilog=f"example: trl-anatomy {kind} --config recipe.yaml --concept_policy policy.yaml",
+    )
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    launcher = launch_command_parser()
+    *arguments, policy, from_config, from_line = recipe.parse_known(parser, argv, ours=ours(), launcher=launcher)
+    recipe.refuse_unknown(from_config, from_line, parser, launcher)
+    for name in ("concept_policy", "audit"):
+        path = getattr(policy, name)
+        if path is not None and not exists(path):
+            raise AnatomyError(f"--{name} names '{path}', which does not exist.")
+    if policy.audit is not None:  # before a model is loaded, or processes are started
+        load_audit(policy.audit)
+
+    launch = resolve_accelerate_config_argument(from_config + from_line)
+    if _LAUNCHED not in os.environ and (launch or _several_devices()):
+        os.environ[_LAUNCHED] = "1"
+        words = without(argv, from_line)
+        launch_command(launcher.parse_args([*launch, "--module", "trl_anatomy.cli", kind, *words]))
+        return 0
+
+    from .. import trainers
+
+    ours_class = {"dpo": "AnatomyDPOTrainer", "reward": "AnatomyRewardTrainer"}[kind]
+    stock_class = {"dpo": "DPOTrainer", "reward": "RewardTrainer"}[kind]
+    trainer = getattr(import_module(f"{trainers.__name__}.{kind}"), ours_class)
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        made = trainer(*args, concept_policy=policy.concept_policy, audit=policy.audit, **kwargs)
+        if made.plan is not None and made.is_world_process_zero():
+            print(made.plan, flush=True)
+        return made
+
+    # The plan that is printed holds the warnings that the trainer would log.
+    logged = logging.getLogger(f"{trainers.__name__}.prepare")
+    printed = replaced_name(logged, "disabled", True)
+    replaced = replaced_name(import_module("trl"), stock_class, build)
+    with printed, replaced, our_files(*arguments), remote_code_named(arguments[2]):
+        script.main(*arguments)
+    return 0
+
+
+@contextmanager
+def remote_code_named(model_args: Any) -> Iterator[None]:
+    """Make one sentence of what transformers says where TRL's script may not run a model's own code."""
+    from ..reading.remote_code import needs_remote_code, why_not_loaded
+
+    try:
+        yield
+    except AnatomyError:
+        raise
+    except ValueError as error:
+        if not needs_remote_code(error):
+            raise
+        reason = why_not_loaded(error, settable=True)
+        raise AnatomyError(f"model {model_args.model_name_or_path}: cannot be loaded ({reason}).") from error
+
+
+@contextmanager
+def our_files(script_args: Any, training: Any, model_args: Any, mixture: Any) -> Iterator[None]:
+    """Let TRL's script read the files that `audit` reads; what it can not train on ends in one sentence.
+
+    Raises:
+        AnatomyError: as `load_splits`; a split that is not there, or a dataset without chosen and rejected.
+    """
+    from ..reading.columns import column_notes, prompt_column, unread_columns
+    from ..reading.dataset import load_splits
+    from ..reading.ranks import is_main_process
+    from ..reading.spans import no_pairs
+
+    splits = {"dataset_train_split": script_args.dataset_train_split}
+    if training.eval_strategy != "no":
+        splits["dataset_test_split"] = script_args.dataset_test_split
+
+    def load(path: str, name: str | None = None, *, split: str | None = None, **how: Any) -> Any:
+        found = load_splits(path, name, split=split, **how)
+        for option, wanted in splits.items() if split is None else ():
+            if wanted not in found:
+                why = " (evaluation needs it: eval_strategy is not no)" if option == "dataset_test_split" else ""
+                raise AnatomyError(f"{path}: found splits {', '.join(found)}, but {option} is {wanted!r}{why}.")
+        rows = found[splits["dataset_train_split"]] if split is None else found
+        columns = rows.column_names or []  # a stream may not know them
+        if columns and "chosen_ids" not in columns and (problem := no_pairs(columns)):
+            raise AnatomyError(f"{path}: {problem}")
+        if not how.get("streaming") and is_main_process() and (prompt := prompt_column(rows)):
+            print(*column_notes(unread_columns(rows), prompt), file=sys.stderr)
+        return found
+
+    if mixture.datasets and "dataset_test_split" in splits and mixture.test_split_size is None:
+        raise AnatomyError("eval_strategy asks for a test split, which a mixture of datasets has by test_split_size.")
+    with replaced_name(import_module("datasets"), "load_dataset", load):
+        yield
+
+
+def _several_devices() -> bool:
+    """Whether `trl dpo`, which always goes through accelerate, would start more than this one process."""
+    import torch
+    from accelerate.commands.config.config_args import default_config_file
+
+    return torch.cuda.device_count() > 1 or Path(default_config_file).is_file()
+
+
+def without(words: list[str], taken: list[str]) -> list[str]:
+    """`words` less `taken`, an ordered subsequence of them."""
+    rest, remaining = [], list(taken)
+    for word in words:
+        if remaining and word == remaining[0]:
+            remaining.pop(0)
+        else:
+            rest.append(word)
+    return rest
+
+
+@contextmanager
+def replaced_name(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Put a value in the place of a module's name, for as long as the block runs."""
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
