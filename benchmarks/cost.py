@@ -238,7 +238,7 @@ def concepts(folder: Path, layer: int, width: int) -> dict[str, Any]:
     }
 
 
-def reference_pass(
+def reference_pass(  # noqa: PLR0913, PLR0915
     what: str, model: Any, tokenizer: Any, layer: int, dataset: Dataset, rounds: int, folder: Path, max_length: int
 ) -> dict[str, Any]:
     """The audit's pass, and concept scores in TRL's pass, against TRL's pass alone."""

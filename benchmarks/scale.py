@@ -315,7 +315,7 @@ def found(plan: Plan, topic: np.ndarray, findings: object) -> dict:
 # The straightforward version: dense arrays, loops, scipy and scikit-learn ---------------------------------------------
 
 
-def small(way: str, plan: Plan, harvest: Path, out: Path, contexts: int) -> dict:
+def small(way: str, plan: Plan, harvest: Path, out: Path, contexts: int) -> dict:  # noqa: PLR0915
     """Graph, scores and tests in one of two ways; what was computed goes to `out`."""
     from trl_anatomy.audit import clusters, stats, views
     from trl_anatomy.audit.communities import fired_responses

@@ -102,7 +102,7 @@ def wpo_weight(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return ((picked * mask).sum(1) / mask.sum(1)).exp().view(2, -1).prod(0)
 
 
-def formula(name: str, logratio: Tensor, offset: Tensor, length: Tensor, logps: Tensor) -> Tensor:
+def formula(name: str, logratio: Tensor, offset: Tensor, length: Tensor, logps: Tensor) -> Tensor:  # noqa: C901, PLR0912
     """The shaped loss of method.md section 8, per pair, from (2, batch) tensors (chosen, rejected)."""
     r = BETA * logratio + offset
     d = r[0] - r[1]

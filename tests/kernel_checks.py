@@ -83,7 +83,7 @@ def test_kernels_are_chosen_on_a_gpu_only() -> None:
 @pytest.mark.parametrize(("n", "d", "u"), [(70, 80, 5), (40, 17, 1), (33, 130, 40)])
 @pytest.mark.parametrize("same_type", [False, True])
 @pytest.mark.parametrize("with_kth", [False, True])
-def test_ablation(
+def test_ablation(  # noqa: PLR0913
     dtype: torch.dtype,
     n: int,
     d: int,

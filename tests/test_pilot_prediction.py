@@ -82,7 +82,7 @@ def hits(root: Path, out: str, name: str) -> dict[str, np.ndarray]:
     return {rule: (of.reshape(used.shape) * used).sum(axis=1) / used.sum(axis=1) for rule, of in found.items()}
 
 
-def test_a_pilot_adds_to_a_prediction(here: Path, capsys, monkeypatch) -> None:
+def test_a_pilot_adds_to_a_prediction(here: Path, capsys, monkeypatch) -> None:  # noqa: PLR0915
     plain = foretold(capsys, "nothing", "--budget", "0", "--concept_policy", "policy.yaml")
     assert not any("pilot" in key or "price" in key for row in [plain, *plain["concepts"]] for key in row)
     words = ("--budget", "0.2", "--null_drift", "--concept_policy", "policy.yaml")

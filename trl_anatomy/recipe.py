@@ -295,7 +295,7 @@ def _spelt(option: str) -> str:
     return option.lstrip("-").replace("-", "_")
 
 
-def _options_for(
+def _options_for(  # noqa: C901, PLR0912
     parser: Any,
     recipe: Recipe,
     line: Mapping[str, str | None],
@@ -382,7 +382,7 @@ def _one_of(recipe: Recipe, dest: str, values: Mapping[str, Any], places: Mappin
     return value
 
 
-def _read_as_trained(
+def _read_as_trained(  # noqa: C901, PLR0912
     recipe: Recipe, kept: dict[str, Any], line: Mapping[str, str | None], own: Mapping[str, Any]
 ) -> list[str]:
     """Put into `kept` what else of a training's recipe says what it reads; notes on what a reader cannot follow.

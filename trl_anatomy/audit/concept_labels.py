@@ -95,7 +95,7 @@ class Label:
     evidence: dict[str, Any]
 
 
-def label_concepts(
+def label_concepts(  # noqa: PLR0913
     table: pa.Table,
     read: Harvest,
     pairs: Pairs,

@@ -139,7 +139,7 @@ def _one_line(text: str) -> str:
     return PHRASE if count_words(line) <= _FEW else SENTENCE
 
 
-def _last_line(line: str, before: Sequence[str]) -> str | None:
+def _last_line(line: str, before: Sequence[str]) -> str | None:  # noqa: C901, PLR0912
     """Empty where the last line breaks off, what it is where that depends on the dataset, None where it does not."""
     if _BARE.match(line) or line.endswith("\ufffd"):
         return ""

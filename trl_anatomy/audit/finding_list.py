@@ -385,7 +385,7 @@ def list_findings(
     return pa.Table.from_pylist(found, schema=FINDINGS), info
 
 
-def _concept_rows(
+def _concept_rows(  # noqa: PLR0913
     counted: Counted,
     gaps: np.ndarray,
     tested: _Tested,

@@ -484,7 +484,7 @@ def pairs_table(
     )
 
 
-def write_audit(
+def write_audit(  # noqa: PLR0913
     path: str | Path,
     info: Mapping[str, Any],
     hypotheses: pa.Table,

@@ -96,7 +96,7 @@ def prompt_groups(texts: Iterable[Texts]) -> np.ndarray:
 
 
 @one_blas_thread
-def habit_table(
+def habit_table(  # noqa: PLR0913
     texts: Sequence[Texts],
     habits: Mapping[str, Habit],
     *,

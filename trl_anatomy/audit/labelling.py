@@ -422,7 +422,7 @@ class _Reader:
 # Asking ---------------------------------------------------------------------------------------------------------------
 
 
-def _asked(
+def _asked(  # noqa: C901, PLR0912
     audit: Audit,
     tasks: _Tasks,
     missing: list[Task],

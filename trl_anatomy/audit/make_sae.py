@@ -94,7 +94,7 @@ class SAEConfig:
         return AuditConfig(**{name: getattr(self, name) for name in shared})
 
 
-def make_sae(config: SAEConfig, *, progress: bool = True) -> "dict[Path, SAEFit | None]":
+def make_sae(config: SAEConfig, *, progress: bool = True) -> "dict[Path, SAEFit | None]":  # noqa: PLR0915
     """Train the SAEs that `config` asks for and judge each on the pairs.
 
     Returns:

@@ -88,7 +88,7 @@ def predicted_shift(u: np.ndarray, weights: np.ndarray | None = None) -> np.ndar
     return u.mean(axis=0) if weights is None else np.asarray(weights, dtype=np.float64) @ u / len(u)
 
 
-def concept_table(
+def concept_table(  # noqa: PLR0913
     scores: Disparity,
     communities: Sequence[np.ndarray],
     config: AuditConfig,

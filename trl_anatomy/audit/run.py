@@ -388,7 +388,7 @@ def _judged(
     return judged(model, sae, pairs, layer, out, progress=progress)
 
 
-def _conclude(
+def _conclude(  # noqa: PLR0913, PLR0915
     config: AuditConfig,
     read: "Harvest",
     pairs: "Pairs",
@@ -550,7 +550,7 @@ def _conclude(
 
 
 @one_blas_thread
-def analyse(
+def analyse(  # noqa: PLR0913
     read: "Harvest",
     config: AuditConfig,
     texts: Callable[[int], tuple[str, str, str]],

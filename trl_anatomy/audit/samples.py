@@ -87,7 +87,7 @@ def _behind(hypotheses: pa.Table, pairs: pa.Table, n: int) -> list[tuple[int, st
     return [(row, concept) for (_, concept, _), found in best.items() for _, row in sorted(found)[:PAIRS_A_HYPOTHESIS]]
 
 
-def sample_table(
+def sample_table(  # noqa: PLR0913
     wanted: dict[int, list[str]],
     features: dict[str, np.ndarray],
     model: nn.Module,

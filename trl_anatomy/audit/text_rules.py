@@ -254,7 +254,7 @@ def balanced(hits: np.ndarray, false: np.ndarray, positive: Any, negative: Any) 
     return (1 + tpr - fpr) / 2, error
 
 
-def learn_rules(
+def learn_rules(  # noqa: C901, PLR0915
     table: TextTable,
     fires: np.ndarray,
     learning: np.ndarray,

@@ -344,7 +344,7 @@ def find_contexts(
     return contexts, notes
 
 
-def feature_view(
+def feature_view(  # noqa: PLR0913
     harvest: "Harvest",
     communities: Sequence[np.ndarray],
     config: AuditConfig,
@@ -388,7 +388,7 @@ def feature_view(
     return FeatureView(scores, contexts, table, used, notes)
 
 
-def compare_contexts(
+def compare_contexts(  # noqa: PLR0913
     scores: Disparity,
     contexts: np.ndarray,
     sizes: np.ndarray,
@@ -413,7 +413,7 @@ def compare_contexts(
     return hypothesis_table(scores, members, contexts > 0, config, names=("feature", "B", "T"), **how)
 
 
-def hypothesis_table(
+def hypothesis_table(  # noqa: PLR0913, PLR0915
     scores: Disparity,
     members: sparse.csr_array,
     pool: np.ndarray,
@@ -523,7 +523,7 @@ def hypothesis_table(
     return pa.table({name: columns[name] for name in HYPOTHESES.names}, schema=HYPOTHESES)
 
 
-def _beyond_habits(
+def _beyond_habits(  # noqa: PLR0913
     u: np.ndarray,
     members: sparse.csr_array,
     pool: np.ndarray,

@@ -70,7 +70,7 @@ def names_of(paths: Sequence[str]) -> dict[str, str]:
     return dict(zip(names, paths, strict=True)) if parts else {}
 
 
-def compare(
+def compare(  # noqa: PLR0913, PLR0915
     audit: Audit,
     before: Any,
     after: Mapping[str, Any],

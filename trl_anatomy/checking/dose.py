@@ -44,7 +44,7 @@ def steered(model: nn.Module, layer: int, shift: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def dose_response(
+def dose_response(  # noqa: PLR0913
     model: Any,
     tokenizer: Any,
     direction: DirectionScorer | ReftScorer,

@@ -57,7 +57,7 @@ Response:
 Answer with one whole number from 0 (not at all) to 100 (as strongly as can be), and nothing else."""
 
 
-def persona_rows(
+def persona_rows(  # noqa: C901, PLR0913
     model: Any,
     tokenizer: Any,
     positive: Sequence[str],

@@ -37,7 +37,7 @@ class Planned:
     told: str = ""
 
 
-def plan_pilots(
+def plan_pilots(  # noqa: PLR0913
     audit: Audit,
     model: Any,
     tokenizer: Any,
@@ -81,7 +81,7 @@ def plan_pilots(
     return Planned(steps, training, cost, None, told)
 
 
-def run_pilots(
+def run_pilots(  # noqa: PLR0913
     trainers: Mapping[str, Callable[[], Any]],
     names: Sequence[str],
     planned: Planned,

@@ -122,7 +122,7 @@ def held_out(steps: int, training: Training) -> int:
     return min(max(MIN_HELD_OUT, min(seen // 2, MAX_HELD_OUT)), training.n_pairs - seen)
 
 
-def price(
+def price(  # noqa: PLR0913
     training: Training,
     steps: int,
     *,

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 FOLDER, FILE = "prediction", "prediction.json"  # in an audit's folder, unless it is told otherwise
 
 
-def predict(
+def predict(  # noqa: C901, PLR0913, PLR0915
     audit: Audit,
     before: Any,
     trainers: Mapping[str, Callable[[], Any]],
@@ -250,7 +250,7 @@ class _Read:
         return prompt_means(values, np.concatenate([prompt, prompt]), n_prompts)
 
 
-def _read(
+def _read(  # noqa: PLR0913
     audit: Audit,
     model: Any,
     sae: Any,

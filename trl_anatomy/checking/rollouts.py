@@ -45,7 +45,7 @@ class Response(str):
 
 
 @torch.no_grad()
-def rollouts(
+def rollouts(  # noqa: C901, PLR0913, PLR0915
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],

@@ -17,7 +17,7 @@ _MOST_ROWS = {"exact": 64, "half": 128}
 
 
 @triton.jit
-def edit_rows_kernel(
+def edit_rows_kernel(  # noqa: PLR0913
     x: tl.tensor,
     read: tl.tensor,
     write: tl.tensor,
@@ -94,7 +94,7 @@ def takes(x: Tensor, rows: Tensor) -> bool:
     return 0 < len(rows) <= _MOST_ROWS["exact" if is_exact(x, rows) else "half"]
 
 
-def edit_rows(
+def edit_rows(  # noqa: PLR0913
     x: Tensor,
     read: Tensor,
     write: Tensor,

@@ -14,7 +14,7 @@ _MOST_DIRECTIONS = 64  # beyond, a matrix product is the better tool
 
 
 @triton.jit
-def fold_kernel(
+def fold_kernel(  # noqa: PLR0913
     z: tl.tensor,
     bar: tl.tensor,
     pieces: tl.tensor,
@@ -70,7 +70,7 @@ def fold(z: Tensor, bar: Tensor, pieces: Tensor, maximum: Tensor, count: Tensor)
 
 
 @triton.jit
-def project_kernel(
+def project_kernel(  # noqa: PLR0913
     h: tl.tensor,
     directions: tl.tensor,
     pieces: tl.tensor,

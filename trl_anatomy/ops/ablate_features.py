@@ -100,7 +100,7 @@ def backward(g: Tensor, fire: Tensor, encoder: Tensor, decoder: Tensor, strength
 
 class _AblateFeatures(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913
         ctx: Any,
         h: Tensor,
         encoder: Tensor,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .token_codes import TokenCodes
 
 
-def token_firings(
+def token_firings(  # noqa: PLR0913
     model: nn.Module,
     sae: SAE,
     pairs: Pairs,
@@ -92,7 +92,7 @@ def token_firings(
     return found
 
 
-def token_activations(
+def token_activations(  # noqa: PLR0913
     model: nn.Module,
     sae: SAE,
     pairs: Pairs,

@@ -317,7 +317,7 @@ def read_hidden(
     return kept, bounds
 
 
-def fit_concept(
+def fit_concept(  # noqa: PLR0913
     model: nn.Module,
     examples: Examples,
     *,
@@ -413,7 +413,7 @@ def fit_concept(
     return Fitted(chosen, rows)
 
 
-def _fit_reft(
+def _fit_reft(  # noqa: PLR0913
     model: nn.Module,
     examples: Examples,
     layers: Sequence[int] | None,

@@ -191,7 +191,7 @@ class Harvest:
         return cls(path, manifest)
 
 
-def harvest(
+def harvest(  # noqa: C901, PLR0913, PLR0915
     model: nn.Module,
     sae: SAE,
     pairs: Pairs,
@@ -494,7 +494,7 @@ def stream_harvest(
     return Harvest(out, {**manifest, "shards": shards})
 
 
-def _read_shard(
+def _read_shard(  # noqa: PLR0913
     model: nn.Module,
     sae: SAE,
     pairs: Pairs,

@@ -39,7 +39,7 @@ class Shift:
     shift: Tensor
 
 
-def response_logprobs(
+def response_logprobs(  # noqa: PLR0913
     model: nn.Module,
     pairs: Pairs,
     indices: Sequence[int],
@@ -192,7 +192,7 @@ def _read_kept(
             saved()
 
 
-def read_responses(
+def read_responses(  # noqa: PLR0913
     model: nn.Module,
     pairs: Pairs,
     indices: Sequence[int],

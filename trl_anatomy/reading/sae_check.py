@@ -109,7 +109,7 @@ def _spread(of: Sequence[int], n: int) -> list[int]:
     return [of[i] for i in np.unique(np.linspace(0, len(of) - 1, min(n, len(of))).astype(int))]
 
 
-def _check_fit(
+def _check_fit(  # noqa: PLR0913
     model: nn.Module,
     sae: SAE,
     pairs: Pairs,

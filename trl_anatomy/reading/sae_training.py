@@ -203,7 +203,7 @@ def continued_lr(d_sae: int) -> float:
     return 2e-4 * math.sqrt(16_384 / d_sae)
 
 
-def train_saes(
+def train_saes(  # noqa: PLR0913
     model: nn.Module,
     sequences: Sequences,
     layers: Sequence[int],
@@ -366,7 +366,7 @@ def _only(rows: Tensor, keep: Tensor) -> Tensor:
 class _Run:
     """One training: the activations of each round, a sae-lens trainer a layer, and their state on disk."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         model: nn.Module,
         sequences: Sequences,

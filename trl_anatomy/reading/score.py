@@ -51,7 +51,7 @@ class Scores:
         return self.chosen[name] - self.rejected[name]
 
 
-def score_pairs(
+def score_pairs(  # noqa: PLR0913
     pairs: Pairs,
     scorers: Mapping[str, Scorer],
     model: nn.Module | None = None,

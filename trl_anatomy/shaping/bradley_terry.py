@@ -22,7 +22,7 @@ class Fit:
     ci_high: np.ndarray
 
 
-def fit_strengths(
+def fit_strengths(  # noqa: C901
     gaps: np.ndarray,
     names: Sequence[str],
     offset: np.ndarray | None = None,

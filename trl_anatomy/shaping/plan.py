@@ -117,7 +117,7 @@ class PolicyPlan:
         return plan_report(self)
 
 
-def plan_policy(
+def plan_policy(  # noqa: C901
     policy: ConceptPolicy,
     pairs: "Pairs",
     scores: "Scores",

@@ -271,7 +271,7 @@ class _Reader:
         """A path of the policy, relative ones seen from the policy file's folder."""
         return joined(self.folder, path)
 
-    def concept(self, name: str, value: Located) -> ConceptSpec | None:
+    def concept(self, name: str, value: Located) -> ConceptSpec | None:  # noqa: C901, PLR0912
         path = f"concepts.{name[:100]}"
         self.places[path] = self.problems.place(value.key_line)
         before = len(self.problems.entries)
@@ -351,7 +351,7 @@ class _Reader:
             values["path"] = self.resolved(values["path"])
         return values
 
-    def rule(self, value: Located, path: str, concepts: Mapping[str, ConceptSpec | None]) -> Intervention | None:
+    def rule(self, value: Located, path: str, concepts: Mapping[str, ConceptSpec | None]) -> Intervention | None:  # noqa: C901, PLR0912
         problems, before = self.problems, len(self.problems.entries)
         entries = problems.mapping(value, path, "a mapping such as {explain_away: CONCEPT, with: VERB}")
         if entries is None:

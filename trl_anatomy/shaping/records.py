@@ -43,7 +43,7 @@ class Acting:
     edited: dict[int, np.ndarray]
 
 
-def rule_records(
+def rule_records(  # noqa: PLR0915
     policy: ConceptPolicy,
     pairs: "Pairs",
     gates: Sequence[np.ndarray],

@@ -58,7 +58,7 @@ def chosen_masked(pairs: "Pairs", masked: Sequence[Masked], kept: np.ndarray) ->
     return sum(bool(gone[start:stop].all()) for start, stop in chosen[kept])
 
 
-def tokens_to_mask(
+def tokens_to_mask(  # noqa: PLR0913
     policy: ConceptPolicy,
     i: int,
     pairs: "Pairs",

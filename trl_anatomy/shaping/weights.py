@@ -178,7 +178,7 @@ class _Group:
     held: list[str]
 
 
-def _groups(
+def _groups(  # noqa: C901
     policy: "ConceptPolicy", scores: "Scores", gates: Sequence[np.ndarray], usable: np.ndarray, base: np.ndarray
 ) -> list[_Group]:
     groups: dict[bytes, _Group] = {}

@@ -233,7 +233,7 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def render(question: Question, value: str | None, shown: set[str], rng: random.Random) -> str:
+def render(question: Question, value: str | None, shown: set[str], rng: random.Random) -> str:  # noqa: C901, PLR0912
     """Writes one response that states `value` and shows exactly the habits named in `shown`.
 
     Where `value` is None it refuses instead: hedging and em dashes, which are parts of a statement, cannot be shown.

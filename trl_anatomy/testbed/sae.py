@@ -46,7 +46,7 @@ def residual_stream(
     return torch.cat(kept)
 
 
-def train_sae(
+def train_sae(  # noqa: PLR0913
     hidden: Tensor, *, d_sae: int, k: int, layer: int, model_name: str, seed: int, tokens: int, lr: float = 3e-3
 ) -> Any:
     """Trains a TopK SAE with sae-lens.

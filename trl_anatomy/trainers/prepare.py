@@ -271,7 +271,7 @@ class Prepared:
                 _log.warning("Concept policy: %s", text)
 
 
-def prepare(
+def prepare(  # noqa: PLR0912
     arguments: dict[str, Any],
     concept_policy: "str | Path | dict[str, Any] | ConceptPolicy | None",
     audit: "str | Path | Audit | AuditConfig | None",

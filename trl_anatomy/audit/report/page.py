@@ -97,7 +97,7 @@ def render(audit: Audit, raw_dataset: "Dataset | Pairs | None" = None) -> str:
     return render_page("page.html", __package__, ["explore.js"], data, **view)
 
 
-def _view(audit: Audit, texts: RowTexts | None, samples: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def _view(audit: Audit, texts: RowTexts | None, samples: dict[int, dict[str, Any]]) -> dict[str, Any]:  # noqa: PLR0915
     """What the template shows."""
     info = audit.info
     concepts = audit.labelled(audit.concepts).to_pylist()

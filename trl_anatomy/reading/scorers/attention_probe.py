@@ -68,7 +68,7 @@ class AttentionProbe(HiddenScorer):
     kind = "attention_probe"
     names = ("query", "value", "bias")
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         query: Tensor,
         value: Tensor,
@@ -97,7 +97,7 @@ class AttentionProbe(HiddenScorer):
         return _logits(here, hidden, [0, len(hidden)] if bounds is None else bounds)
 
     @classmethod
-    def fit(
+    def fit(  # noqa: PLR0913
         cls,
         hidden: Tensor,
         bounds: Sequence[int],

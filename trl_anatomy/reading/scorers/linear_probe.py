@@ -53,7 +53,7 @@ class LinearProbe(HiddenScorer):
         return hidden @ weight + bias
 
     @classmethod
-    def fit(
+    def fit(  # noqa: PLR0913
         cls,
         hidden: Tensor,
         bounds: Sequence[int],

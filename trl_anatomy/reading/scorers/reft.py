@@ -141,7 +141,7 @@ class ReftScorer(HiddenScorer):
             handle.remove()
 
     @classmethod
-    def fit(
+    def fit(  # noqa: PLR0913
         cls,
         model: nn.Module,
         sequences: Sequence[Sequence[int]],

@@ -89,7 +89,7 @@ def objective(
     return F.binary_cross_entropy_with_logits(reduced, labels.to(scores.dtype), pos_weight=weight)
 
 
-def descend(
+def descend(  # noqa: PLR0913
     parameters: Sequence[Tensor],
     score: Callable[[Tensor, list[int]], Tensor],
     data: Standardised,
