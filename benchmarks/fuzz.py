@@ -46,7 +46,7 @@ def seeds(target: str) -> list[bytes]:
     """Where a corpus begins: the policies of the documentation, and a few plain bytes."""
     if target != "policy":
         return [bytes([0]), bytes(range(64)), bytes(range(255, 155, -1))]
-    text = (ROOT / "docs" / "policy.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "reference" / "policy.md").read_text(encoding="utf-8")
     return [found.encode() for found in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
 
 

@@ -1,28 +1,27 @@
-"""Documents that repeat what code knows say the same thing."""
+"""Documents that repeat what code knows say the same thing, lead somewhere, and are short enough to be read."""
 
 import re
 from pathlib import Path
 
+import pytest
+
 from trl_anatomy.trainers.loss_support import support_table, verb_table
 
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), ROOT / "benchmarks/README.md", ROOT / "recipes/README.md"])
+LONGEST = 1500  # words
 
 
 def test_losses_page_is_the_table_of_the_refusals():
-    page = (ROOT / "docs" / "losses.md").read_text()
+    page = (DOCS / "reference" / "losses.md").read_text()
     assert support_table() in page
     assert verb_table() in page
 
 
 def test_links_lead_somewhere():
     """Also to a heading, where one is named."""
-    pages = [
-        *ROOT.glob("*.md"),
-        *(ROOT / "docs").glob("*.md"),
-        ROOT / "benchmarks/README.md",
-        ROOT / "recipes/README.md",
-    ]
-    for page in pages:
+    for page in PAGES:
         for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", page.read_text()):
             to = page.parent / target if target else page
             assert to.exists(), f"{page.name}: {target}"
@@ -32,8 +31,28 @@ def test_links_lead_somewhere():
                 assert heading in anchors, f"{page.name}: {target}#{heading}"
 
 
-def test_sections_that_docstrings_name_are_on_the_method_page():
-    headings = re.findall(r"(?m)^(?:## (\d+)|\*\*(\d+[ab])\.)", (ROOT / "docs" / "method.md").read_text())
+@pytest.mark.parametrize("folder", ["trl_anatomy", "benchmarks", "tests", "recipes"])
+def test_pages_that_code_names_are_there(folder: str):
+    """As in "docs/limits.md": docstrings, messages and pages send readers there."""
+    named = {
+        (path.relative_to(ROOT).as_posix(), page)
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in {".py", ".html", ".js", ".yaml"} and "results" not in path.parts
+        for page in re.findall(r"(?<![\w/])(?:\.\./)*(docs/[\w/-]+\.md)", path.read_text(encoding="utf-8"))
+    }
+    assert [item for item in sorted(named) if item[1] != "docs/a.md" and not (ROOT / item[1]).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_no_page_is_long(page: Path):
+    """The changelog may be, which is read by its newest lines."""
+    if page.name not in {"CHANGELOG.md", "README.md"}:
+        assert len(page.read_text(encoding="utf-8").split()) <= LONGEST
+
+
+def test_sections_that_docstrings_name_are_on_the_method_pages():
+    text = "\n".join(page.read_text() for page in (DOCS / "explanation").glob("method*.md"))
+    headings = re.findall(r"(?m)^(?:## (\d+)|\*\*(\d+[ab])\.)", text)
     there = {number or part for number, part in headings}
     named = {
         (path.name, section)

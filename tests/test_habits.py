@@ -441,4 +441,4 @@ def test_a_habit_that_cannot_be() -> None:
 
 
 def test_the_page_of_habits_is_the_library() -> None:
-    assert habit_table() in (Path(__file__).parents[1] / "docs" / "habits.md").read_text(encoding="utf-8")
+    assert habit_table() in (Path(__file__).parents[1] / "docs" / "reference" / "habits.md").read_text(encoding="utf-8")

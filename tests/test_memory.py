@@ -1,4 +1,4 @@
-"""What a further pair costs in memory, where docs/robustness.md states it: what Python and NumPy allocate at the peak.
+"""What a further pair costs in memory (docs/results/memory.md): what Python and NumPy allocate at the peak.
 
 Tensors and Arrow's tables are not seen here; `benchmarks/memory.py` measures whole commands.
 """

@@ -448,18 +448,19 @@ def test_other_sources(source: Any) -> None:
         ConceptPolicy.load(source)
 
 
-DOCS = Path(__file__).parent.parent / "docs" / "policy.md"
+DOCS = Path(__file__).parent.parent / "docs" / "reference"
+PAGES = ("policy.md", "concepts.md", "rules.md", "verbs.md", "data.md")
 
 
 def test_every_example_of_the_documentation_is_a_policy(tmp_path: Path) -> None:
-    examples = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    examples = re.findall(r"```yaml\n(.*?)```", (DOCS / "policy.md").read_text(encoding="utf-8"), re.DOTALL)
     assert len(examples) >= 3
     for example in examples:
         assert ConceptPolicy.load(write(tmp_path, example))
 
 
 def test_the_documentation_names_every_scorer_key_verb_and_gate() -> None:
-    text = DOCS.read_text(encoding="utf-8")
+    text = "".join((DOCS / page).read_text(encoding="utf-8") for page in PAGES)
     named = [*SCORERS, *(key for keys in SCORERS.values() for key in keys), *VERBS]
     named += [key for verb in VERBS.values() for key in verb.keys]
     assert [name for name in named if f"`{name}`" not in text] == []

@@ -1,7 +1,7 @@
 """Are faults that were put into real preference data found, and how often is a row called faulty that is not?
 
-In five sets of pairs (apart: `TRL_ANATOMY_SHARED`) twenty faults of each kind of docs/problems.md are put at random
-rows, in all the ways that the kind has. The data is then searched without a tokenizer and with a real one. A false
+In five sets of pairs (apart: `TRL_ANATOMY_SHARED`) twenty faults of each kind (docs/reference/problems.md) are put at
+random rows, in all ways that the kind has. The data is then searched without a tokenizer and with a real one. A false
 alarm is a row of a kind that was not put there and that the untouched data does not show. Labels are turned in a search
 of their own: at pairs whose label the untouched data makes at least 90 % probable, and at random ones.
 

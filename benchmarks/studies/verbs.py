@@ -19,7 +19,7 @@ The file of results (`results/verbs.json`):
                                                          is a ratio of noise
     off target                  list: rule, target, habit, points by seed, for the habits that a rule against another
                                 one moved by more than 3.5 standard errors, mean over the seeds
-    summary: <rule>             over seeds and targets, what the table of benchmarks/README.md tells
+    summary: <rule>             over seeds and targets, what the table of docs/results/verbs.md tells
     seeds: <seed>: start, plain DPO, rules: <rule>: <target>
 
     python benchmarks/studies/verbs.py --seeds 0 1
@@ -270,7 +270,7 @@ def summary(seeds: dict[str, Any]) -> dict[str, Any]:
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """The table of benchmarks/README.md."""
+    """The table of docs/results/verbs.md."""
     lines = [
         "| rule | recovery, median (range) | farthest from start | others: recovery | mean change | quality, change |",
         "|---|---|---|---|---|---|",

@@ -359,7 +359,7 @@ def study(
 
 
 def markdown(name: str, columns: tuple[str, ...], worlds: list[dict[str, Any]]) -> str:
-    """The table of benchmarks/README.md; a cell holds the figures of all worlds."""
+    """The table of docs/results/predictors.md; a cell holds the figures of all worlds."""
     lines = [f"| {name} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for row in worlds[0]:
         told = [world[row] for world in worlds if row in world]

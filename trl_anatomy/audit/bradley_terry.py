@@ -1,7 +1,7 @@
 """The Bradley-Terry model of the choice: fits, margins of held-out prompts, and what a column adds to others.
 
 `P(a over b) = σ(w·(x_a − x_b))`: logistic regression without intercept on the differences chosen minus rejected, each
-divided by its root mean square, ridge-penalised, cross-validated by prompt (docs/habits.md).
+divided by its root mean square, ridge-penalised, cross-validated by prompt (docs/explanation/findings.md).
 """
 
 from collections.abc import Sequence

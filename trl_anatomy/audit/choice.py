@@ -1,5 +1,5 @@
 """What the choice is made of: how well length, named habits and concepts predict which side is chosen, held out
-(docs/habits.md)."""
+(docs/explanation/findings.md)."""
 
 from collections.abc import Sequence
 from typing import Any

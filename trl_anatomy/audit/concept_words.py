@@ -15,12 +15,12 @@ LEANS = {RISES: MORE, FALLS: LESS}
 N_NAMED = 2
 # Said of an interval that leaves out zero though the q-value of all tests does not agree.
 NOT_SIGNIFICANT = "not significant after correction"
-# How far predictions of this kind have held: benchmarks/results/real_training.json, docs/limits.md.
+# How far predictions of this kind have held: benchmarks/results/real_training.json, docs/limits-training.md.
 HELD = (
     "The pairs lean; a model may learn it. In 11 trainings of a model of 1 million parameters on five real sets, 163 "
     "of 299 reported concepts that moved went the way the pairs lean (R² 0.00 to 0.18 over all concepts, where "
     "training again with another seed explains 0.38 to 0.79). Larger models have not been measured: `trl-anatomy "
-    "predict` asks yours, `trl-anatomy compare` measures it (docs/limits.md)."
+    "predict` asks yours, `trl-anatomy compare` measures it (docs/limits-training.md)."
 )
 
 

@@ -1,7 +1,7 @@
 """The fewest findings that together say what the pairs say: named habits first, then concepts that add to them.
 
 A finding is a line where it differs beyond doubt and adds to the lines above it in the joint Bradley-Terry model; what
-differs and says the same as a line, or adds nothing to the lines, is folded under one (docs/habits.md).
+differs and says the same as a line, or adds nothing to the lines, is folded under one (docs/explanation/findings.md).
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Named habits per side: rates and means with intervals, and whether the two sides differ (docs/habits.md)."""
+"""Named habits per side: rates and means with intervals, and whether both differ (docs/explanation/findings.md)."""
 
 import hashlib
 import re

@@ -1,4 +1,4 @@
-"""Pairs whose label looks improbable, given what decides most pairs: out of fold, ranked (docs/problems.md)."""
+"""Pairs whose label looks improbable, given what decides most pairs: out of fold (docs/reference/problems.md)."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -38,7 +38,7 @@ _SAME = (
 
 
 def pairs_to_judge(n_pairs: int) -> int:
-    """Pairs that an audit judges its SAE by: an eighth of them, 4 to 64 (what that costs: docs/sae.md).
+    """Pairs that an audit judges its SAE by: an eighth of them, 4 to 64 (cost: docs/reference/sae-verdict.md).
 
     >>> [pairs_to_judge(n) for n in (3, 30, 450, 20_000)]
     [4, 4, 56, 64]

@@ -1,4 +1,4 @@
-"""Problems of preference data that one would want to know before training, with their rows (docs/problems.md)."""
+"""Problems of preference data to know before training, with their rows (docs/reference/problems.md)."""
 
 import hashlib
 import re

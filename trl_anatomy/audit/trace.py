@@ -107,8 +107,8 @@ def to_columns(audit: "Audit", dataset: "Dataset") -> "Dataset":
 
     `audit_contexts` lists the contexts of the row, `audit_concepts` its strongest concepts and `audit_scores` their
     disparity u, in the same order; rows that belong to no pair have empty lists. `audit_problems` lists its problems
-    (docs/problems.md), where the audit looked for any, and `audit_label_probability` has the probability of labels that
-    look improbable, of other rows null. An audit without an SAE has these columns alone.
+    (docs/reference/problems.md), where the audit looked for any, and `audit_label_probability` has the probability of
+    labels that look improbable, of other rows null. An audit without an SAE has these columns alone.
 
     Raises:
         AnatomyError: another number of rows than the audited dataset, or the columns are there already.

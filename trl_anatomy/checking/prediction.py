@@ -59,8 +59,8 @@ def predict(  # noqa: C901, PLR0913, PLR0915
     The disparity of the pairs says what they reward; whether a model can follow depends on what it does already. So the
     first step of the training (`first_step`) is carried over to the start model's own responses: those that rise come
     more often, and with them what they show. Both predictions miss different things; in trainings on real pairs the
-    mean of both always held better than the disparity (benchmarks/README.md). With a budget the first steps of the
-    training are really trained, carried on along their straight line to the reward margin expected at the end
+    mean of both always held better than the disparity (docs/results/real-training.md). With a budget the first steps
+    of the training are really trained, carried on along their straight line to the reward margin expected at the end
     (`pilot`), and the model there is asked.
 
     Args:

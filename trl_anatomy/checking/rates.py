@@ -15,7 +15,7 @@ from ..reading.habits import HABITS, Habit, measure
 Rules: TypeAlias = Mapping[str, str | Habit]
 
 TEXT_RULES: Mapping[str, Habit] = {name: habit for name, habit in HABITS.items() if habit.kind == "rate"}
-"""The habits of the library that a response has or has not (docs/habits.md)."""
+"""The habits of the library that a response has or has not (docs/reference/habits.md)."""
 
 
 class ConceptRate(evaluate.Measurement):

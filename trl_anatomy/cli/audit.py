@@ -31,7 +31,7 @@ def run(argv: list[str]) -> int:
         description=COMMANDS["audit"],
         epilog="example: trl-anatomy audit --model M --dataset D --sae S --layer 20 --out audits/run1\n"
         "without a model, in seconds: trl-anatomy audit --dataset D\n"
-        "by the recipe of a training: trl-anatomy audit --config recipe.yaml (docs/recipe.md)",
+        "by the recipe of a training: trl-anatomy audit --config recipe.yaml (docs/reference/recipe.md)",
     )
     config, flags = strict_parse(parser, argv, {"audit": "out"})
     with redirect_stdout(sys.stderr):  # some libraries print notes, which would spoil the JSON

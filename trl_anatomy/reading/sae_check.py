@@ -20,7 +20,7 @@ from .spans import SPANS, Pairs
 FITS, CONTINUE, REFUSE = "fits", "continue training it", "do not use"
 CHECK_PAIRS = 64
 CHECK_TOKENS = 65_536  # of all pairs read: their hidden states are held in memory
-# Set on a 135M chat model: the figures are in docs/sae.md.
+# Set on a 135M chat model: the figures are in docs/reference/sae-verdict.md.
 LEAST_VARIANCE = (0.4, 0.7)  # below the first: do not use; below the second: continue training it
 MOST_LOST = (0.5, 0.2)  # above the first: do not use; above the second: continue training it
 MOST_SILENT = 0.9  # latents that fire on none of these tokens; more hints at another model

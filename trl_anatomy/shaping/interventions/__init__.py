@@ -1,4 +1,4 @@
-"""One file per verb. A new verb is its file, a row here, and a line in docs/policy.md."""
+"""One file per verb. A new verb is its file, a row here, and a line in docs/reference/rules.md."""
 
 from typing import TypeAlias
 
