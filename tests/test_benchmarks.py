@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHARED = ("worlds.py", "real_runs.py", "real_rivals.py")  # what the studies have in common, and parts of one
+# What the studies have in common, and parts of one.
+SHARED = ("worlds.py", "real_runs.py", "real_rivals.py", "real_intervals.py")
 BENCHMARKS = sorted(path for path in (ROOT / "benchmarks").rglob("*.py") if path.name not in SHARED)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from audit_files import config_for, write_inputs
+from scipy.stats import t
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from trl_anatomy.audit import run
@@ -16,7 +17,7 @@ from trl_anatomy.audit.folder import load_audit
 from trl_anatomy.audit.shown import shown_by_share
 from trl_anatomy.checking.compare import _foretold
 from trl_anatomy.checking.pilot_prediction import NULL, PLAIN, POLICY, share_taken_out
-from trl_anatomy.checking.pilot_shift import RELIABLE, prompt_means, reliability, shift_between, statement
+from trl_anatomy.checking.pilot_shift import PATH_ERROR, RELIABLE, prompt_means, reliability, shift_between, statement
 from trl_anatomy.checking.prediction import load_prediction, prediction_report
 from trl_anatomy.checking.rates import TEXT_RULES, rule_hits
 from trl_anatomy.checking.responses import as_pairs, sampled_responses
@@ -110,6 +111,10 @@ def test_a_pilot_adds_to_a_prediction(here: Path, capsys, monkeypatch) -> None: 
     for row in found["rates"]:
         difference = after[row["rule"]] - start[row["rule"]]
         assert row["pilot"][PLAIN][0] == pytest.approx(difference.mean(), abs=1e-9)
+        # The interval is of its size: noise over prompts, the factor's error, and what a straight line misses.
+        error = np.hypot(pilot["alpha_error"], PATH_ERROR) * abs(difference.mean())
+        half = t.ppf(0.975, len(PROMPTS) - 1) * np.hypot(difference.std(ddof=1) / len(PROMPTS) ** 0.5, error)
+        assert row["pilot"][PLAIN][2] - row["pilot"][PLAIN][0] == pytest.approx(half, abs=1e-9)
         assert row["drift"][0] == pytest.approx((null[row["rule"]] - start[row["rule"]]).mean(), abs=1e-9)
         assert row["beyond_drift"][PLAIN][0] == pytest.approx(row["pilot"][PLAIN][0] - row["drift"][0], abs=1e-9)
     assert any(row["pilot"][PLAIN][0] for row in found["rates"])
@@ -150,7 +155,8 @@ def test_a_pilot_adds_to_a_prediction(here: Path, capsys, monkeypatch) -> None: 
     shift = np.array([row["observed"]["other"][0] for row in compared["concepts"]])
     by_pilot = np.array([row["pilot"][PLAIN] for row in found["concepts"]])
     assert figures["pilot_r2"] == pytest.approx(np.corrcoef(by_pilot[:, 0], shift)[0, 1] ** 2)
-    inside = (by_pilot[:, 1] <= shift) & (shift <= by_pilot[:, 2])
+    noise = np.array([(high - low) / 2 for _, low, high in (row["observed"]["other"] for row in compared["concepts"])])
+    inside = (shift - by_pilot[:, 0]) ** 2 <= ((by_pilot[:, 2] - by_pilot[:, 1]) / 2) ** 2 + noise**2
     assert figures["pilot_coverage"] == pytest.approx(inside.mean())
     assert figures["pilot_said"] == sum(row["says"][PLAIN] is not None for row in found["concepts"])
     assert "Pilot: predicted by the first steps" in (here / "inputs/audit/compare/compare.html").read_text()
@@ -168,9 +174,14 @@ def test_directions_that_came_are_counted() -> None:
         {"step": {PLAIN: interval}, "both": {PLAIN: interval[0]}, "pilot": {PLAIN: interval}, "says": {PLAIN: says}}
         for interval, says in told
     ]
-    figures = _foretold({"concepts": rows, "pilots": {}}, np.array([0.25, -0.1, 0.2, -0.1]))
+    shift = np.array([0.25, -0.1, 0.2, -0.1])
+    observed = np.stack([shift, shift, shift], axis=1)
+    figures = _foretold({"concepts": rows, "pilots": {}}, observed)
     assert (figures["pilot_said"], figures["pilot_right"], figures["pilot_coverage"]) == (3, 2, 0.5)
-    assert "pilot_said" not in _foretold({"concepts": rows}, np.zeros(4))
+    # Observed with an error of its own: a shift that was 0.1 beyond an interval of 0.1 may have been in it.
+    noisy = np.stack([shift, shift - 0.18, shift + 0.18], axis=1)
+    assert _foretold({"concepts": rows, "pilots": {}}, noisy)["pilot_coverage"] == 0.75
+    assert "pilot_said" not in _foretold({"concepts": rows}, observed)
 
 
 def test_a_price_is_told_before_anything_is_sampled(here: Path, capsys, monkeypatch) -> None:

@@ -46,6 +46,6 @@ def test_the_same_results_give_the_same_picture(page: Any) -> None:
 
 def test_a_study_that_stands_in_the_repository_is_on_the_page(page: Any) -> None:
     shown = {name for _, name, _, _ in page.FIGURES}
-    shared = {"page", "worlds", "real_runs", "real_rivals"}
+    shared = {"page", "worlds", "real_runs", "real_rivals", "real_intervals"}
     studies = {file.stem for file in (ROOT / "benchmarks" / "studies").glob("*.py")} - shared
     assert studies <= shown

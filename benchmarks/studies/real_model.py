@@ -20,7 +20,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from real_intervals import Foretold, by_prompts, coverage
 from real_rivals import pilot_unit, steering_unit, step_unit
 from real_runs import (
     BATCH,
@@ -61,6 +62,9 @@ from trl_anatomy.reading.harvest import Harvest
 RESULT = Path(__file__).parents[1] / "results" / "real_model.json"
 _PACKAGES = ("trl_anatomy", "torch", "transformers", "trl", "peft", "numpy", "scipy")
 LARGEST = 50  # predictions
+# What COMBINED adds up, with weights of the other sets.
+PARTED = ("disparity", "pilot, at the dose")
+COMBINED = "pilot and disparity, fitted on the other sets"
 RATES = {name: habit for name, habit in HABITS.items() if habit.kind == "rate"}
 SETS = (*CHOSEN_ON, *PREFERENCES, *(name for name in OFF_POLICY if name not in CHOSEN_ON))
 
@@ -295,21 +299,90 @@ def stepped(place: Place, space: Space, run: Run, rows: np.ndarray) -> np.ndarra
     return step_shift(activity[finite], change[keep].T.ravel()[finite], both[finite])[0]
 
 
-def judged(place: Place, space: Space, run: Run, dose: str) -> dict[str, Any]:
-    """Rival -> figures, as the mean over the two halves of the held-out prompts."""
+@dataclass(frozen=True)
+class Half:
+    """Predictions that saw the responses to one half of the held-out prompts, and the shift over the other half."""
+
+    predicted: dict[str, np.ndarray]
+    shift: np.ndarray
+    reported: np.ndarray
+
+
+def halves(place: Place, space: Space, run: Run, dose: str) -> list[Half]:
+    """Both ways round; none where the training has no responses at the dose."""
     start = space.shown(f"start/{slug(run.of)}", "responses-0")
     after = space.shown(f"responses/{slug(run.name)}", dose)
     if start is None or after is None:
-        return {}
-    asked = np.unique([json.dumps(prompt) for prompt in place.asked(run.of)], return_inverse=True)[1]
-    half = np.random.default_rng(0).permutation(asked.max() + 1)[asked] % 2 == 0
-    found: dict[str, list[dict[str, float]]] = {}
+        return []
+    _, half = in_halves(place, run.of)
+    found = []
     for told, seen in ((half, ~half), (~half, half)):
-        shift = np.nanmean((after - start)[seen], axis=0)
-        for name, predicted in predictions(place, space, run, dose, told).items():
-            if predicted is not None:
-                found.setdefault(name, []).append(figures(predicted, shift, space.reported))
-    return {name: {key: mean_told([each[key] for each in both]) for key in both[0]} for name, both in found.items()}
+        predicted = {n: p for n, p in predictions(place, space, run, dose, told).items() if p is not None}
+        found.append(Half(predicted, np.nanmean((after - start)[seen], axis=0), space.reported))
+    return found
+
+
+def foretold(place: Place, space: Space, run: Run, dose: str) -> list[Foretold]:
+    """The pilot's shifts and those observed, both ways round; none where either is missing."""
+    start = space.shown(f"start/{slug(run.of)}", "responses-0")
+    after = space.shown(f"responses/{slug(run.name)}", dose)
+    pilot = space.shown(f"pilot/{slug(run.name)}", dose)
+    if start is None or after is None or pilot is None:
+        return []
+    asked, half = in_halves(place, run.of)
+    found = []
+    for told, seen in ((half, ~half), (~half, half)):
+        shift, error, n_prompts = by_prompts(pilot - start, asked, told)
+        observed, noise, _ = by_prompts(after - start, asked, seen)
+        found.append(Foretold(shift, error, observed, noise, n_prompts))
+    return found
+
+
+def in_halves(place: Place, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Number of each held-out prompt asked, and whether it is in the first half of them."""
+    asked = np.unique([json.dumps(prompt) for prompt in place.asked(name)], return_inverse=True)[1]
+    return asked, np.random.default_rng(0).permutation(asked.max() + 1)[asked] % 2 == 0
+
+
+def judged(both: Sequence[Half]) -> dict[str, Any]:
+    """Rival -> figures, as the mean over the two halves of the held-out prompts."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for half in both:
+        for name, predicted in half.predicted.items():
+            found.setdefault(name, []).append(figures(predicted, half.shift, half.reported))
+    return {
+        name: {key: mean_told([each[key] for each in each_set]) for key in each_set[0]}
+        for name, each_set in found.items()
+    }
+
+
+def combined(sets: Mapping[str, Sequence[Half]]) -> dict[str, list[float]]:
+    """Adds `COMBINED` to the predictions of each set: a sum of `PARTED` whose weights the other sets have.
+
+    Least squares without a constant; each set counts alike, its shifts divided by their root mean square.
+
+    Returns:
+        set -> weights. Sets that lack a part have none, and are not fitted on.
+    """
+    able = {n: [h for h in both if all(part in h.predicted for part in PARTED)] for n, both in sets.items()}
+    able = {name: both for name, both in able.items() if both}
+    found = {}
+    for name in able:
+        others = [half for other, both in able.items() if other != name for half in both]
+        if not others:
+            continue
+        scale = [np.sqrt(np.nanmean(half.shift**2)) for half in others]
+        x = np.concatenate([parted(half) / by for half, by in zip(others, scale, strict=True)])
+        y = np.concatenate([np.nan_to_num(half.shift) / by for half, by in zip(others, scale, strict=True)])
+        weights = np.linalg.lstsq(x, y, rcond=None)[0]
+        found[name] = weights.tolist()
+        for half in able[name]:
+            half.predicted[COMBINED] = parted(half) @ weights
+    return found
+
+
+def parted(half: Half) -> np.ndarray:
+    return np.stack([np.nan_to_num(half.predicted[part]) for part in PARTED], axis=1)
 
 
 def mean_told(values: Sequence[float]) -> float | None:
@@ -318,8 +391,11 @@ def mean_told(values: Sequence[float]) -> float | None:
     return float(np.mean(told)) if told else None
 
 
-def table(place: Place, seeds: Sequence[int]) -> dict[str, Any]:
+def table(place: Place, seeds: Sequence[int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of each set what is recorded of it; and how well the pilot's intervals hold, over concepts and over habits."""
     result: dict[str, Any] = {}
+    lines: dict[str, dict[str, list[Foretold]]] = {}  # space -> set -> at all doses
+    read: dict[tuple[str, str], dict[str, list[Half]]] = {}  # seed and space -> set -> at the end
     for name in SETS:
         trained = {seed: done(place, f"trainings/{slug(Run(name, seed).name)}") for seed in seeds}
         if not any(trained.values()):
@@ -341,17 +417,30 @@ def table(place: Place, seeds: Sequence[int]) -> dict[str, Any]:
                 if (told := done(place, f"{rival}/{slug(Run(name, seeds[0]).name)}"))
             },
             "columns": {of: [len(space.names), int(space.reported.sum())] for of, space in spaces.items()},
-            "doses": {
-                str(seed): {
-                    dose: {of: judged(place, space, Run(name, seed), dose) for of, space in spaces.items()}
-                    for dose in told["snapshots"]
-                    if dose != "pilot"
-                }
-                for seed, told in trained.items()
-                if told
-            },
+            "doses": {},
         }
-    return result
+        for seed, told in trained.items():
+            if not told:
+                continue
+            of_doses = result[name]["doses"][str(seed)] = {}
+            for dose in told["snapshots"]:
+                if dose == "pilot":
+                    continue
+                both = {of: halves(place, space, Run(name, seed), dose) for of, space in spaces.items()}
+                of_doses[dose] = {of: judged(each) for of, each in both.items()}
+                for of, space in spaces.items():
+                    told_by_pilot = foretold(place, space, Run(name, seed), dose)
+                    lines.setdefault(of, {}).setdefault(name, []).extend(told_by_pilot)
+                if dose == "end":
+                    for of, each in both.items():
+                        read.setdefault((str(seed), of), {})[name] = each
+    for (seed, of), sets in read.items():
+        for name, weights in combined(sets).items():
+            end = result[name]["doses"][seed]["end"][of]
+            end[COMBINED] = judged(sets[name])[COMBINED] | {"weights": weights}
+    return result, {
+        of: coverage({name: told for name, told in of_sets.items() if told}) for of, of_sets in lines.items()
+    }
 
 
 def printed(result: dict[str, Any], space: str) -> str:
@@ -382,7 +471,7 @@ def main() -> None:
     place = Place(given.model, given.sae, Path(given.shared), given.out)
     if not given.table:
         make_all(place, given.seeds)
-    result = table(place, given.seeds)
+    result, intervals = table(place, given.seeds)
     print(printed(result, "concepts"), printed(result, "habits"), sep="\n\n")
     record = {
         "command": "python benchmarks/studies/real_model.py --model SMOLLM2 --sae SAE --out FOLDER",
@@ -394,6 +483,7 @@ def main() -> None:
         "batch": BATCH,
         "responses": RESPONSES,
         "sets": result,
+        "intervals": intervals,
     }
     RESULT.write_text(json.dumps(without_nan(record), indent=1) + "\n")
 

@@ -27,6 +27,7 @@ import torch
 from datasets import Dataset
 from habits import load
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
+from trl import DPOTrainer
 
 from trl_anatomy.audit.config import AuditConfig
 from trl_anatomy.audit.run import run_audit
@@ -275,12 +276,21 @@ class Snapshots(TrainerCallback):
             self.taken[name] = {"step": step, "margin": margin}
 
 
-def dpo_trainer(place: Place, run: Run, out: Path, callbacks: list[TrainerCallback]) -> Any:
-    """TRL's own trainer with LoRA, which has not begun and shows no progress."""
+def dpo_trainer(
+    place: Place,
+    run: Run,
+    out: Path,
+    callbacks: list[TrainerCallback],
+    *,
+    of: type[Any] = DPOTrainer,
+    rows: Dataset | None = None,
+    max_steps: int = STEPS,
+    **more: Any,
+) -> Any:
+    """TRL's own trainer (or `of`, with `more`) with LoRA, which has not begun and shows no progress."""
     from peft import LoraConfig
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOConfig
 
-    rows, _ = place.rows(run.of)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         args = DPOConfig(
@@ -295,15 +305,16 @@ def dpo_trainer(place: Place, run: Run, out: Path, callbacks: list[TrainerCallba
             logging_steps=1,
             report_to=[],
             seed=run.seed,
-            **RECIPE,
+            **RECIPE | {"max_steps": max_steps},
         )
-        trainer = DPOTrainer(
+        trainer = of(
             model=place.path,
             args=args,
-            train_dataset=rows,
+            train_dataset=place.rows(run.of)[0] if rows is None else rows,
             processing_class=place.tokenizer,
             peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
             callbacks=callbacks,
+            **more,
         )
     for talker in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(talker)

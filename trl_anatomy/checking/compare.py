@@ -213,7 +213,7 @@ def compare(  # noqa: PLR0913, PLR0915
                 observed[name],
                 pairs.prompt_groups,
             ),
-            **_foretold(prediction, shift),
+            **_foretold(prediction, np.array(seen[name], dtype=np.float64)),
             "baselines_r2": {
                 measure: None
                 if told is None
@@ -257,18 +257,22 @@ def compare(  # noqa: PLR0913, PLR0915
     return result
 
 
-def _foretold(prediction: Mapping[str, Any] | None, shift: np.ndarray) -> dict[str, float | None]:
+def _foretold(prediction: Mapping[str, Any] | None, observed: np.ndarray) -> dict[str, float | None]:
     """R² of what `predict` said: by the first step, the mean of that and the disparity, and a pilot; {} without it.
 
-    `pilot_coverage` is the share of observed shifts inside the pilot's 95 % intervals; of `pilot_said` concepts it said
-    that there will be more or less, and `pilot_right` of them went that way. All are absent without a pilot.
-    The start model's responses were drawn anew for it, so that it shares no noise with `shift`.
+    `pilot_coverage` is the share of observed shifts inside the pilot's 95 % intervals, once these are widened by the
+    noise of what was observed; of `pilot_said` concepts it said that there will be more or less, and `pilot_right` of
+    them went that way. All are absent without a pilot.
+    The start model's responses were drawn anew for it, so that it shares no noise with what was observed.
+
+    Args:
+        observed: (K, 3) shift of each concept, with its 95 % interval.
     """
     from ..audit.predict import agreement
 
     if prediction is None:
         return {}
-    rows = prediction["concepts"]
+    rows, shift = prediction["concepts"], observed[:, 0]
     told = {"step_r2": [row["step"][PLAIN][0] for row in rows], "both_r2": [row["both"][PLAIN] for row in rows]}
     by_pilot = np.array([row["pilot"][PLAIN] for row in rows] if "pilots" in prediction else [], dtype=np.float64)
     if len(by_pilot):
@@ -278,7 +282,8 @@ def _foretold(prediction: Mapping[str, Any] | None, shift: np.ndarray) -> dict[s
         for name, values in told.items()
     }
     if len(by_pilot):
-        found["pilot_coverage"] = float(np.mean((by_pilot[:, 1] <= shift) & (shift <= by_pilot[:, 2])))
+        half = np.hypot((by_pilot[:, 2] - by_pilot[:, 1]) / 2, (observed[:, 2] - observed[:, 1]) / 2)
+        found["pilot_coverage"] = float(np.mean(np.abs(shift - by_pilot[:, 0]) <= half))
         told_of = np.array([row["says"][PLAIN] is not None for row in rows])
         found["pilot_said"] = int(told_of.sum())
         found["pilot_right"] = int((by_pilot[:, 0] * shift > 0)[told_of].sum())

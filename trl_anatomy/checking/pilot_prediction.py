@@ -13,7 +13,7 @@ from ..audit.number_words import percent
 from ..errors import AnatomyError
 from ..reading.fingerprint import hash_json
 from ..reading.prompts import Prompt, encode_prompt
-from .pilot_shift import Shifts, reliability, shift_between, statement
+from .pilot_shift import PATH_ERROR, Shifts, reliability, shift_between, statement
 from .responses import sampled
 
 if TYPE_CHECKING:
@@ -125,6 +125,9 @@ def run_pilots(  # noqa: PLR0913
 def put_pilots(result: dict[str, Any], pilots: Mapping[str, Pilot], means: Mapping[str, np.ndarray], seed: int) -> None:
     """Write what pilots predict into a result.
 
+    The interval of a shift is that of its size, and allows for the path; what is said of its direction goes by the
+    noise of the pilot alone.
+
     Args:
         means: "start" and each pilot -> (P, C) means of each prompt: concepts, rules, concepts of the policy, and which
             concepts are shown.
@@ -132,6 +135,10 @@ def put_pilots(result: dict[str, Any], pilots: Mapping[str, Pilot], means: Mappi
     n_concepts, n_rules = len(result["concepts"]), len(result["rates"])
     n_told = n_concepts + n_rules + len(result["policy"])
     found = {name: shift_between(means["start"], means[name], pilot.alpha_error) for name, pilot in pilots.items()}
+    sizes = {
+        name: shift_between(means["start"], means[name], float(np.hypot(pilot.alpha_error, PATH_ERROR)))
+        for name, pilot in pilots.items()
+    }
     reliable = {
         name: reliability(shift_between(means["start"][:, :n_concepts], means[name][:, :n_concepts]), seed)
         for name in pilots
@@ -141,8 +148,9 @@ def put_pilots(result: dict[str, Any], pilots: Mapping[str, Pilot], means: Mappi
     beyond = {name: shift_between(means[NULL], means[name]) for name in pilots} if drift is not None else {}
 
     def put(row: dict[str, Any], k: int) -> None:
-        row["pilot"] = {name: shifts.interval(k) for name, shifts in found.items()}
-        said = {name: statement(of, reliable[name], pilots[name].reason) for name, of in row["pilot"].items()}
+        row["pilot"] = {name: shifts.interval(k) for name, shifts in sizes.items()}
+        noise = {name: shifts.interval(k) for name, shifts in found.items()}
+        said = {name: statement(of, reliable[name], pilots[name].reason) for name, of in noise.items()}
         row["says"] = {name: says for name, (says, _) in said.items()}
         row["cannot_tell"] = {name: why or None for name, (_, why) in said.items()}
         if drift is not None:

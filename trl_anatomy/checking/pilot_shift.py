@@ -11,6 +11,10 @@ from ..audit.stats import mean_test, split_half_reliability
 
 # Below it two halves of the prompts agree too little for a statement on any single concept.
 RELIABLE = 0.5
+# Standard error of a shift over the shift, because training does not follow the straight line of its first steps:
+# what makes 95 % intervals hold the shifts of real trainings (benchmarks/studies/real_intervals.py, each set by the
+# factor of the others).
+PATH_ERROR = 0.67
 MORE, LESS = "more", "less"
 
 
