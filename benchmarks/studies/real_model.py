@@ -391,56 +391,58 @@ def mean_told(values: Sequence[float]) -> float | None:
     return float(np.mean(told)) if told else None
 
 
+def trained_runs(place: Place, name: str, seeds: Sequence[int]) -> dict[Run, dict[str, Any]]:
+    runs = [Run(name, seed) for seed in seeds]
+    return {run: told for run in runs if (told := done(place, f"trainings/{slug(run.name)}"))}
+
+
+def doses_of(told: dict[str, Any]) -> list[str]:
+    return [dose for dose in told["snapshots"] if dose != "pilot"]
+
+
+def recorded(place: Place, name: str, trained: Mapping[Run, dict[str, Any]], first: int) -> dict[str, Any]:
+    """What was done for a set, and what it cost."""
+    return {
+        "on_policy": name in PREFERENCES,
+        "trainings": {
+            str(run.seed): {key: told[key] for key in ("rows", "margins", "snapshots", "cpu_seconds")}
+            for run, told in trained.items()
+        },
+        "rivals": {
+            rival: {key: told[key] for key in ("doses", "cpu_seconds") if key in told}
+            for rival in ("pilot", "steering", "step")
+            if (told := done(place, f"{rival}/{slug(Run(name, first).name)}"))
+        },
+    }
+
+
 def table(place: Place, seeds: Sequence[int]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of each set what is recorded of it; and how well the pilot's intervals hold, over concepts and over habits."""
     result: dict[str, Any] = {}
     lines: dict[str, dict[str, list[Foretold]]] = {}  # space -> set -> at all doses
-    read: dict[tuple[str, str], dict[str, list[Half]]] = {}  # seed and space -> set -> at the end
+    ends: dict[tuple[str, str], dict[str, list[Half]]] = {}  # seed and space -> set -> at the end
     for name in SETS:
-        trained = {seed: done(place, f"trainings/{slug(Run(name, seed).name)}") for seed in seeds}
-        if not any(trained.values()):
+        trained = trained_runs(place, name, seeds)
+        if not trained:
             continue
-        audited = done(place, f"audits/{slug(name)}") is not None
         spaces = {"habits": habits_of(place, name)}
-        if audited:
+        if done(place, f"audits/{slug(name)}") is not None:
             spaces["concepts"] = concepts_of(place, name)
-        result[name] = {
-            "on_policy": name in PREFERENCES,
-            "trainings": {
-                str(seed): {key: told[key] for key in ("rows", "margins", "snapshots", "cpu_seconds")}
-                for seed, told in trained.items()
-                if told
-            },
-            "rivals": {
-                rival: {key: told[key] for key in ("doses", "cpu_seconds") if key in told}
-                for rival in ("pilot", "steering", "step")
-                if (told := done(place, f"{rival}/{slug(Run(name, seeds[0]).name)}"))
-            },
-            "columns": {of: [len(space.names), int(space.reported.sum())] for of, space in spaces.items()},
-            "doses": {},
-        }
-        for seed, told in trained.items():
-            if not told:
-                continue
-            of_doses = result[name]["doses"][str(seed)] = {}
-            for dose in told["snapshots"]:
-                if dose == "pilot":
-                    continue
-                both = {of: halves(place, space, Run(name, seed), dose) for of, space in spaces.items()}
-                of_doses[dose] = {of: judged(each) for of, each in both.items()}
-                for of, space in spaces.items():
-                    told_by_pilot = foretold(place, space, Run(name, seed), dose)
-                    lines.setdefault(of, {}).setdefault(name, []).extend(told_by_pilot)
+        result[name] = recorded(place, name, trained, seeds[0])
+        result[name]["columns"] = {of: [len(space.names), int(space.reported.sum())] for of, space in spaces.items()}
+        found = result[name]["doses"] = {str(run.seed): {} for run in trained}
+        for run, dose in ((run, dose) for run, told in trained.items() for dose in doses_of(told)):
+            both = {of: halves(place, space, run, dose) for of, space in spaces.items()}
+            found[str(run.seed)][dose] = {of: judged(each) for of, each in both.items()}
+            for of, space in spaces.items():
+                lines.setdefault(of, {}).setdefault(name, []).extend(foretold(place, space, run, dose))
                 if dose == "end":
-                    for of, each in both.items():
-                        read.setdefault((str(seed), of), {})[name] = each
-    for (seed, of), sets in read.items():
+                    ends.setdefault((str(run.seed), of), {})[name] = both[of]
+    for (seed, of), sets in ends.items():
         for name, weights in combined(sets).items():
             end = result[name]["doses"][seed]["end"][of]
             end[COMBINED] = judged(sets[name])[COMBINED] | {"weights": weights}
-    return result, {
-        of: coverage({name: told for name, told in of_sets.items() if told}) for of, of_sets in lines.items()
-    }
+    return result, {of: coverage({name: told for name, told in sets.items() if told}) for of, sets in lines.items()}
 
 
 def printed(result: dict[str, Any], space: str) -> str:
