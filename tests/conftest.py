@@ -61,9 +61,8 @@ def build_tokenizer() -> Any:
     return tokenizer
 
 
-@pytest.fixture(scope="session")
-def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random two-layer Llama (width 16) and its tokenizer, as `from_pretrained` reads it."""
+def write_tiny_model(path: Path) -> Path:
+    """A random two-layer Llama (width 16) and its tokenizer, as `from_pretrained` reads them, in a folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -85,10 +84,15 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     model = LlamaForCausalLM(config)
     torch.set_rng_state(state)
-    path = tmp_path_factory.mktemp("tiny") / "model"
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny model."""
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
 def preference_rows(n: int, seed: int = 0, *, conversational: bool = False) -> list[dict[str, Any]]:
