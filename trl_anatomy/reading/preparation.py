@@ -12,6 +12,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from ..errors import AnatomyError
+from ..versions import check_trl, shared_prefix
 from .processing import text_tokenizer
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -119,7 +120,7 @@ def reward_tokens(rows: Dataset, processing_class: Any, *, num_proc: int | None)
     if "prompt" not in rows.column_names:
         features = Features({**rows.features, "prompt": rows.features["chosen"]})
         rows = rows.map(split_row, features=features, num_proc=num_proc, desc="Extracting prompts")
-    by_dpo = _dpo(processing_class, None, "keep_start", num_proc)
+    by_dpo = _split_by_prompts(processing_class, num_proc)
     with kinds_by_responses():
         if not is_conversational(rows[0]):
             return prepare_rows(by_dpo, rows).select_columns([*IDS, "row"])
@@ -145,10 +146,52 @@ def reward_tokens(rows: Dataset, processing_class: Any, *, num_proc: int | None)
 def _dpo(processing_class: Any, max_length: int | None, truncation: str, num_proc: int | None) -> Any:
     from trl.trainer.dpo_trainer import DPOTrainer  # the class itself, whatever stands in for it in `trl`
 
+    check_trl()
     # _prepare_dataset reads nothing else of the trainer; a test compares the result with the trainers' own batches.
     trainer: Any = SimpleNamespace(_tokenizer=text_tokenizer(processing_class))
     args: Any = SimpleNamespace(dataset_num_proc=num_proc, max_length=max_length, truncation_mode=truncation)
     return lambda rows: DPOTrainer._prepare_dataset(trainer, rows, processing_class, args, "audit")
+
+
+def _reward(processing_class: Any, num_proc: int | None) -> Any:
+    from trl.trainer.reward_trainer import RewardTrainer
+
+    args: Any = SimpleNamespace(dataset_num_proc=num_proc, max_length=None)
+
+    def prepare(rows: Dataset) -> Any:
+        made = RewardTrainer._prepare_dataset(SimpleNamespace(), rows, processing_class, args, "audit")
+        return made.select_columns(["chosen_ids", "rejected_ids"]).with_format("numpy")
+
+    return prepare
+
+
+def _split_by_prompts(processing_class: Any, num_proc: int | None) -> Any:
+    """Rows as `RewardTrainer` makes them, whose responses begin where they part from the prompt alone."""
+    by_dpo = _dpo(processing_class, None, "keep_start", num_proc)
+    if shared_prefix():  # DPOTrainer cuts the whole rows itself
+        return by_dpo
+    whole = _reward(processing_class, num_proc)
+
+    def prepare(rows: Dataset) -> Dataset:
+        prompts = by_dpo(rows)["prompt_ids"]
+        made: dict[str, list[list[int]]] = {name: [] for name in IDS}
+        for prompt, row in zip(prompts, whole(rows), strict=True):
+            start = min(common_prefix(prompt, row[side]) for side in ("chosen_ids", "rejected_ids"))
+            _append(made, row, start)
+        return _token_rows(made, rows)
+
+    return prepare
+
+
+def _append(made: dict[str, list[list[int]]], row: Mapping[str, Any], start: int) -> None:
+    chosen, rejected = row["chosen_ids"], row["rejected_ids"]
+    for name, ids in zip(IDS, (chosen[:start], chosen[start:], rejected[start:]), strict=True):
+        made[name].append(ids.tolist())
+
+
+def _token_rows(made: Mapping[str, list[list[int]]], rows: Dataset) -> Dataset:
+    features = Features({"row": Value("int64")} | {name: List(Value("int64")) for name in IDS})
+    return Dataset.from_dict({**made, "row": list(rows["row"])}, features=features)
 
 
 def _split_by_texts(rows: Dataset, processing_class: Any, num_proc: int | None) -> Dataset:
@@ -156,13 +199,7 @@ def _split_by_texts(rows: Dataset, processing_class: Any, num_proc: int | None) 
 
     That place is found as `turn_starts` finds the last user turn: with other texts there, the tokens before it stay.
     """
-    from trl.trainer.reward_trainer import RewardTrainer
-
-    args: Any = SimpleNamespace(dataset_num_proc=num_proc, max_length=None)
-
-    def whole(rows: Dataset) -> Any:
-        made = RewardTrainer._prepare_dataset(SimpleNamespace(), rows, processing_class, args, "audit")
-        return made.select_columns(["chosen_ids", "rejected_ids"]).with_format("numpy")
+    whole = _reward(processing_class, num_proc)
 
     def changed(text: str) -> Dataset:
         return rows.map(with_first_text, fn_kwargs={"text": text}, num_proc=num_proc, desc="Finding responses")
@@ -175,10 +212,8 @@ def _split_by_texts(rows: Dataset, processing_class: Any, num_proc: int | None) 
         start = common_prefix(chosen, rejected)
         for other in others:
             start = min(start, *(common_prefix(row[side], other[i][side]) for side in ("chosen_ids", "rejected_ids")))
-        for name, ids in zip(IDS, (chosen[:start], chosen[start:], rejected[start:]), strict=True):
-            made[name].append(ids.tolist())
-    features = Features({"row": Value("int64")} | {name: List(Value("int64")) for name in IDS})
-    return Dataset.from_dict({**made, "row": list(rows["row"])}, features=features)
+        _append(made, row, start)
+    return _token_rows(made, rows)
 
 
 def with_first_text(row: Mapping[str, Any], text: str) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import AnatomyError
+from ..versions import shared_prefix
+from .preparation import common_prefix, split_row
 from .processing import prompt_ids, text_tokenizer
-from .spans import split_row
 
 # Two answers, of which no text begins with both: what a prompt keeps before one of them is its own.
 _ANSWERS = ("0", "Z")
@@ -109,6 +110,7 @@ def encode_prompt(processing_class: Any, prompt: Prompt) -> list[int]:
     prompt, and with an answer; what differs between the two is left out, such as the thought that the template of
     DeepSeek-R1 opens for generation alone, or a blank at the end of a text, which becomes a part of the answer's first
     token. A text that ends otherwise is taken as it stands: which answers would change its last token is not known.
+    Before TRL 1.14 training leaves nothing out, so the prompt is its own tokens.
 
     Raises:
         AnatomyError: the tokenizer or its template refuses the prompt.
@@ -116,12 +118,12 @@ def encode_prompt(processing_class: Any, prompt: Prompt) -> list[int]:
     ids = getattr(prompt, "ids", None)
     if ids is not None:
         return list(ids)
-    from trl.data_utils import common_prefix_length
-
     try:
         messages, tools, kwargs = _asked(prompt)
         alone = prompt_ids(processing_class, messages, tools=tools, **kwargs)
-        if isinstance(messages, str) and not messages[-1:].isspace():
+        if not shared_prefix() and not isinstance(messages, str):
+            return alone
+        if isinstance(messages, str) and not (shared_prefix() and messages[-1:].isspace()):
             end = text_tokenizer(processing_class).eos_token_id
             return alone[:-1] if alone[-1:] == [end] else alone
         kwargs["add_generation_prompt"] = False
@@ -134,7 +136,7 @@ def encode_prompt(processing_class: Any, prompt: Prompt) -> list[int]:
             f"The prompt {str(prompt)[:80]!r} cannot be tokenised ({type(error).__name__}: {reason}). Look at its "
             "roles and tools: a chat template may refuse them."
         ) from error
-    return alone[: max(common_prefix_length(alone, whole) for whole in answered)]
+    return alone[: max(common_prefix(alone, whole) for whole in answered)]
 
 
 def _with_answer(prompt: Prompt, answer: str) -> Prompt:

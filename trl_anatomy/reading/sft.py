@@ -9,6 +9,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..errors import AnatomyError
+from ..versions import check_trl
 from .columns import prompt_column, prompt_note
 from .preparation import prepare_rows
 from .processing import text_tokenizer as tokenizer_of
@@ -85,6 +86,7 @@ def read_sft(
 
     from trl.trainer.sft_trainer import SFTTrainer
 
+    check_trl()
     n_kept = len(kept)
     # _prepare_dataset reads nothing else of the trainer; a test compares the result with the trainer's own batches.
     trainer: Any = SimpleNamespace(_tokenizer=text_tokenizer, chat_template=None, completion_only_loss=True)
@@ -95,6 +97,7 @@ def read_sft(
         max_length=max_length,
         truncation_mode=truncation,
         shuffle_dataset=False,
+        use_liger_kernel=False,  # asked for before trl 1.15
     )
     kept = prepare_rows(
         lambda rows: SFTTrainer._prepare_dataset(trainer, rows, tokenizer, args, False, None, "audit"), kept

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from trl import DPOConfig, DPOTrainer
 
+from ..versions import fused_head
 from .hidden import HiddenEdits
 from .loss_support import check_dpo_rules, check_masks, divides_by_length
 from .prepare import apply_plan, bind, generators_restored, plan_columns, prepare
@@ -221,7 +222,7 @@ class AnatomyDPOTrainer(ShapedSeams, DPOTrainer):
 
 
 class _Remembered:
-    """Stands in for the model for one loss: weighs the gradient of its log-probabilities, and keeps its outputs."""
+    """Stands in for the model for one loss: weighs the gradient of what the loss reads, and keeps its outputs."""
 
     def __init__(self, model: nn.Module, weight: Tensor | None) -> None:
         self.model, self.weight = model, weight
@@ -230,7 +231,8 @@ class _Remembered:
     def __call__(self, **kwargs: Any) -> Any:
         self.outputs = self.model(**kwargs)
         if self.weight is not None:
-            self.outputs.log_probs = weigh_gradient(self.outputs.log_probs, self.weight)
+            read = "log_probs" if fused_head() else "logits"  # what alone the loss reads of the outputs with a gradient
+            setattr(self.outputs, read, weigh_gradient(getattr(self.outputs, read), self.weight))
         return self.outputs
 
 

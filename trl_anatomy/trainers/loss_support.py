@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ..errors import AnatomyError
 from ..shaping.interventions import VERBS
+from ..versions import fused_head
 
 Verdict = Literal["exact", "pointwise", "per token", "untouched", "refused"]
 
@@ -72,6 +73,11 @@ def check_dpo_rules(rules: Sequence[Any], config: Any) -> None:
         if getattr(rule, "keep", False):
             raise AnatomyError(f"{rule.verb} has keep: true, which is for reward models; a policy is saved unedited.")
     stages = {rule.stage for rule in rules}
+    if stages - {"rows"} and getattr(config, "use_liger_kernel", False) and not fused_head():
+        raise AnatomyError(
+            "use_liger_kernel is true: before trl 1.15 its loss goes past the place where a concept policy acts, which "
+            "would do nothing; leave it out, install trl>=1.15, or act with filter_pairs only."
+        )
     if "margin" in stages:
         check_losses(config.loss_type, config.f_divergence_type, config.beta)
     if "weight" in stages:

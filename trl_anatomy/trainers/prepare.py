@@ -34,6 +34,7 @@ from ..reading.preparation import plain_rows
 from ..reading.processing import lengthen_embeddings, load_processing_class, set_chat_template, text_tokenizer
 from ..reading.remote_code import load_config
 from ..shaping.hidden import LowRankSteering
+from ..versions import check_trl
 from .callback import AuditCallback
 from .hidden import check_hidden
 from .planned import Planned
@@ -298,6 +299,7 @@ def prepare(  # noqa: PLR0912
     from ..shaping.policy import ConceptPolicy
     from ..shaping.resolve import Loaded, check_policy
 
+    check_trl()
     undo_leftover()
     policy = ConceptPolicy.load(concept_policy)
     if not policy and audit is None:
