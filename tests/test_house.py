@@ -32,8 +32,8 @@ class Bound:
 
 
 BOUNDS = {
-    "files: rule to constructed trainer": Bound(46, 20),
-    "files: pair to audit": Bound(86, 22),
+    "files: rule to constructed trainer": Bound(48, 20),  # two of them check the installed TRL
+    "files: pair to audit": Bound(88, 22),  # the same two
     "SAE loads at a start": Bound(1, 1),
     "gate evaluations at a start": Bound(1, 1),
     "modules in import circles": Bound(7, 0),
@@ -42,7 +42,7 @@ BOUNDS = {
     "functions over 60 lines": Bound(31, 8),
     "functions over 7 parameters": Bound(45, 8),
     "lines of the longest function": Bound(158, 80),
-    "lines of the library": Bound(41_000, 21_000, slack=1_000),
+    "lines of the library": Bound(41_400, 21_000, slack=1_000),
 }
 
 
