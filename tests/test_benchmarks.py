@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # What the studies have in common, and parts of one.
-SHARED = ("worlds.py", "real_runs.py", "real_rivals.py", "real_intervals.py")
+SHARED = ("worlds.py", "tables.py", "real_runs.py", "real_rivals.py", "real_intervals.py")
 BENCHMARKS = sorted(path for path in (ROOT / "benchmarks").rglob("*.py") if path.name not in SHARED)
 
 

@@ -25,7 +25,7 @@ def test_links_lead_somewhere():
         for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", page.read_text()):
             to = page.parent / target if target else page
             assert to.exists(), f"{page.name}: {target}"
-            if heading:
+            if heading and to.suffix == ".md":
                 titles = re.findall(r"(?m)^#+ (.*)$", to.read_text())
                 anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
                 assert heading in anchors, f"{page.name}: {target}#{heading}"
@@ -46,8 +46,32 @@ def test_pages_that_code_names_are_there(folder: str):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_no_page_is_long(page: Path):
     """The changelog may be, which is read by its newest lines."""
-    if page.name not in {"CHANGELOG.md", "README.md"}:
+    if page.name != "CHANGELOG.md":
         assert len(page.read_text(encoding="utf-8").split()) <= LONGEST
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences of a Markdown page: no code, tables, headings, markup or targets of links."""
+    text = re.sub(r"(?s)```.*?```|<!--.*?-->|<[^>]+>", "", text)
+    text = re.sub(r"(?m)^ *\|.*$|^#.*$", "", text)
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    blocks = re.split(r"\n\s*\n|\n *(?:- |\d+\. |> )", text)
+    return [s for block in blocks for s in re.split(r"(?<=[.!?])\s+", " ".join(block.split())) if len(s.split()) > 1]
+
+
+def test_sentences_are_found():
+    text = "# A\n\nOne two three. Four\nfive?\n\n- [six](x.md) seven\n\n```\nno code\n```\n| no | table |\n"
+    assert sentences(text) == ["One two three.", "Four five?", "- six seven"]
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lengths = [len(sentence.split()) for sentence in sentences(text)]
+    assert len(lengths) > 20
+    assert sum(lengths) / len(lengths) <= 18
+    assert max(lengths) <= 25
+    assert len(text.splitlines()) <= 120
+    assert "<picture>" in "\n".join(text.splitlines()[:20])
 
 
 def test_sections_that_docstrings_name_are_on_the_method_pages():

@@ -1,4 +1,4 @@
-"""What README.md says of the studies is what the files of results hold."""
+"""Tables of studies, in README.md and docs/results, are what the files of results hold."""
 
 import json
 import re
@@ -21,14 +21,27 @@ def page() -> Any:
     return page
 
 
-def test_the_readmes_table_is_that_of_the_results(page: Any) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert page.readme(text) == text, "run python benchmarks/studies/page.py"
+def test_the_tables_of_pages_are_those_of_the_results(page: Any) -> None:
+    held = page.pages()
+    assert len(held) > 10
+    assert ROOT / "README.md" in held
+    for file in held:
+        text = file.read_text(encoding="utf-8")
+        assert page.filled(text) == text, f"{file.name}: run python benchmarks/studies/page.py"
+
+
+def test_every_table_is_on_a_page(page: Any) -> None:
+    import tables
+
+    shown = {name for file in tables.pages() for _, name, _ in tables.MARKS.findall(file.read_text(encoding="utf-8"))}
+    assert shown == set(tables.TABLES)
 
 
 def test_a_table_that_was_changed_by_hand_is_noticed(page: Any) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert page.readme(re.sub(r"\(0\.\d\d to", "(0.00 to", text)) == text
+    text = (ROOT / "docs" / "results" / "index.md").read_text(encoding="utf-8")
+    changed = re.sub(r"\(0\.\d\d to", "(0.00 to", text)
+    assert changed != text
+    assert page.filled(changed) == text
 
 
 def test_the_page_shows_every_study_with_its_command(page: Any) -> None:
@@ -46,6 +59,6 @@ def test_the_same_results_give_the_same_picture(page: Any) -> None:
 
 def test_a_study_that_stands_in_the_repository_is_on_the_page(page: Any) -> None:
     shown = {name for _, name, _, _ in page.FIGURES}
-    shared = {"page", "worlds", "real_runs", "real_rivals", "real_intervals"}
+    shared = {"page", "tables", "worlds", "real_runs", "real_rivals", "real_intervals"}
     studies = {file.stem for file in (ROOT / "benchmarks" / "studies").glob("*.py")} - shared
     assert studies <= shown

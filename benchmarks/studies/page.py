@@ -1,7 +1,7 @@
-"""The page of plots of all studies on record, and the README's picture and tables.
+"""The page of plots of all studies on record, the picture of docs/results, and every table that `tables.py` makes.
 
 Reads the files of results and writes `benchmarks/results/studies.html` (plots within, no script), `docs/studies.svg`
-and, between their marks in README.md, its tables; measures nothing. A test holds the README to the files.
+and, between their marks in README.md and docs/results, the tables; measures nothing. A test holds pages to the files.
 
     python benchmarks/studies/page.py
 """
@@ -9,27 +9,21 @@ and, between their marks in README.md, its tables; measures nothing. A test hold
 import argparse
 import base64
 import io
-import json
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html import escape
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from tables import BOTH, ODDS, RESULTS, ROOT, filled, pages, read
 
 from trl_anatomy.reading.habits import HABITS
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = ROOT / "docs" / "studies.svg"
-ODDS = "log-odds of the pairs, at the start model's rates"
-BOTH = "ceiling by the noise of rollouts and pairs"
 ROLES = {"rewarded": "#c2410c", "punished": "#1d4ed8", "neutral": "#6b7280", "of one topic": "#15803d"}
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Studies</title><style>
@@ -38,7 +32,7 @@ body {{ color: #111; background: #fff }}
 img {{ max-width: 100% }} p.made {{ color: #555; font-size: 13px }}
 </style></head><body><h1>Studies</h1>
 <p>What the software can and cannot do, on cases with known truth. Each figure names the file of results that it shows
-and the command that made it; what the studies are, and tables: <a href="../README.md">benchmarks</a>; what fails and
+and the command that made it; what the studies are, and tables: docs/results; what fails and
 why: <a href="../../docs/limits.md">limits</a>. Drawn by <code>python benchmarks/studies/page.py</code>.</p>
 {body}
 </body></html>
@@ -580,11 +574,6 @@ FIGURES: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
 )
 
 
-def read(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return found
-
-
 def page() -> str:
     parts = []
     for title, name, caption, figure in FIGURES:
@@ -599,78 +588,12 @@ def page() -> str:
     return PAGE.format(body="\n".join(parts))
 
 
-# The README's tables. Part and figure of the study, and its ceiling -> how the README calls it, and what was published
-PREDICTED = {
-    ("concepts of 4 or more", "mean disparity", BOTH): ("concepts of at least 4 latents", "0.90"),
-    ("concepts", "mean disparity", BOTH): ("all concepts, most of them single latents", ""),
-    ("concepts", ODDS, BOTH): ("the same, by log-odds from the start model's rates", ""),
-    ("prompt view, inside, reported", "r2", "noise_ceiling_both_r2"): (
-        "response clusters in prompts of a prompt cluster, reported hypotheses",
-        "0.58",
-    ),
-    ("prompt view, inside, tested", "r2", "noise_ceiling_both_r2"): ("the same, all tested cells", ""),
-}
-# Rule of the study -> how the README calls it
-SHOWN = {
-    "shape_reward, text rule, auto": "`shape_reward`, strength fitted on the pairs",
-    "mask_tokens, decision tokens": "`mask_tokens` where the habit is decided",
-    "residualize, instruction, auto": "`residualize` by an instruction",
-    "reweight_pairs, balanced, others held": "`reweight_pairs`, balanced",
-    "inoculate, both sides": "`inoculate`",
-    "filter_pairs, all that favour chosen": "`filter_pairs`, all pairs that favour it",
-    "steer, rejected": "`steer` at one layer",
-    "project_out, hidden states": "`project_out` at one layer",
-    "ablate_features": "`ablate_features` at one layer",
-}
-
-
-def signed(value: float) -> str:
-    """A difference with its sign, minus as a minus."""
-    return f"{value:+.1f}".replace("-", "−")
-
-
-def prediction_table() -> str:
-    """The README's table of predictions."""
-    lines = ["| | R² | most that the noise allows | published |", "|---|---|---|---|"]
-    seeds = read("prediction")["seeds"].values()
-    for (part, name, ceiling), (called, published) in PREDICTED.items():
-        values, most = ([seed[part][key] for seed in seeds] for key in (name, ceiling))
-        found = f"{np.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-        lines.append(f"| {called} | {found} | {np.median(most):.2f} | {published} |".replace("|  |", "| |"))
-    return "\n".join(lines)
-
-
-def verbs_table() -> str:
-    """The README's table of verbs."""
-    lines = [
-        "| rule | recovery: 1 is the start model's rate, 0 plain DPO's; median (range) | right answers, change |",
-        "|---|---|---|",
-    ]
-    summary = read("verbs")["summary"]
-    for rule, name in SHOWN.items():
-        of = summary[rule]
-        median, low, high = (
-            f"{of[f'recovery, {which}']:.2f}".replace("-", "−") for which in ("median", "smallest", "largest")
-        )
-        lines.append(f"| {name} | {median} ({low} to {high}) | {signed(100 * of['quality, change'])} points |")
-    return "\n".join(lines)
-
-
-def readme(text: str) -> str:
-    """The README with its tables as the results have them."""
-    for name, table in (("prediction", prediction_table()), ("verbs", verbs_table())):
-        marks = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
-        assert re.search(marks, text, re.DOTALL), f"README.md has lost the marks of its table of {name}"
-        text = re.sub(marks, lambda found, table=table: found[1] + table + found[2], text, flags=re.DOTALL)
-    return text
-
-
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     (RESULTS / "studies.html").write_text(page(), encoding="utf-8")
     PICTURE.write_text(picture(), encoding="utf-8")
-    file = ROOT / "README.md"
-    file.write_text(readme(file.read_text(encoding="utf-8")), encoding="utf-8")
+    for file in pages():
+        file.write_text(filled(file.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class ConceptReward:
 
     Example:
         >>> reward = ConceptReward({
-        ...     "concepts": {"bold": {"scorer": "text", "pattern": "[*][*]"}},
+        ...     "concepts": {"bold": {"scorer": "text", "pattern": "[*]{2}"}},
         ...     "rules": [{"explain_away": "bold", "with": "shape_reward", "strength": 2}],
         ... })
         >>> reward(prompts=["Say b.", "Say b."], completions=["**b**", "b"])
@@ -229,12 +229,10 @@ class ConceptReward:
 
 def _followed(policy: ConceptPolicy, *, measured: bool) -> list[ShapeReward]:
     """The rules; PolicyError for those that generated text cannot follow."""
-    rules: list[ShapeReward] = []
-    problems: list[str] = []
-    given: Sequence[Any] = policy.rules  # those that act on text are shaped as shape_reward is
-    for i, rule in enumerate(given):
+    rules, problems = [], []
+    for i, rule in enumerate(policy.rules):
         place = policy.place(f"rules[{i}]")
-        if not rule.on_text:
+        if not isinstance(rule, ShapeReward):
             problems.append(f"{place}.with: found {rule.verb!r}, allowed: shape_reward; there are no pairs to act on.")
             continue
         rules.append(rule)

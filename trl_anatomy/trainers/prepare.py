@@ -438,8 +438,8 @@ def _begin(
         trains=True,
         resolved=resolved,
     )
-    asked = any(rule.needs.turns for rule in policy.rules)
-    turns = turn_starts(pairs, processing_class, num_proc=start.config.dataset_num_proc) if asked else None
+    steers = any(rule.verb == "steer" for rule in policy.rules)
+    turns = turn_starts(pairs, processing_class, num_proc=start.config.dataset_num_proc) if steers else None
     return begun, turns
 
 

@@ -11,7 +11,6 @@ from .residualize import Residualize
 from .reweight_pairs import ReweightPairs
 from .shape_reward import ShapeReward
 from .steer import Steer
-from .verb import Needs, Verb
 
 Intervention: TypeAlias = (
     FilterPairs
@@ -48,11 +47,9 @@ __all__ = [
     "Inoculate",
     "Intervention",
     "MaskTokens",
-    "Needs",
     "ProjectOut",
     "Residualize",
     "ReweightPairs",
     "ShapeReward",
     "Steer",
-    "Verb",
 ]
