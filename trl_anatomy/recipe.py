@@ -158,10 +158,35 @@ def parse_plain(
             value = [str(item) for item in (value if isinstance(value, list) else [value])]
         action.default = value if action.nargs in (0, "+") or value is None else str(value)  # argparse reads texts
         action.required = False
-    return parser.parse_args(words), recipe
+    return parse_line(parser, words), recipe
 
 
-def check_audited(recipe: Recipe | None, settings: Mapping[str, Any], audit: str, ours: Iterable[type] = ()) -> None:
+def parse_line(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """The options of a plain parser, from the line alone.
+
+    Raises:
+        AnatomyError: an option that the parser does not have; whatever else is wrong the line ends as argparse ends it.
+    """
+    options = list(parser._option_string_actions)
+    for word in words:
+        name = word.partition("=")[0]
+        if name == "--":
+            break
+        if name.startswith("--") and not any(option.startswith(name) for option in options):
+            # Before argparse, which would ask for an option that is there, misspelt.
+            raise AnatomyError(f"Unknown option '{name}' on the command line{did_you_mean(name, options)}.")
+    parsed, rest = parser.parse_known_args(list(words))
+    refuse_unknown([], rest, parser)
+    return parsed
+
+
+def check_audited(
+    recipe: Recipe | None,
+    settings: Mapping[str, Any],
+    audit: str,
+    ours: Iterable[type] = (),
+    line: Mapping[str, Any] | None = None,
+) -> None:
     """Refuse an audit that was made of something else than a recipe trains on.
 
     Args:
@@ -169,12 +194,16 @@ def check_audited(recipe: Recipe | None, settings: Mapping[str, Any], audit: str
         settings: of the audit, as `audit.json` has them.
         audit: what it is called.
         ours: as of `parse`.
+        line: settings that the command line names, by our names; they win over the recipe.
 
     Raises:
         AnatomyError: names the first setting that differs.
     """
-    if recipe is None:
+    line = line or {}
+    if recipe is None and not line:
         return
+    stands = {} if recipe is None else {k: v for k, v in recipe.options.items() if _OTHERS.get(k, k) not in line}
+    recipe = Recipe("the command line" if recipe is None else recipe.file, {**stands, **line})
     from trl import TrlParser
 
     parser = TrlParser((AuditConfig,))
@@ -183,10 +212,18 @@ def check_audited(recipe: Recipe | None, settings: Mapping[str, Any], audit: str
     config, _ = parser.parse_args_into_dataclasses(args=[], return_remaining_strings=True)
     mine, usual = config.settings(), AuditConfig().settings()
     names = [*(_READ if config.data_name else ()), *(_MODEL if config.model else ())]
+    if recipe.options == line:
+        names = list(line)
     for name in names:
         theirs = settings.get(name, usual[name])
         unsure = name == "truncation" and name not in options
         in_memory = name in ("model", "dataset") and not theirs and not (name == "dataset" and settings.get("datasets"))
+        if mine[name] != theirs and not unsure and not in_memory and name in line:
+            option = TRL_NAMES.get(name, name)
+            raise AnatomyError(
+                f"{audit} was made with {name} {theirs!r}, and --{option} says {mine[name]!r}: give the audit of what "
+                f"is trained on, or leave --{option} out."
+            )
         if mine[name] != theirs and not unsure and not in_memory:
             raise AnatomyError(
                 f"{audit} was made with {name} {theirs!r}, and {recipe.file} trains with {mine[name]!r}: audit what is "

@@ -36,10 +36,14 @@ TRL_NAMES = {
 }
 
 
+# On the line alone: in a recipe `output_dir` is the folder of the training.
+WRITTEN = {"aliases": ["--output_dir", "--output-dir"]}
+
+
 def named(setting: str, text: str) -> dict[str, Any]:
     """The help text of a setting and, for the parser of its command, TRL's name of it."""
     other = TRL_NAMES[setting]
-    return {"help": f"{text} (--{other})", "aliases": [f"--{other}", f"--{other.replace('_', '-')}"]}
+    return {"help": text, "aliases": [f"--{other}", f"--{other.replace('_', '-')}"]}
 
 
 def recorded(settings: dict[str, Any]) -> "AuditConfig":
@@ -99,7 +103,8 @@ class AuditConfig:
         default=None, metadata={"help": "Decoder layer whose output the SAE reads. Default: the SAE's own."}
     )
     out: str = field(
-        default="audits/run", metadata={"help": "Audit folder to write, or its URL; an interrupted run resumes."}
+        default="audits/run",
+        metadata={"help": "Audit folder to write, or its URL; an interrupted run resumes.", **WRITTEN},
     )
     data_kind: str = field(
         default="pairs",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AnatomyError
-from .config import AuditConfig, named
+from .config import WRITTEN, AuditConfig, named
 from .run import load_dataset, load_model, load_tokenizer, shape_of
 
 if TYPE_CHECKING:
@@ -15,11 +15,17 @@ if TYPE_CHECKING:
     from ..reading.spans import Pairs
 
 
+def _as_audited(name: str) -> Any:
+    """A setting of an audit as a field here: one default, one help text, one set of names."""
+    setting = AuditConfig.__dataclass_fields__[name]
+    return field(default=setting.default, metadata=setting.metadata)
+
+
 @dataclass
 class SAEConfig:
     """Settings of `trl-anatomy sae`."""
 
-    model: str = field(default="", metadata=named("model", "Start model (SFT checkpoint): folder or hub name."))
+    model: str = _as_audited("model")
     dataset: str = field(
         default="",
         metadata=named("dataset", "Preference dataset, as for audit: its prompts and both responses are learned."),
@@ -35,7 +41,9 @@ class SAEConfig:
             "depth."
         },
     )
-    out: str = field(default="saes/run", metadata={"help": "Folder to write; an interrupted training goes on."})
+    out: str = field(
+        default="saes/run", metadata={"help": "Folder to write; an interrupted training goes on.", **WRITTEN}
+    )
     tokens: int | None = field(
         default=None,
         metadata={"help": "Tokens of training. Default: twice those of the data, 300,000 to 3,000,000."},
@@ -54,27 +62,14 @@ class SAEConfig:
     k: int | None = field(default=None, metadata={"help": "Latents that fire per token. Default: by rule."})
     lr: float | None = field(default=None, metadata={"help": "Peak learning rate. Default: by rule."})
     seed: int = field(default=0, metadata={"help": "Seed of weights and order."})
-    dataset_split: str = field(default="train", metadata=named("dataset_split", "Split of the dataset."))
-    dataset_subset: str | None = field(
-        default=None, metadata=named("dataset_subset", "Configuration name of a hub dataset.")
-    )
-    datasets: list[dict[str, Any]] | None = field(
-        default=None,
-        metadata={"help": "Instead of a dataset: the parts of a mixture, as the recipes of TRL write it (path, ...)."},
-    )
-    model_revision: str = field(
-        default="main", metadata={"help": "Version of a model on the hub: branch, tag or commit."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run the code that the files of the start model bring."}
-    )
-    max_length: int | None = field(default=1024, metadata={"help": "Tokens of prompt and response, as in training."})
-    truncation: str = field(
-        default="keep_start", metadata=named("truncation", "keep_start, keep_end or drop, as in training.")
-    )
-    chat_template_path: str | None = field(
-        default=None, metadata={"help": "Chat template of training, where the tokenizer's is another."}
-    )
+    dataset_split: str = _as_audited("dataset_split")
+    dataset_subset: str | None = _as_audited("dataset_subset")
+    datasets: list[dict[str, Any]] | None = _as_audited("datasets")  # noqa: RUF009 (a field, made there)
+    model_revision: str = _as_audited("model_revision")
+    trust_remote_code: bool | None = _as_audited("trust_remote_code")
+    max_length: int | None = _as_audited("max_length")
+    truncation: str = _as_audited("truncation")
+    chat_template_path: str | None = _as_audited("chat_template_path")
     dtype: str = field(
         default="auto",
         metadata={
@@ -82,8 +77,8 @@ class SAEConfig:
             "float16."
         },
     )
-    device: str = field(default="auto", metadata={"help": "auto (cuda where there is one), cpu, cuda, cuda:1, ..."})
-    batch_tokens: int = field(default=8192, metadata={"help": "Tokens in one forward pass."})
+    device: str = _as_audited("device")
+    batch_tokens: int = _as_audited("batch_tokens")
     check: str | None = field(
         default=None, metadata={"help": "Train nothing: judge this SAE (folder or RELEASE:ID) on the pairs."}
     )

@@ -8,32 +8,36 @@ from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AnatomyError
-from .commands import COMMANDS
 from .labeller import check_labeller, name_concepts
-from .options import AuditFlags, strict_parse
+from .options import DATA, MODEL, AuditFlags, strict_parse, trl_parser
 from .shown_audit import print_audit, print_habits, print_regions
 
 if TYPE_CHECKING:
     from ..audit.config import AuditConfig
 
 
-def run(argv: list[str]) -> int:
-    from trl import TrlParser
+def arguments(argv: list[str]) -> tuple[Any, ...]:
+    """The settings of the audit, and the flags beside them. A recipe's `audit` names the folder."""
+    from ..audit.config import AuditConfig
 
-    from ..audit.config import NO_SAE, AuditConfig
+    parser = trl_parser(
+        "audit",
+        (AuditConfig, AuditFlags),
+        f"trl-anatomy audit {MODEL} {DATA} --output_dir audits/run1",
+        f"trl-anatomy audit {DATA}",
+        required=("dataset",),
+        common=("model", "sae", "out", "dataset_split", "max_length", "dry_run", "json"),
+    )
+    return strict_parse(parser, argv, {"audit": "out"})
+
+
+def run(argv: list[str]) -> int:
+    from ..audit.config import NO_SAE
     from ..audit.find_sae import AUTO
     from ..audit.run import dry_run, run_audit
     from ..reading.ranks import is_main_process
 
-    parser = TrlParser(
-        (AuditConfig, AuditFlags),
-        prog="trl-anatomy audit",
-        description=COMMANDS["audit"],
-        epilog="example: trl-anatomy audit --model M --dataset D --sae S --layer 20 --out audits/run1\n"
-        "without a model, in seconds: trl-anatomy audit --dataset D\n"
-        "by the recipe of a training: trl-anatomy audit --config recipe.yaml (docs/reference/recipe.md)",
-    )
-    config, flags = strict_parse(parser, argv, {"audit": "out"})
+    config, flags = arguments(argv)
     with redirect_stdout(sys.stderr):  # some libraries print notes, which would spoil the JSON
         check_labeller(flags)
     if config.sae == NO_SAE or not (config.sae or config.model):

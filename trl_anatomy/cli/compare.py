@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from contextlib import redirect_stdout
 
 from .. import recipe
-from .options import ours, plain_parser, whole
+from .options import MODEL, add_audited, audited, ours, plain_parser, whole
+
+_AUDITED = ("dataset", "dataset_split", "dataset_subset", "max_length", "truncation")
 
 
-def run(argv: list[str]) -> int:
-    parser = plain_parser("compare", "trl-anatomy compare --audit audits/run1 --before M --after out")
+def arguments(argv: list[str]) -> tuple[argparse.Namespace, recipe.Recipe | None]:
+    """The options, and the recipe that they were read from."""
+    parser = plain_parser(
+        "compare",
+        f"trl-anatomy compare --audit audits/run1 {MODEL} --output_dir runs/dpo",
+        common=("prompts", "n_prompts", "n_per_prompt", "max_new_tokens", "out", "json", "config"),
+    )
     parser.add_argument("--audit", required=True, help="audit folder (or its URL) of the dataset that was trained on")
     parser.add_argument(
-        *("--before", "--model_name_or_path"), required=True, help="the start model (the one that was audited)"
+        *("--before", "--model_name_or_path", "--model"),
+        required=True,
+        help="the start model (the one that was audited)",
     )
     parser.add_argument(
         *("--after", "--output_dir"),
@@ -42,7 +52,12 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--out", help="folder (or URL) for rollouts and compare.json (default: AUDIT/compare)")
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON")
     trained = {"model": "before", "model_name_or_path": "before", "output_dir": "after"}
-    args, training = recipe.parse_plain(parser, argv, ours=ours(), places=trained)
+    add_audited(parser, *_AUDITED)
+    return recipe.parse_plain(parser, argv, ours=ours(), places=trained)
+
+
+def run(argv: list[str]) -> int:
+    args, training = arguments(argv)
 
     from ..audit.folder import load_audit
     from ..checking.compare import compare, comparison_report, names_of
@@ -54,7 +69,7 @@ def run(argv: list[str]) -> int:
     with redirect_stdout(sys.stderr):  # as in plan
         audit = load_audit(args.audit)
         audit.check_kind("compare")
-        recipe.check_audited(training, audit.info["settings"], audit.name, ours())
+        recipe.check_audited(training, audit.info["settings"], audit.name, ours(), audited(args, *_AUDITED))
         prompts = prompts_for(audit, args.prompts, args.n_prompts, args.seed) * args.n_per_prompt
         out = local(args.out) if args.out else audit.path / "compare"
         foretold = args.prediction or str(audit.path / FOLDER)

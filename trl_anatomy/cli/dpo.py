@@ -1,7 +1,14 @@
 """`trl-anatomy dpo`."""
 
-from .training import train
+from typing import Any
+
+from . import training
+
+
+def arguments(argv: list[str]) -> tuple[Any, ...]:
+    """The options of TRL's script, and ours."""
+    return training.arguments("dpo", argv)[:-3]
 
 
 def run(argv: list[str]) -> int:
-    return train("dpo", argv)
+    return training.train("dpo", argv)

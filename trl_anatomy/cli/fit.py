@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import recipe
 from ..errors import AnatomyError
-from .options import both, plain_parser, whole
+from .options import MODEL, add_setting, plain_parser, whole
 
 if TYPE_CHECKING:
     from ..audit.config import AuditConfig
@@ -21,13 +21,17 @@ if TYPE_CHECKING:
     from ..checking.vllm_rollouts import VllmRollouts
 
 
-def run(argv: list[str]) -> int:
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The options."""
     parser = plain_parser(
-        "fit", "trl-anatomy fit --model M --dataset refusals.jsonl --scorer probe --out concepts/refusal"
+        "fit",
+        f"trl-anatomy fit {MODEL} --dataset_name refusals.jsonl --output_dir concepts/refusal",
+        common=("dataset", "persona", "scorer", "layers", "sae", "dataset_split", "max_length", "json"),
     )
-    parser.add_argument(*both("model"), required=True, help="start model: folder or hub name")
-    parser.add_argument(
-        *both("dataset"),
+    add_setting(parser, "model", required=True)
+    add_setting(
+        parser,
+        "dataset",
         help="rows with text and label, or prompt, response and label, or chosen (shows the concept) and rejected",
     )
     parser.add_argument(
@@ -40,8 +44,8 @@ def run(argv: list[str]) -> int:
         "--n_per_question", type=whole(1), default=1, help="responses to a question of a persona (default 1)"
     )
     parser.add_argument("--engine", default="transformers", help="what samples them: transformers (default) or vllm")
-    parser.add_argument(*both("dataset_split"), default="train", help="split of the dataset (default train)")
-    parser.add_argument(*both("dataset_subset"), help="configuration name of a hub dataset")
+    add_setting(parser, "dataset_split")
+    add_setting(parser, "dataset_subset")
     parser.add_argument("--negatives", help="examples of another concept: its rows with label 1 become negatives")
     parser.add_argument("--scorer", default="probe", help="direction, probe, attention_probe, features or reft")
     parser.add_argument(
@@ -57,10 +61,10 @@ def run(argv: list[str]) -> int:
     )
     parser.add_argument("--ends", type=int, help="of reft: tokens edited at either end of a response (default 11)")
     parser.add_argument("--held_out", type=float, default=0.2, help="share judged; as much again chooses the layer")
-    parser.add_argument("--max_length", type=whole(1), default=1024, help="tokens read of prompt and response")
-    parser.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16 or float16")
-    parser.add_argument("--device", default="auto", help="auto (cuda where there is one), cpu, cuda, ...")
-    parser.add_argument("--batch_tokens", type=whole(1), default=8192, help="tokens in one batch of the frozen pass")
+    add_setting(parser, "max_length", type=whole(1), help="tokens read of prompt and response")
+    add_setting(parser, "dtype")
+    add_setting(parser, "device")
+    add_setting(parser, "batch_tokens", type=whole(1))
     parser.add_argument(
         "--dose", help="steer by the direction, or by the edit of reft: strengths to try, such as --dose=-8,-4,0,4,8"
     )
@@ -70,10 +74,15 @@ def run(argv: list[str]) -> int:
         "--max_new_tokens", type=whole(1), help="length of a sampled response (default: 64 steered, 256 of a persona)"
     )
     parser.add_argument("--seed", type=whole(0), default=0)
-    parser.add_argument("--out", required=True, help="folder of the stored concept, or its URL")
+    parser.add_argument(
+        "--output_dir", "--out", dest="out", required=True, help="folder of the stored concept, or its URL"
+    )
     parser.add_argument("--json", action="store_true", help="print the card as JSON")
-    args = parser.parse_args(argv)
+    return recipe.parse_line(parser, argv)
 
+
+def run(argv: list[str]) -> int:
+    args = arguments(argv)
     with redirect_stdout(sys.stderr):  # some libraries print notes, which would spoil the JSON
         card, figures = _fitted(args)
     print(card if args.json else figures, end="")

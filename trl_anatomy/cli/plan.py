@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from contextlib import redirect_stdout
 
 from .. import recipe
-from .options import ours, plain_parser
+from .options import add_audited, audited, ours, plain_parser
+
+_AUDITED = ("model", "dataset", "dataset_split", "dataset_subset", "max_length", "truncation")
 
 
-def run(argv: list[str]) -> int:
-    parser = plain_parser("plan", "trl-anatomy plan --audit audits/run1 --policy policy.yaml")
+def arguments(argv: list[str]) -> tuple[argparse.Namespace, recipe.Recipe | None]:
+    """The options, and the recipe that they were read from."""
+    parser = plain_parser(
+        "plan", "trl-anatomy plan --audit audits/run1 --concept_policy policy.yaml", common=("json", "config")
+    )
     parser.add_argument(
         "--audit", required=True, help="audit folder (or its URL) of the dataset that will be trained on"
     )
@@ -22,7 +28,12 @@ def run(argv: list[str]) -> int:
         "--trust_remote_code", action="store_true", help="run the code that the files of the audited model bring"
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    args, training = recipe.parse_plain(parser, argv, ours=ours())
+    add_audited(parser, *_AUDITED)
+    return recipe.parse_plain(parser, argv, ours=ours())
+
+
+def run(argv: list[str]) -> int:
+    args, training = arguments(argv)
 
     from ..audit.folder import load_audit
     from ..audit.reopen import reopen
@@ -34,7 +45,7 @@ def run(argv: list[str]) -> int:
     with redirect_stdout(sys.stderr):  # some libraries print notes, which would spoil the JSON
         audit = load_audit(args.audit)
         audit.check_kind("plan")
-        recipe.check_audited(training, audit.info["settings"], audit.name, ours())
+        recipe.check_audited(training, audit.info["settings"], audit.name, ours(), audited(args, *_AUDITED))
         policy = ConceptPolicy.load(args.policy)
         audit.check_harvest()
         source = reopen(audit, trust_remote_code=args.trust_remote_code)

@@ -12,25 +12,28 @@ from typing import Any
 
 from .. import recipe
 from ..errors import AnatomyError
-from .commands import COMMANDS
-from .options import PolicyArguments, PredictArguments, strict_parse
-from .training import our_files, remote_code_named, replaced_name
+from .options import DATA, MODEL, PolicyArguments, PredictArguments, strict_parse, trl_parser
+from .training import NEEDED, USUAL, our_files, remote_code_named, replaced_name, script_types
+
+
+def arguments(argv: list[str]) -> tuple[Any, ...]:
+    """Options of TRL's script, and ours."""
+    recipe.refuse_reward(argv)
+    parser = trl_parser(
+        "predict",
+        (PolicyArguments, PredictArguments),
+        f"trl-anatomy predict {MODEL} {DATA} --output_dir runs/dpo --audit audits/run1 --concept_policy policy.yaml",
+        required=("audit", *NEEDED),
+        common=("concept_policy", "prompts", "n_prompts", "budget", "prediction", "json", *USUAL),
+        theirs=script_types("dpo"),
+    )
+    return strict_parse(parser, argv)
 
 
 def run(argv: list[str]) -> int:
     """Build the trainer of a `dpo` recipe, record its first step, and train a pilot of it."""
-    from trl import TrlParser
-
-    recipe.refuse_reward(argv)
-
     script = import_module("trl.scripts.dpo")
-    parser = TrlParser(
-        (*script.make_parser(prog="trl dpo").dataclass_types, PolicyArguments, PredictArguments),
-        prog="trl-anatomy predict",
-        description=COMMANDS["predict"],
-        epilog="example: trl-anatomy predict --config recipe.yaml --audit audits/run1 --concept_policy policy.yaml",
-    )
-    script_args, training, model_args, *rest = strict_parse(parser, argv)
+    script_args, training, model_args, *rest = arguments(argv)
     *other, policy, flags = rest
     if policy.audit is None:
         raise AnatomyError("predict needs the audit of the training set: --audit.")
@@ -54,10 +57,10 @@ def run(argv: list[str]) -> int:
         training.eval_strategy = type(training.eval_strategy)("no")
         if not (model_args.use_peft or model_args.load_in_4bit or model_args.load_in_8bit):
             model_args.dtype = "float32"  # a small step would be lost in the rounding of trained weights
-        arguments = (script_args, training, model_args, *other)
-        made = {PLAIN: lambda: _trainer_of(script, arguments, None, policy.audit)}
+        given = (script_args, training, model_args, *other)
+        made = {PLAIN: lambda: _trainer_of(script, given, None, policy.audit)}
         if policy.concept_policy is not None:
-            made[POLICY] = lambda: _trainer_of(script, arguments, policy.concept_policy, policy.audit)
+            made[POLICY] = lambda: _trainer_of(script, given, policy.concept_policy, policy.audit)
         result = predict(
             audit,
             model_args.model_name_or_path,

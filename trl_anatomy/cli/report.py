@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 from contextlib import redirect_stdout
 
+from .. import recipe
 from .labeller import check_labeller, name_concepts
 from .options import AuditFlags, plain_parser
 
 
-def run(argv: list[str]) -> int:
-    parser = plain_parser("report", "trl-anatomy report --audit audits/run1 --open")
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The options."""
+    parser = plain_parser("report", "trl-anatomy report --audit audits/run1 --open", common=("open",))
     parser.add_argument("--audit", required=True, help="audit folder, or its URL")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     for field in dataclasses.fields(AuditFlags):
         if field.name.startswith("label_"):
             parser.add_argument(f"--{field.name}", help=field.metadata["help"])
-    args = parser.parse_args(argv)
+    return recipe.parse_line(parser, argv)
+
+
+def run(argv: list[str]) -> int:
+    args = arguments(argv)
 
     from ..audit.folder import REPORT, load_audit
     from ..audit.reopen import reopen

@@ -1,7 +1,14 @@
 """`trl-anatomy reward`."""
 
-from .training import train
+from typing import Any
+
+from . import training
+
+
+def arguments(argv: list[str]) -> tuple[Any, ...]:
+    """The options of TRL's script, and ours."""
+    return training.arguments("reward", argv)[:-3]
 
 
 def run(argv: list[str]) -> int:
-    return train("reward", argv)
+    return training.train("reward", argv)

@@ -7,25 +7,30 @@ import json
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
-from .commands import COMMANDS
-from .options import SAEFlags, strict_parse
+from .options import DATA, MODEL, SAEFlags, strict_parse, trl_parser
+
+
+def arguments(argv: list[str]) -> tuple[Any, ...]:
+    """The settings of the training, and the flags beside them. A recipe's `sae` names the folder."""
+    from ..audit.make_sae import SAEConfig
+
+    parser = trl_parser(
+        "sae",
+        (SAEConfig, SAEFlags),
+        f"trl-anatomy sae {MODEL} {DATA} --minutes 20 --output_dir saes/run1",
+        required=("model", "dataset"),
+        common=("out", "minutes", "tokens", "layer", "check", "dataset_split", "max_length", "json"),
+    )
+    return strict_parse(parser, argv, {"sae": "out"})
 
 
 def run(argv: list[str]) -> int:
-    from trl import TrlParser
-
-    from ..audit.make_sae import SAEConfig, check_saes, make_sae
+    from ..audit.make_sae import check_saes, make_sae
     from ..reading.files import without_nan
 
-    parser = TrlParser(
-        (SAEConfig, SAEFlags),
-        prog="trl-anatomy sae",
-        description=COMMANDS["sae"],
-        epilog="example: trl-anatomy sae --model M --dataset D --minutes 20 --out saes/run1\n"
-        "by the recipe of a training, into the folder that its `sae` names: trl-anatomy sae --config recipe.yaml",
-    )
-    config, flags = strict_parse(parser, argv, {"sae": "out"})
+    config, flags = arguments(argv)
     with redirect_stdout(sys.stderr):  # some libraries print notes, which would spoil the JSON
         fits = make_sae(config) if config.check is None else {Path(config.check): check_saes(config)}
     if flags.json:

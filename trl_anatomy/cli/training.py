@@ -13,32 +13,52 @@ from typing import Any
 
 from .. import recipe
 from ..errors import AnatomyError
-from .commands import COMMANDS
-from .options import PolicyArguments, ours
+from .options import DATA, MODEL, PolicyArguments, ours, trl_parser
 
 _LAUNCHED = "TRL_ANATOMY_LAUNCHED"
 
 
+# Options of TRL's scripts that most readers of the help look for.
+NEEDED = ("model_name_or_path", "dataset_name", "output_dir")
+USUAL = (
+    *("dataset_train_split", "max_length", "learning_rate", "num_train_epochs", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "use_peft"),
+)
+
+
+def script_types(kind: str) -> list[type]:
+    """The dataclasses of the options of TRL's script."""
+    return list(import_module(f"trl.scripts.{kind}").make_parser(prog=f"trl {kind}").dataclass_types)
+
+
+def arguments(kind: str, argv: list[str]) -> tuple[Any, ...]:
+    """Options of TRL's script and ours; then the launcher's parser, and its words of recipe and line."""
+    from accelerate.commands.launch import launch_command_parser
+
+    parser = trl_parser(
+        kind,
+        (PolicyArguments,),
+        f"trl-anatomy {kind} {MODEL} {DATA} --output_dir runs/{kind} --concept_policy policy.yaml --audit audits/run1",
+        required=NEEDED,
+        common=("concept_policy", "audit", *USUAL),
+        theirs=script_types(kind),
+    )
+    parser.description += " Options of accelerate launch are passed on."
+    launcher = launch_command_parser()
+    *given, from_config, from_line = recipe.parse_known(parser, argv, ours=ours(), launcher=launcher)
+    recipe.refuse_unknown(from_config, from_line, parser, launcher)
+    return (*given, launcher, from_config, from_line)
+
+
 def train(kind: str, argv: list[str]) -> int:
     """Run TRL's own script with our trainer in the place of TRL's: its flags and YAML mean what they mean there."""
-    from trl import TrlParser
+    from accelerate.commands.launch import launch_command
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
     from ..audit.folder import load_audit
     from ..reading.storage import exists
 
-    script = import_module(f"trl.scripts.{kind}")
-    parser = TrlParser(
-        (*script.make_parser(prog=f"trl {kind}").dataclass_types, PolicyArguments),
-        prog=f"trl-anatomy {kind}",
-        description=f"{COMMANDS[kind]} Options of accelerate launch are passed on.",
-        epilog=f"example: trl-anatomy {kind} --config recipe.yaml --concept_policy policy.yaml",
-    )
-    from accelerate.commands.launch import launch_command, launch_command_parser
-
-    launcher = launch_command_parser()
-    *arguments, policy, from_config, from_line = recipe.parse_known(parser, argv, ours=ours(), launcher=launcher)
-    recipe.refuse_unknown(from_config, from_line, parser, launcher)
+    *given, policy, launcher, from_config, from_line = arguments(kind, argv)
     for name in ("concept_policy", "audit"):
         path = getattr(policy, name)
         if path is not None and not exists(path):
@@ -68,9 +88,10 @@ def train(kind: str, argv: list[str]) -> int:
     # The plan that is printed holds the warnings that the trainer would log.
     logged = logging.getLogger(f"{trainers.__name__}.prepare")
     printed = replaced_name(logged, "disabled", True)
+    script = import_module(f"trl.scripts.{kind}")
     replaced = replaced_name(import_module("trl"), stock_class, build)
-    with printed, replaced, our_files(*arguments), remote_code_named(arguments[2]):
-        script.main(*arguments)
+    with printed, replaced, our_files(*given), remote_code_named(given[2]):
+        script.main(*given)
     return 0
 
 
