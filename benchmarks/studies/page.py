@@ -370,6 +370,31 @@ def real_model_figure(found: dict[str, Any]) -> str:
         return svg(figure)
 
 
+def real_rules_figure(found: dict[str, Any]) -> str:
+    """Recovery of each habit under each rule, with its interval over prompts; and what moved beside it."""
+    names = list(dict.fromkeys(rule for of in found["targets"].values() for rule in of["rules"]))
+    with drawn(8.6, 0.3 * len(names) + 1.1, 2, sharey=True) as (figure, (left, right)):
+        for colour, (target, of) in zip(cycle(SET_COLOURS), found["targets"].items()):
+            for rule, told in of["rules"].items():
+                if "refused" in told:
+                    continue
+                y, (low, high) = names.index(rule), told["recovery, 95 %"]
+                left.plot([low, high], [y, y], "-", color=colour, linewidth=1)
+                left.plot(told["recovery"], y, "o", color=colour, markersize=5)
+                beside = 100 * told["others, mean absolute change from plain DPO"]
+                right.plot(beside, y, "o", color=colour, markersize=5)
+            left.plot([], [], "o", color=colour, markersize=5, label=target)
+        for at in (0, 1):
+            left.axvline(at, color="#9ca3af", linewidth=0.8, zorder=0)
+        left.set_xlabel("recovery: 0 plain DPO, 1 start model")
+        left.set_xlim(-1, 2)
+        left.set_yticks(range(len(names)), names, fontsize=8)
+        left.invert_yaxis()
+        right.set_xlabel("other habits, mean change in points")
+        left.legend(frameon=False, fontsize=7, loc="lower left")
+        return svg(figure)
+
+
 def faults_figure(found: dict[str, Any]) -> str:
     """Share of the seeded faults of each kind that were found, over all sets, and the largest share of false alarms."""
     counts: dict[str, list[tuple[int, int, float]]] = {}
@@ -557,6 +582,13 @@ FIGURES: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
         "what changed in 64 responses to held-out prompts. Beside them, as noisy as the pilot: what the same training "
         "changed in 64 responses to others.",
         real_model_figure,
+    ),
+    (
+        "Rules on a real chat model",
+        "real_rules",
+        "SmolLM2-135M-Instruct after DPO with LoRA under a rule each: how much of what plain DPO does to the habit is "
+        "taken back, with 95 % intervals over 64 prompts, and what it does to the other habits.",
+        real_rules_figure,
     ),
     (
         "What the first step foretells of rules",
