@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from trl_anatomy.trainers.loss_support import support_table, verb_table
+from trl_anatomy.trainers.sft_support import row_table
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -17,6 +18,7 @@ def test_losses_page_is_the_table_of_the_refusals():
     page = (DOCS / "reference" / "losses.md").read_text()
     assert support_table() in page
     assert verb_table() in page
+    assert row_table() in page
 
 
 def test_links_lead_somewhere():

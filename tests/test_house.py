@@ -37,12 +37,12 @@ BOUNDS = {
     "SAE loads at a start": Bound(1, 1),
     "gate evaluations at a start": Bound(1, 1),
     "modules in import circles": Bound(7, 0),
-    "useless lazy imports": Bound(65, 0),
-    "questions for a verb outside its stage": Bound(44, 0),
-    "functions over 60 lines": Bound(31, 8),
+    "useless lazy imports": Bound(66, 0),
+    "questions for a verb outside its stage": Bound(43, 0),
+    "functions over 60 lines": Bound(30, 8),
     "functions over 7 parameters": Bound(45, 8),
     "lines of the longest function": Bound(158, 80),
-    "lines of the library": Bound(41_400, 21_000, slack=1_000),
+    "lines of the library": Bound(42_400, 21_000, slack=1_000),  # a trainer of its own for SFT rows came
 }
 
 

@@ -22,9 +22,11 @@ from trl_anatomy.shaping.where import Where
 
 STAGES = {
     "filter_pairs": "rows",
+    "filter_rows": "rows",
     "mask_tokens": "tokens",
     "inoculate": "prompt",
     "reweight_pairs": "weight",
+    "reweight_rows": "weight",
     "shape_reward": "margin",
     "residualize": "margin",
     "steer": "hidden",
@@ -35,7 +37,7 @@ STAGES = {
 
 def test_registration() -> None:
     assert {name: verb.stage for name, verb in VERBS.items()} == STAGES
-    assert len(VERBS) == 9
+    assert len(VERBS) == 11
     for name, verb in VERBS.items():
         assert verb.verb == name
         assert {f"{key}_" if iskeyword(key) else key for key in verb.keys} <= set(verb.__dataclass_fields__)

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from .trainers.concept_reward import ConceptReward
     from .trainers.dpo import AnatomyDPOTrainer
     from .trainers.reward import AnatomyRewardTrainer
+    from .trainers.sft import AnatomySFTTrainer
 
 __version__ = "0.1.0"
 
 _HOME = {
     "AnatomyDPOTrainer": "trainers.dpo",
     "AnatomyRewardTrainer": "trainers.reward",
+    "AnatomySFTTrainer": "trainers.sft",
     "AuditCallback": "trainers.callback",
     "AuditConfig": "audit.config",
     "Audit": "audit.folder",
@@ -38,6 +40,7 @@ __all__ = [
     "AnatomyDPOTrainer",
     "AnatomyError",
     "AnatomyRewardTrainer",
+    "AnatomySFTTrainer",
     "Audit",
     "AuditCallback",
     "AuditConfig",

@@ -465,7 +465,11 @@ def _read_as_trained(  # noqa: C901, PLR0912
     evaluates = options.get("eval_strategy") not in (None, False, "no")
     if evaluates and data and not mixture and "eval_dataset" in own and "eval_dataset" not in {*kept, *line}:
         kept["eval_dataset"], kept["eval_split"] = data, options.get("dataset_test_split", "test")
-    if "truncation" in {*kept, *line} or not set(options) & (trl["dpo"] | trl["reward"]) - set(own):
+    if "truncation" in {*kept, *line} or not set(options) & frozenset().union(*trl.values()) - set(own):
+        return notes
+    if "data_kind" in own and set(options) & trl["sft"] - trl["dpo"] - trl["reward"]:
+        kept["truncation"] = "keep_start"
+        kept.setdefault("data_kind", "sft")
         return notes
     dpo = sorted(set(options) & trl["dpo"] - trl["reward"])
     reward = _of_reward(options)
@@ -486,10 +490,11 @@ def _read_as_trained(  # noqa: C901, PLR0912
 @cache
 def _trl_names() -> dict[str, frozenset[str]]:
     """Command -> names of the options that TRL's own script takes."""
-    from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, RewardConfig, ScriptArguments
+    from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, RewardConfig, ScriptArguments, SFTConfig
 
     both = (ScriptArguments, ModelConfig, DatasetMixtureConfig)
-    return {"dpo": _fields(DPOConfig, *both), "reward": _fields(RewardConfig, *both)}
+    kinds = {"dpo": DPOConfig, "reward": RewardConfig, "sft": SFTConfig}
+    return {kind: _fields(config, *both) for kind, config in kinds.items()}
 
 
 @cache
@@ -504,7 +509,13 @@ def _known(ours: Iterable[type]) -> set[str]:
     from .audit.make_sae import SAEConfig
 
     trl = _trl_names()
-    return {*_fields(AuditConfig, SAEConfig, *ours), *trl["dpo"], *trl["reward"], *_launcher_names(), *_NAMES, *_PLAIN}
+    return {
+        *_fields(AuditConfig, SAEConfig, *ours),
+        *frozenset().union(*trl.values()),
+        *_launcher_names(),
+        *_NAMES,
+        *_PLAIN,
+    }
 
 
 def _fields(*kinds: Any) -> frozenset[str]:

@@ -89,7 +89,7 @@ class Source:
         from ..reading.spans import EMPTY, read_pairs
 
         pairs = self.pairs
-        if EMPTY not in pairs.left_out:
+        if EMPTY not in pairs.left_out or pairs.one_sided:  # rules leave such rows of SFT data as they are
             return pairs
         return read_pairs(
             pairs.raw,

@@ -1,4 +1,4 @@
-"""The command line: `trl-anatomy audit | plan | predict | dpo | reward | fit | compare | report | sae | demo`.
+"""The command line: `trl-anatomy audit | plan | predict | dpo | sft | reward | fit | compare | report | sae | demo`.
 
 Exit codes: 0 done; 2 bad input, one sentence on standard error; 1 anything unexpected, with its traceback;
 130 interrupted (start the same command again: finished parts are kept).

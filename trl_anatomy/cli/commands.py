@@ -5,6 +5,7 @@ COMMANDS = {
     "plan": "Show what each rule of a policy would touch, before any training.",
     "predict": "Predict what a `dpo` recipe will change, from its first steps.",
     "dpo": "Train with DPO: the flags and YAML of `trl dpo`, plus a concept policy.",
+    "sft": "Fine-tune: the flags and YAML of `trl sft`, plus a concept policy for rows.",
     "reward": "Train a reward model: the flags and YAML of `trl reward`, plus a concept policy.",
     "fit": "Learn a concept from labelled text, judge it on held-out text, and store it for policies.",
     "compare": "Set what the audit predicts beside what training changed.",

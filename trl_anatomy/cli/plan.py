@@ -44,7 +44,8 @@ def run(argv: list[str]) -> int:
 
     with redirect_stdout(sys.stderr):  # some libraries print notes, which would spoil the JSON
         audit = load_audit(args.audit)
-        audit.check_kind("plan")
+        if not audit.has_concepts:
+            audit.check_kind("plan")
         recipe.check_audited(training, audit.info["settings"], audit.name, ours(), audited(args, *_AUDITED))
         policy = ConceptPolicy.load(args.policy)
         audit.check_harvest()

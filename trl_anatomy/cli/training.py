@@ -1,4 +1,4 @@
-"""TRL's own script with our trainer in the place of TRL's, for `dpo`, `reward` and `predict`."""
+"""TRL's own script with our trainer in the place of TRL's, for `dpo`, `reward`, `sft` and `predict`."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def train(kind: str, argv: list[str]) -> int:
 
     from .. import trainers
 
-    ours_class = {"dpo": "AnatomyDPOTrainer", "reward": "AnatomyRewardTrainer"}[kind]
-    stock_class = {"dpo": "DPOTrainer", "reward": "RewardTrainer"}[kind]
+    stock_class = {"dpo": "DPOTrainer", "reward": "RewardTrainer", "sft": "SFTTrainer"}[kind]
+    ours_class = f"Anatomy{stock_class}"
     trainer = getattr(import_module(f"{trainers.__name__}.{kind}"), ours_class)
 
     def build(*args: Any, **kwargs: Any) -> Any:
@@ -90,7 +90,7 @@ def train(kind: str, argv: list[str]) -> int:
     printed = replaced_name(logged, "disabled", True)
     script = import_module(f"trl.scripts.{kind}")
     replaced = replaced_name(import_module("trl"), stock_class, build)
-    with printed, replaced, our_files(*given), remote_code_named(given[2]):
+    with printed, replaced, our_files(*given, pairs=kind != "sft"), remote_code_named(given[2]):
         script.main(*given)
     return 0
 
@@ -112,11 +112,11 @@ def remote_code_named(model_args: Any) -> Iterator[None]:
 
 
 @contextmanager
-def our_files(script_args: Any, training: Any, model_args: Any, mixture: Any) -> Iterator[None]:
+def our_files(script_args: Any, training: Any, model_args: Any, mixture: Any, *, pairs: bool = True) -> Iterator[None]:
     """Let TRL's script read the files that `audit` reads; what it can not train on ends in one sentence.
 
     Raises:
-        AnatomyError: as `load_splits`; a split that is not there, or a dataset without chosen and rejected.
+        AnatomyError: as `load_splits`; a split that is not there, or, of `pairs`, none with chosen and rejected.
     """
     from ..reading.columns import column_notes, prompt_column, unread_columns
     from ..reading.dataset import load_splits
@@ -134,6 +134,8 @@ def our_files(script_args: Any, training: Any, model_args: Any, mixture: Any) ->
                 why = " (evaluation needs it: eval_strategy is not no)" if option == "dataset_test_split" else ""
                 raise AnatomyError(f"{path}: found splits {', '.join(found)}, but {option} is {wanted!r}{why}.")
         rows = found[splits["dataset_train_split"]] if split is None else found
+        if not pairs:
+            return found
         columns = rows.column_names or []  # a stream may not know them
         if columns and "chosen_ids" not in columns and (problem := no_pairs(columns)):
             raise AnatomyError(f"{path}: {problem}")

@@ -43,11 +43,14 @@ def instructed_prompts(
     except AnatomyError as error:
         raise AnatomyError(f"The instruction {instruction!r} has no place: {error}") from None
     made = read_again(pairs, asked, pairs.processing_class)
+    # Rows of SFT data hold what truncation leaves: what is compared is whole
+    plain = read_again(pairs, pairs.raw.select(rows), pairs.processing_class) if pairs.one_sided else None
     found = {}
     for j, i in zip(made.rows.tolist(), indices, strict=True):
         sides = []
         for span in ("chosen", "rejected"):
             whole, own = np.concatenate([made.ids(j, "prompt"), made.ids(j, span)]), pairs.ids(i, span)
+            own = own if plain is None else plain.ids(j, span)
             if not np.array_equal(whole[len(whole) - len(own) :], own):
                 raise AnatomyError(
                     f"After the instruction {instruction!r} the {span} response of dataset row {pairs.rows[i]} is cut "

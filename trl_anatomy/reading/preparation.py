@@ -43,9 +43,9 @@ def is_conversational(example: Mapping[str, Any]) -> bool:
 @contextmanager
 def kinds_by_responses() -> Iterator[None]:
     """Have TRL's preparation ask this module's `is_conversational`."""
-    from trl.trainer import dpo_trainer, reward_trainer
+    from trl.trainer import dpo_trainer, reward_trainer, sft_trainer
 
-    modules: tuple[Any, ...] = (dpo_trainer, reward_trainer)
+    modules: tuple[Any, ...] = (dpo_trainer, reward_trainer, sft_trainer)
     theirs = [module.is_conversational for module in modules]
     for module in modules:
         module.is_conversational = is_conversational

@@ -38,6 +38,7 @@ class Scores:
             only for the concepts that were asked for.
         raw_differs: text rule -> number of pairs of which a response is scored otherwise by the text that the dataset
             has than by the text that is trained on.
+        one_sided: rows of SFT data: rejected scores are 0, and mean nothing.
     """
 
     names: tuple[str, ...]
@@ -45,6 +46,11 @@ class Scores:
     rejected: dict[str, np.ndarray]
     tokens: dict[str, np.ndarray] = field(default_factory=dict)
     raw_differs: dict[str, int] = field(default_factory=dict)
+    one_sided: bool = False
+
+    def both(self, name: str) -> np.ndarray:
+        """(2 * n_pairs,) float64: scores of the chosen, then of the rejected responses; (n_rows,) of one-sided rows."""
+        return self.chosen[name] if self.one_sided else np.concatenate([self.chosen[name], self.rejected[name]])
 
     def gap(self, name: str) -> np.ndarray:
         """(n_pairs,) float64: score of the chosen response minus that of the rejected one."""
@@ -289,12 +295,16 @@ class Scoring:
                         for text, given, hit in zip(texts, raw, hits, strict=True)
                     )
                 bar.update()
+        if self.pairs.one_sided:  # nothing there to score: a gap is the score itself
+            for value in self._values.values():
+                value[1] = 0.0
         return Scores(
             names=tuple(self._scorers),
             chosen={name: value[0] for name, value in self._values.items()},
             rejected={name: value[1] for name, value in self._values.items()},
             tokens=self._by_token,
             raw_differs=differs,
+            one_sided=self.pairs.one_sided,
         )
 
     def _save(self) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset
@@ -23,9 +23,15 @@ _IGNORED = -100  # TRL's label of a token outside the loss
 class SftRows(Pairs):
     """Tokenised SFT rows: pairs whose chosen side is the response and whose rejected side is empty."""
 
+    one_sided: ClassVar[bool] = True
+
     def _sides(self, row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
         """Prompt and response of a raw row; None for the empty side."""
         return (*_sides(row), None)
+
+    def read_again(self, dataset: Dataset, tokenizer: Any, num_proc: int | None) -> Pairs:
+        """As the function of that name in `spans`."""
+        return read_sft(dataset, tokenizer, max_length=None, num_proc=num_proc)
 
 
 def sft_texts(row: Mapping[str, Any]) -> tuple[str, str]:

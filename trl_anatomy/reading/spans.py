@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
@@ -92,6 +92,7 @@ class Pairs:
     pool_special_tokens: bool = False
     excluded: frozenset[int] = frozenset()
     blank: np.ndarray | None = None
+    one_sided: ClassVar[bool] = False  # rows of SFT data: the rejected side is empty
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -307,13 +308,13 @@ class Pairs:
             return self.raw_texts(i)[0]
         ids = self.ids(i, "prompt").tolist()
         text = decode_all(self.tokenizer, ids)
-        first = "" if self._plain else flatten_text(self.conversation(i)[0][:1])
+        first = "" if self.plain else flatten_text(self.conversation(i)[0][:1])
         spans = self._frame.prompt_spans(text, first)
         n_kept = max(len(kept) for kept in self.arrays(i)[::2])
         if n_kept < len(ids) and self.truncation == "keep_end":
             kept = decode_all(self.tokenizer, ids[len(ids) - n_kept :])
             spans = kept_spans(spans, *common_part(text, kept, end=True))
-        return join(text, spans) + (self._rest_of_prompt(i) if self._plain else "")
+        return join(text, spans) + (self._rest_of_prompt(i) if self.plain else "")
 
     def response_text(self, i: int, side: str) -> str:
         """Text of one response of pair `i`; `side` is ``"chosen"`` or ``"rejected"``."""
@@ -334,7 +335,7 @@ class Pairs:
     def _written(self, i: int, side: str, text: str) -> Spans:
         """Parts of a decoded response that the model was asked to write, after truncation."""
         frame = self._frame
-        if self._plain:
+        if self.plain:
             rest = self._rest_of_prompt(i)
             start = len(rest) if text.startswith(rest) else 0
         else:
@@ -359,7 +360,7 @@ class Pairs:
         return prompt[len(text) :] if prompt.startswith(text) else ""
 
     @cached_property
-    def _plain(self) -> bool:
+    def plain(self) -> bool:
         """Whether the rows are plain text, not messages."""
         return isinstance(self.conversation(0)[1], str)
 
@@ -367,7 +368,7 @@ class Pairs:
     def _frame(self) -> Frame:
         """What the chat template writes around messages; of plain text, the special tokens alone."""
         specials = special_tokens(self.tokenizer, (values for values, _ in self._flat.values()))
-        if self._plain:
+        if self.plain:
             return Frame(specials=specials)
         made_by, truncation = self.processing_class or self.tokenizer, self.truncation
         return learn_frame(self._conversations(), lambda rows: decoded_rows(rows, made_by, truncation), specials)
@@ -397,6 +398,17 @@ class Pairs:
         """Prompt, chosen and rejected response of a raw row."""
         split = split_row(row)
         return split["prompt"], split["chosen"], split["rejected"]
+
+    def read_again(self, dataset: Dataset, tokenizer: Any, num_proc: int | None) -> "Pairs":
+        """As the function of that name."""
+        return read_pairs(
+            dataset,
+            tokenizer,
+            max_length=None,
+            truncation="drop" if self.truncation == "drop" else "keep_start",
+            num_proc=num_proc,
+            keep_blank=self.blank is not None,
+        )
 
     @cached_property
     def _text_columns(self) -> Dataset:
@@ -653,15 +665,7 @@ def read_pairs(
 
 def read_again(pairs: Pairs, dataset: Dataset, tokenizer: Any, *, num_proc: int | None = None) -> Pairs:
     """The tokens of changed rows of some pairs, read as those were, before truncation."""
-    reward = pairs.truncation == "drop"
-    return read_pairs(
-        dataset,
-        tokenizer,
-        max_length=None,
-        truncation="drop" if reward else "keep_start",
-        num_proc=num_proc,
-        keep_blank=pairs.blank is not None,
-    )
+    return pairs.read_again(dataset, tokenizer, num_proc)
 
 
 def _sampled_rows(rows: Dataset, longest: int | None) -> Dataset:
@@ -728,14 +732,15 @@ def turn_starts(pairs: Pairs, tokenizer: Any, *, num_proc: int | None = None) ->
     """
     starts = np.zeros(len(pairs.raw), dtype=np.int64)
     raw = pairs.raw.select(pairs.rows)
-    if isinstance(raw[0]["chosen"], str):
+    if pairs.plain:
         return starts
+    sides = ("completion",) if pairs.one_sided else ("chosen", "rejected")
     found = np.full(len(pairs), np.iinfo(np.int64).max)
     for text in OTHER_TEXTS:
         other = raw.map(
             _with_last_user_text,
-            fn_kwargs={"text": text},
-            features=Features({**raw.features, "prompt": raw.features["chosen"]}),
+            fn_kwargs={"text": text, "sides": sides},
+            features=Features({**raw.features, "prompt": raw.features[sides[0]]}),
             num_proc=num_proc,
             desc="Finding user turns",
         )
@@ -747,13 +752,13 @@ def turn_starts(pairs: Pairs, tokenizer: Any, *, num_proc: int | None = None) ->
     return starts
 
 
-def _with_last_user_text(row: Mapping[str, Any], text: str) -> dict[str, Any]:
+def _with_last_user_text(row: Mapping[str, Any], text: str, sides: Sequence[str]) -> dict[str, Any]:
     row = split_row(row)
     messages = list(row["prompt"])
     last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
     if last is not None:
         messages[last] = with_text(messages[last], text)
-    return {"prompt": messages, "chosen": row["chosen"], "rejected": row["rejected"]}
+    return {"prompt": messages, **{side: row[side] for side in sides}}
 
 
 def _lengths(dataset: Dataset, column: str) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import AnatomyError
-from .interventions import Intervention
+from .interventions import VERBS, Intervention
 from .located import PolicyError
 from .policy import ConceptPolicy, ConceptSpec
 
@@ -32,6 +32,30 @@ class BoundRule:
     place: str
 
 
+# Verb of pairs -> its sibling for rows
+_SIBLINGS = {"filter_pairs": "filter_rows", "reweight_pairs": "reweight_rows"}
+
+
+def wrong_kinds(policy: ConceptPolicy, *, rows: bool) -> list[str]:
+    """What is wrong with the verbs of a policy for pairs, or for rows, which have one response.
+
+    Verbs say what they read (`reads`) where it is one of the two.
+    """
+    problems, kind = [], "rows" if rows else "pairs"
+    siblings = _SIBLINGS if rows else {rows: pairs for pairs, rows in _SIBLINGS.items()}
+    for i, rule in enumerate(policy.rules):
+        path, verb = f"rules[{i}]", rule.verb
+        if getattr(rule, "reads", kind) != kind:
+            found = "compares two responses, and SFT data have one" if rows else "reads rows of SFT data, not pairs"
+            allowed = siblings.get(verb) or ", ".join(
+                name for name, cls in VERBS.items() if getattr(cls, "reads", "rows") == "rows"
+            )
+            problems.append(f"{policy.place(f'{path}.with')}: found {verb}, which {found}, allowed: {allowed}.")
+        elif rows and getattr(rule, "side", None) not in (None, "both", "chosen"):
+            problems.append(f"{policy.place(f'{path}.side')}: found rejected, allowed: none; SFT data have one side.")
+    return problems
+
+
 def bind(policy: ConceptPolicy, pairs: "Pairs", audit: "Audit | None" = None) -> tuple[BoundRule, ...]:
     """Bind the rules of a policy to pairs, in the order of the policy.
 
@@ -44,7 +68,7 @@ def bind(policy: ConceptPolicy, pairs: "Pairs", audit: "Audit | None" = None) ->
         PolicyError: all gates that cannot be applied, and rules that pull one concept both ways for some pair.
     """
     bound: list[BoundRule] = []
-    problems = []
+    problems = wrong_kinds(policy, rows=pairs.one_sided)
     for i, rule in enumerate(policy.rules):
         place, gate = policy.place(f"rules[{i}]"), np.ones(len(pairs), bool)
         try:

@@ -77,7 +77,7 @@ def gaps_of(spec: ConceptSpec, scores: "Scores") -> Gaps:
     chosen, rejected = scores.chosen[spec.name], scores.rejected[spec.name]
     if _is_share(spec):
         return Gaps("share", chosen, rejected)
-    scale = float(np.concatenate([chosen, rejected]).std()) or 1.0
+    scale = float(scores.both(spec.name).std()) or 1.0
     return Gaps("sd", chosen / scale, rejected / scale)
 
 
@@ -114,7 +114,7 @@ def own_concepts(
             here = [bound[i] for i in own if bound[i].verb.where == where]
             if where is not None:
                 rows.append(_row(spec, str(where), here[0].gate, gaps, pull, [rule.verb for rule in here]))
-        if gaps is None:
+        if gaps is None or scores.one_sided:  # only what two sides compare can be moved the wrong way
             continue
         for i in own:
             text = _warning(i, bound, gaps, acting, pull) if bound[i].verb.stage in KNOWN_STAGES else None
@@ -176,7 +176,8 @@ def _row(
         return row | {"effect": "no pair left"}
     signs = {rule.sign for rule in rules}
     row["predicted_under_policy"] = after
-    return row | {"effect": _effect(plain, after, signs.pop() if len(signs) == 1 else None)}
+    of_rows = any(getattr(rule, "reads", "") == "rows" for rule in rules)  # nothing pulls: it is there or not
+    return row | {"effect": _effect(plain, after, signs.pop() if len(signs) == 1 and not of_rows else None)}
 
 
 def _effect(plain: float, after: float, sign: str | None) -> str:

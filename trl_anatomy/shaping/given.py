@@ -49,8 +49,8 @@ def residualised(policy: ConceptPolicy, scores: "Scores") -> "Scores":
     """
     chosen, rejected, problems = dict(scores.chosen), dict(scores.rejected), []
     for name, others in _structured(policy).items():
-        both = np.concatenate([scores.chosen[name], scores.rejected[name]])
-        design = np.stack([np.concatenate([scores.chosen[other], scores.rejected[other]]) for other in others], axis=1)
+        both = scores.both(name)
+        design = np.stack([scores.both(other) for other in others], axis=1)
         centred = design - design.mean(axis=0)
         scale = centred.std(axis=0)
         # A constant says nothing about the child; on one scale, the cut for collinear parents means the same for all.
@@ -62,7 +62,8 @@ def residualised(policy: ConceptPolicy, scores: "Scores") -> "Scores":
                 f"{policy.place(f'concepts.{name}.given')}: the scores of {name!r} are a linear function of those of "
                 f"{', '.join(map(repr, others))}, so nothing is left of it, allowed: concepts that leave something."
             )
-        chosen[name], rejected[name] = np.split(residual, 2)
+        chosen[name] = residual[: len(chosen[name])]
+        rejected[name] = scores.rejected[name] if scores.one_sided else residual[len(chosen[name]) :]
     if problems:
         raise PolicyError(problems)
     return replace(scores, chosen=chosen, rejected=rejected)

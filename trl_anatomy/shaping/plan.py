@@ -88,6 +88,7 @@ class PolicyPlan:
         turns: (n_raw_rows,) int64 tokens of the prompt before its last user turn; None where no rule asks.
         hidden: the edits of the rules on hidden states, in the order of the policy.
         left_out: reason -> rows that were not read.
+        one_sided: rows of SFT data: what is said of a chosen response is said of the row's own, of gaps of its score.
     """
 
     keep: np.ndarray
@@ -106,6 +107,7 @@ class PolicyPlan:
     hidden: tuple[HiddenEdit, ...] = ()
     concepts: list[dict[str, Any]] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
+    one_sided: bool = False
 
     @property
     def warnings(self) -> list[str]:
@@ -162,7 +164,8 @@ def plan_policy(  # noqa: C901
     }
     kept = ~np.logical_or.reduce([np.zeros(len(pairs), bool), *dropped.values()])
     if not kept.any():
-        raise AnatomyError(f"{policy.source}: the filter_pairs rules leave no pair to train on; lower their fraction.")
+        verb, one = ("filter_rows", "row") if pairs.one_sided else ("filter_pairs", "pair")
+        raise AnatomyError(f"{policy.source}: the {verb} rules leave no {one} to train on; lower their fraction.")
     read = read or {}
     masked = {i: Masked(pairs, read[i], kept) for i, rule in enumerate(policy.rules) if isinstance(rule, MaskTokens)}
     asked = {
@@ -214,7 +217,7 @@ def plan_policy(  # noqa: C901
         chosen_offset=offsets[0],
         rejected_offset=offsets[1],
         rules=records,
-        predicted=_predict(audit, keep, offsets[0] - offsets[1], weight) if audit and audit.has_concepts else None,
+        predicted=None if pairs.one_sided else _predict(audit, keep, offsets[0] - offsets[1], weight),
         counts=counts,
         left_out=dict(pairs.left_out),
         gaps=gaps,
@@ -224,15 +227,18 @@ def plan_policy(  # noqa: C901
         prompt_lengths=prompt_lengths,
         steering=steering.reshape(len(steering), -1) if edited else None,
         concepts=concepts,
+        one_sided=pairs.one_sided,
     )
 
 
-def _predict(audit: "Audit", keep: np.ndarray, margin: np.ndarray, weight: np.ndarray | None) -> pa.Table:
+def _predict(audit: "Audit | None", keep: np.ndarray, margin: np.ndarray, weight: np.ndarray | None) -> pa.Table | None:
     """Mean disparity of each concept: over all pairs, and over the kept ones weighted by their pull.
 
     A pair of weight w whose margin the policy shifts by m pulls at the start model with w·σ(−m) instead of 1/2: it
     counts 2w·σ(−m) times.
     """
+    if audit is None or not audit.has_concepts:
+        return None
     u, names = audit.disparity()
     rows = audit.pairs["row"].to_numpy()
     kept = keep[rows]
@@ -274,7 +280,8 @@ def plan_report(plan: PolicyPlan, *, n_concepts: int = 15) -> str:
     most.
     """
     counts = plan.counts or {"rows": len(plan.keep), "pairs": len(plan.keep), "pairs_kept": int(plan.keep.sum())}
-    lines = [f"{counts['rows']} rows, {counts['pairs']} pairs scored, {counts['pairs_kept']} pairs trained on."]
+    ones = "rows" if plan.one_sided else "pairs"
+    lines = [f"{counts['rows']} rows, {counts['pairs']} {ones} scored, {counts['pairs_kept']} {ones} trained on."]
     if blank := counts.get("blank"):
         lines.append(f"{blank} of the pairs scored have a blank response; TRL trains on them, so rules act on them.")
     if untouched := counts.get("untouched"):
@@ -285,14 +292,13 @@ def plan_report(plan: PolicyPlan, *, n_concepts: int = 15) -> str:
     if not plan.rules:
         lines.append("The policy has no rules: training is TRL's own.")
     else:
-        lines += ["", *_columns(_RULE_HEADER, [_rule_row(n, rule) for n, rule in enumerate(plan.rules, 1)])]
+        table = [_rule_row(n, rule) for n, rule in enumerate(plan.rules, 1)]
+        lines += ["", *_columns([ones if name == "pairs" else name for name in _RULE_HEADER], table)]
         lines += [f"rule {n}: {rule['note']}." for n, rule in enumerate(plan.rules, 1) if rule["note"]]
     if plan.concepts:
-        lines += [
-            "",
-            "Concepts of the policy: mean score gap, chosen minus rejected; above 0 the pairs lean towards it.",
-        ]
-        lines += _columns(_CONCEPT_HEADER, [_concept_row(row) for row in plan.concepts])
+        lines += ["", f"Concepts of the policy: mean score {_ROWS_SAY if plan.one_sided else _PAIRS_SAY}."]
+        header = [name for name in _CONCEPT_HEADER if not (plan.one_sided and name in ("chosen", "rejected"))]
+        lines += _columns(header, [_concept_row(row, header) for row in plan.concepts])
         lines.append("pp: percentage points of responses with a hit; sd: standard deviations of the score.")
     lines += [line for text in plan.warnings for line in _wrapped(f"WARNING: {text}")]
     unknown = list(dict.fromkeys(rule["verb"] for rule in plan.rules if rule["stage"] not in KNOWN_STAGES))
@@ -362,8 +368,12 @@ def _rule_row(n: int, rule: dict[str, Any]) -> list[str]:
 _CONCEPT_HEADER = ["concept", "scorer", "where", "chosen", "rejected", "plain", "with policy", "effect"]
 
 
-def _concept_row(row: dict[str, Any]) -> list[str]:
-    return [
+_PAIRS_SAY = "gap, chosen minus rejected; above 0 the pairs lean towards it"
+_ROWS_SAY = "of the rows"
+
+
+def _concept_row(row: dict[str, Any], header: Sequence[str]) -> list[str]:
+    cells = [
         _printable(row["concept"]),
         row["scorer"],
         _printable(row["where"] or "")[:40],
@@ -374,6 +384,7 @@ def _concept_row(row: dict[str, Any]) -> list[str]:
         ),
         row["effect"],
     ]
+    return [cell for cell, name in zip(cells, _CONCEPT_HEADER, strict=True) if name in header]
 
 
 def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

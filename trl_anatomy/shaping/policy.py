@@ -360,7 +360,7 @@ class _Reader:
         signs = [key for key in SIGNS if key in entries]
         verb = entries.get("with", Located(None))
         cls = VERBS.get(verb.value) if isinstance(verb.value, str) else None
-        by_column = cls is ReweightPairs and "column" in entries and not signs
+        by_column = cls is not None and issubclass(cls, ReweightPairs) and "column" in entries and not signs
         if len(signs) != 1 and not by_column:
             what = "both explain_away and amplify" if signs else "neither explain_away nor amplify"
             problems.add(value.line, path, f"found {what}, allowed: one of them, with the name of a concept.")

@@ -57,6 +57,10 @@ def rule_records(  # noqa: PLR0915
     bounds = pairs.response_bounds
     n_tokens, gone = np.diff(bounds[::2]), np.zeros(int(bounds[-1]), bool)
     total = len(kept) / 2
+    one, share = "pair", np.ones(len(kept))
+    if pairs.one_sided:  # a row pulls by its tokens, of which the loss is a mean
+        one, share = "row", n_tokens / max(n_tokens.mean(), 1e-300)
+        alive = alive * share
     a = acting
     for i in [*a.dropped, *a.masked, *a.asked, *a.weighed, *a.shaped, *a.edited]:
         rule = policy.rules[i]
@@ -78,7 +82,7 @@ def rule_records(  # noqa: PLR0915
         elif i in a.masked:
             gone |= a.masked[i].tokens
             left = n_tokens - np.diff(np.concatenate([[0], np.cumsum(gone)])[bounds[::2]])
-            alive = np.where(kept, left / np.maximum(n_tokens, 1), 0.0)
+            alive = np.where(kept, left / np.maximum(n_tokens, 1), 0.0) * share
             record["rows"], record["tokens"] = len(a.masked[i].flags), int(a.masked[i].tokens.sum())
             record["token_share"] = record["tokens"] / max(1, int(n_tokens[kept & gates[i]].sum()))
         elif i in a.asked:
@@ -109,8 +113,8 @@ def rule_records(  # noqa: PLR0915
         record["gradient_share"] = record["gradient_added"] - record["gradient_removed"]
         reached = gates[i] if i in a.dropped else gates[i] & kept
         whole = record["rows"] == reached.sum() and _chooses(rule, policy)
-        note = _weight_note(a.weighed[i], record) if i in a.weighed else _note(rule, record, whole)
-        record["note"] = "; ".join(filter(None, (note, _text_note(record))))
+        note = _weight_note(a.weighed[i], record, one) if i in a.weighed else _note(rule, record, whole, one)
+        record["note"] = "; ".join(filter(None, (note, _text_note(record, one))))
         records[i] = record
     return [records[i] for i in range(len(policy.rules))]
 
@@ -122,8 +126,8 @@ def _chooses(rule: Intervention, policy: ConceptPolicy) -> bool:
     return isinstance(rule, MaskTokens | Inoculate) or (isinstance(rule, FilterPairs) and rule.fraction != "all")
 
 
-def _weight_note(weighed: Weighed, record: dict[str, Any]) -> str:
-    parts = [f"the pairs in its gate count like {record['effective_pairs']:.1f} of equal weight"]
+def _weight_note(weighed: Weighed, record: dict[str, Any], one: str) -> str:
+    parts = [f"the {one}s in its gate count like {record['effective_pairs']:.1f} of equal weight"]
     if weighed.held:
         parts.append(f"held as they are: {', '.join(weighed.held)}")
     if weighed.leader is not None:
@@ -133,26 +137,26 @@ def _weight_note(weighed: Weighed, record: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _text_note(record: dict[str, Any]) -> str:
+def _text_note(record: dict[str, Any], one: str) -> str:
     if not record["raw_differs"]:
         return ""
     return (
-        f"the dataset's text and the text that is trained on differ in the concept in {record['raw_differs']} pairs, "
+        f"the dataset's text and the text that is trained on differ in the concept in {record['raw_differs']} {one}s, "
         "and the second counts"
     )
 
 
-def _note(rule: Intervention, record: dict[str, Any], whole: bool) -> str:
-    """What a reader should know; `whole`: a rule that chooses pairs touches all that it may."""
+def _note(rule: Intervention, record: dict[str, Any], whole: bool, one: str) -> str:
+    """What a reader should know; `whole`: a rule that chooses pairs touches all that it may; `one`: pair or row."""
     if record["gradient_touched"] is not None:
-        return f"edits the step of pairs that carry {record['gradient_touched']:.0%} of the gradient"
+        return f"edits the step of {one}s that carry {record['gradient_touched']:.0%} of the gradient"
     if record["rows"] == 0:
         if isinstance(rule, FilterPairs):
             return f"touches nothing: {rule.why_none(record['pairs'])}"
         if isinstance(rule, MaskTokens):
             return "touches nothing: no token shows the concept"
         if isinstance(rule, Inoculate):
-            return "touches nothing: no chosen response shows the concept"
+            return f"touches nothing: no {'chosen ' if one == 'pair' else ''}response shows the concept"
         return "touches nothing: the two responses score alike in every pair"
     parts = []
     if record["ci_low"] is not None and record["ci_low"] <= 0 <= record["ci_high"]:
@@ -160,8 +164,9 @@ def _note(rule: Intervention, record: dict[str, Any], whole: bool) -> str:
     elif record["ci_low"] is not None and record["strength"] < 0:
         parts.append("the pairs punish this concept; the offset cancels that")
     if whole and isinstance(rule, FilterPairs):
-        parts.append("drops every pair in its gate")
+        parts.append(f"drops every {one} in its gate")
     elif whole:
-        every = "chosen response shows the concept" if isinstance(rule, Inoculate) else "pair is touched"
+        response = "chosen response" if one == "pair" else "response"
+        every = f"{response} shows the concept" if isinstance(rule, Inoculate) else f"{one} is touched"
         parts.append(f"every {every}: check its pattern or threshold")
     return "; ".join(parts)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AnatomyError
-from .interventions import Inoculate, MaskTokens, Residualize, ReweightPairs
+from .interventions import MaskTokens, Residualize, ReweightPairs
 from .located import PolicyError, did_you_mean
 from .policy import TEXTUAL, ConceptPolicy, ConceptSpec
 from .where import Where
@@ -89,7 +89,7 @@ def _rule_problems(policy: ConceptPolicy, i: int, scorer: "Scorer") -> list[str]
                 f"{place}: found a concept of the scorer {kind}, allowed: direction, probe or features, which have a "
                 "vector; or instruction."
             ]
-    if isinstance(rule, Inoculate) and rule.above is None and shown_above(scorer) is None:
+    if getattr(rule, "asks_above", False) and shown_above(scorer) is None:
         place = policy.place(f"rules[{i}]")
         return [f"{place}: found no key 'above', and the scorer of {rule.concept!r} says no threshold; give a number."]
     return []

@@ -1,6 +1,6 @@
 """All that a policy needs to know of the pairs, read with the frozen start model, and the plan that follows from it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,9 +78,8 @@ class Begun:
 
     def settle(self, scores: "Scores") -> PolicyPlan:
         """The plan, from scores of all `wanted` concepts. Raises PolicyError, AnatomyError as `plan_policy`."""
-        from ..reading.scorers import shown_above
-
-        policy, pairs, scorers, model = self.policy, self.pairs, self.scorers, self.model
+        pairs, scorers, model = self.pairs, self.scorers, self.model
+        policy = _with_defaults(self.policy, scorers, rows=pairs.one_sided)
         scores = residualised(policy, scores)
         flagged: dict[int, np.ndarray] = {}
         read: dict[int, Any] = {}
@@ -89,13 +88,24 @@ class Begun:
             if isinstance(rule, MaskTokens):
                 read[i] = tokens_to_mask(policy, i, pairs, gate, scores, scorers[rule.concept], model, self.cache_dir)
             elif isinstance(rule, Inoculate):
-                above = shown_above(scorers[rule.concept]) if rule.above is None else rule.above
-                flagged[i] = rule.flagged(scores.chosen[rule.concept], above or 0.0, gate)
+                flagged[i] = rule.flagged(scores.chosen[rule.concept], rule.above or 0.0, gate)
             elif isinstance(rule, Residualize):
                 read[i] = likelihood_ratios(rule, pairs, gate, scorers[rule.concept], model, self.cache_dir)
         read |= prompts_of_rules(policy, pairs, flagged)
         plan = plan_policy(policy, pairs, scores, audit=self.audit, read=read, bound=self.rules)
         return replace(plan, hidden=resolve_hidden(policy, scorers))
+
+
+def _with_defaults(policy: ConceptPolicy, scorers: "Mapping[str, Scorer]", *, rows: bool) -> ConceptPolicy:
+    """The policy with what its rules leave open: `above` to their scorer, `side` to data that have one."""
+    from ..reading.scorers import shown_above
+
+    def read(rule: Any) -> Any:
+        if getattr(rule, "asks_above", False):
+            rule = replace(rule, above=shown_above(scorers[rule.concept]))
+        return replace(rule, side="chosen") if rows and "side" in rule.keys else rule
+
+    return replace(policy, rules=tuple(map(read, policy.rules)))
 
 
 def begin_policy(

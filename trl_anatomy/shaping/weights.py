@@ -191,7 +191,7 @@ def _groups(  # noqa: C901
             problems.append(f"{place}: the rules before it leave no pair in this gate.")
             continue
         group = groups.setdefault(inside.tobytes(), _Group([], inside, {}, {}, []))
-        gap = scores.gap(rule.concept)
+        gap = rule.balanced(scores.gap(rule.concept))
         mean = float(np.average(gap[inside], weights=base[inside]))
         target = rule.factor * mean
         if rule.concept in group.targets:
@@ -227,6 +227,9 @@ def _groups(  # noqa: C901
 
 
 def _out_of_reach(rule: ReweightPairs, gap: np.ndarray, mean: float, target: float) -> str:
+    if rule.reads == "rows":  # hits, of which the share never reaches 0 or 1
+        shown = "every" if gap.all() else "too many a"
+        return f"{shown} row shows {rule.concept!r}, so no weights bring the share to {target:.0%}; use filter_rows."
     text = f"no weights take the mean gap of {rule.concept!r} from {mean:.3g} to {target:.3g}: "
     if target == 0:
         side = "chosen" if mean > 0 else "rejected"

@@ -73,6 +73,7 @@ class HiddenEdits:
     Args:
         model: the trained model, wrapped by PEFT or not.
         edits: `PolicyPlan.hidden`; edit j goes by the columns j of the strengths in a batch.
+        sides: responses of a row of the batch: 2 of pairs, 1 of SFT rows.
 
     Attributes:
         kept: layer -> what evaluation and the saved model keep too; hooks for it stay on the model.
@@ -81,8 +82,8 @@ class HiddenEdits:
         AnatomyError: a layer the model lacks, or weights that no trainable parameter on the residual stream answers to.
     """
 
-    def __init__(self, model: nn.Module, edits: Sequence[HiddenEdit]) -> None:
-        self._n_edits = len(edits)
+    def __init__(self, model: nn.Module, edits: Sequence[HiddenEdit], *, sides: int = 2) -> None:
+        self._n_edits, self._n_sides = len(edits), sides
         self._layers: dict[int, _Layer] = {}
         for column, edit in enumerate(edits):
             if isinstance(edit, LowRankSteering):
@@ -153,7 +154,7 @@ class HiddenEdits:
         """
         if not self._in_step:
             return
-        sides = inputs[STEERING].view(-1, 2, self._n_edits)  # (batch, 2, n_edits)
+        sides = inputs[STEERING].view(-1, self._n_sides, self._n_edits)  # (batch, sides, n_edits)
         self._strengths = sides.transpose(0, 1).reshape(-1, self._n_edits)
         self._starts = inputs.get(START)
         if RESPONSE in inputs:

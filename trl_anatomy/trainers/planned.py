@@ -8,6 +8,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..errors import AnatomyError
+from .seams import ROW
 
 if TYPE_CHECKING:
     from ..reading.spans import Pairs
@@ -72,4 +73,37 @@ class Planned:
                 f"Dataset row {self.pairs.rows[i]}: TRL prepared {how} of the {span} side, the policy was planned on "
                 f"{len(ours)}. Likely causes: a chat template that writes the time, a tokenizer or template that was "
                 "changed in between, or a column beside the pairs that TRL reads."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedRows(Planned):
+    """Rows of SFT data that a policy was planned on; TRL may train on more of them, which no rule has read."""
+
+    def check(self, prepared: Dataset) -> None:
+        """Compare the training rows that TRL has prepared with the plan's, by the column `ROW` of raw rows.
+
+        Raises:
+            AnatomyError: a row is missing, has other tokens, or has a token of its response outside the loss.
+        """
+        pairs = self.pairs
+        index = {int(row): i for i, row in enumerate(pairs.rows)}
+        missing = set(pairs.rows.tolist() if self.keep is None else pairs.rows[self.keep[pairs.rows]].tolist())
+        for row in prepared.select_columns([ROW, "input_ids", "labels"]):
+            i = index.get(row[ROW])
+            if i is None:
+                continue
+            missing.discard(row[ROW])
+            prompt, response, *_ = pairs.tokens(i)
+            if prompt + response != row["input_ids"]:
+                self._refuse([i], "response", [[np.array(prompt + response)]], [np.array(row["input_ids"])])
+            if response != row["labels"][len(prompt) :]:
+                raise AnatomyError(
+                    f"Dataset row {row[ROW]}: TRL keeps a token of its response out of the loss, and the policy was "
+                    "planned on all of them. Report this with the version of trl."
+                )
+        if missing:
+            raise AnatomyError(
+                f"TRL leaves out row {min(missing)} of train_dataset and {len(missing) - 1} more, on which the policy "
+                "was planned. Report this with the version of trl."
             )

@@ -33,11 +33,16 @@ from ..reading.forward import frozen
 from ..reading.preparation import plain_rows
 from ..reading.processing import lengthen_embeddings, load_processing_class, set_chat_template, text_tokenizer
 from ..reading.remote_code import load_config
+from ..reading.sft import read_sft
+from ..reading.spans import Pairs, read_pairs, turn_starts
+from ..shaping.bind import wrong_kinds
 from ..shaping.hidden import LowRankSteering
+from ..shaping.located import PolicyError
+from ..shaping.policy import ConceptPolicy
 from ..versions import check_trl
 from .callback import AuditCallback
 from .hidden import check_hidden
-from .planned import Planned
+from .planned import Planned, PlannedRows
 from .reference_pass import ReferencePass, sharing
 from .seams import (
     CHOSEN_KEPT,
@@ -60,7 +65,6 @@ if TYPE_CHECKING:
     from ..audit.config import AuditConfig
     from ..audit.folder import Audit
     from ..shaping.plan import PolicyPlan
-    from ..shaping.policy import ConceptPolicy
     from ..shaping.resolve import Loaded, Resolved
     from ..shaping.settle import Begun
 
@@ -94,7 +98,8 @@ def apply_plan(dataset: Dataset, plan: "PolicyPlan", raw_rows: np.ndarray | None
         raw_rows: (len(dataset),) the raw row of each row; None where they are the same.
 
     Returns:
-        `dataset.select(rows)`, bit for bit, plus the columns of `trl_anatomy.trainers.seams` that rules need.
+        `dataset.select(rows)`, bit for bit, plus the columns of `trl_anatomy.trainers.seams` that rules need; of SFT
+        rows also the column of raw rows.
 
     Raises:
         AnatomyError: the dataset has such a column already.
@@ -104,10 +109,12 @@ def apply_plan(dataset: Dataset, plan: "PolicyPlan", raw_rows: np.ndarray | None
     if not kept.all():
         dataset, rows = dataset.select(np.flatnonzero(kept)), rows[kept]
     columns = plan_columns(plan)
-    if columns:
+    if columns or plan.one_sided:
         check_columns(dataset)
     for name, column in columns.items():
         dataset = dataset.add_column(name, [column[row] for row in rows])
+    if plan.one_sided:
+        dataset = dataset.add_column(ROW, rows)
     return dataset
 
 
@@ -141,6 +148,8 @@ def plan_columns(plan: "PolicyPlan") -> dict[str, list[Any]]:
         columns[STEERING] = plan.steering.tolist()
     if plan.turns is not None:
         columns[TURN] = plan.turns.tolist()
+    if plan.one_sided:
+        return {name: column for name, column in columns.items() if name not in (REJECTED_KEPT, REJECTED_PROMPT)}
     if columns and plan.gaps:  # nothing is carried for the log alone: the rows of filter_pairs reach TRL as they are
         columns[CONCEPT_GAPS] = np.stack(list(plan.gaps.values()), axis=1).tolist()
     return columns
@@ -272,13 +281,14 @@ class Prepared:
                 _log.warning("Concept policy: %s", text)
 
 
-def prepare(  # noqa: PLR0912
+def prepare(
     arguments: dict[str, Any],
     concept_policy: "str | Path | dict[str, Any] | ConceptPolicy | None",
     audit: "str | Path | Audit | AuditConfig | None",
     *,
     config_class: type,
     check_rules: Callable[[Sequence[Any], Any], None],
+    rows: bool = False,
 ) -> Prepared:
     """Audit, score and plan; put the dataset that remains into `arguments`.
 
@@ -286,8 +296,9 @@ def prepare(  # noqa: PLR0912
         arguments: TRL's constructor arguments by name; `train_dataset` and `callbacks` are replaced where needed.
         concept_policy: what the user passed.
         audit: what the user passed.
-        config_class: DPOConfig or RewardConfig, for the defaults where the user gave no `args`.
+        config_class: DPOConfig, RewardConfig or SFTConfig, for the defaults where the user gave no `args`.
         check_rules: (rules, config) -> None; raises AnatomyError for what this trainer cannot do exactly.
+        rows: the trainer reads SFT rows, not pairs.
 
     Returns:
         What acts. Empty, with `arguments` untouched, when there is neither an audit nor a policy with rules.
@@ -295,8 +306,6 @@ def prepare(  # noqa: PLR0912
     if concept_policy is None and audit is None:
         return Prepared()
     from ..audit.config import AuditConfig
-    from ..audit.folder import load_audit
-    from ..shaping.policy import ConceptPolicy
     from ..shaping.resolve import Loaded, check_policy
 
     check_trl()
@@ -311,37 +320,26 @@ def prepare(  # noqa: PLR0912
         dataset = _checked(dataset)
     if policy:
         check_rules(policy.rules, config)
-        check_hidden(policy.rules, config, arguments.get("peft_config"))
-    in_step = [rule for rule in policy.rules if rule.stage != "rows"]
-    if in_step and arguments.get("data_collator") is not None:
-        raise AnatomyError(
-            f"data_collator was given together with {in_step[0].verb} rules, which travel through TRL's own collator; "
-            "leave data_collator out, or act with filter_pairs only."
-        )
+        _check_seams(policy, arguments, config, rows)
     plan, acts, waiting, planned = None, False, None, None
-    shares = bool(policy) and sharing(policy, arguments, config)
+    shares = bool(policy) and not rows and sharing(policy, arguments, config)
     loaded = Loaded()
     with Start(arguments, config) as start:
-        if isinstance(audit, AuditConfig):
-            found: Audit | None = _audit_now(audit, start, dataset, loaded if policy else None)
-        else:
-            found = load_audit(audit) if isinstance(audit, str | Path) else audit
-            if found is not None and not found.has_concepts:
-                found.check_kind("train with")
+        found = _audit(audit, start, dataset, loaded if policy else None, rows)
         date = _date(found)
         if policy:
             if found is not None:
                 found.check_harvest()
             resolved = check_policy(policy, found, start.model_config, dataset.column_names, loaded)
-            begun, turns = _begin(resolved, found, start, dataset, date)
+            begun, turns = _begin(resolved, found, start, dataset, date, rows=rows)
             if shares:
                 check_columns(dataset)
                 waiting, planned = ReferencePass.after(begun, turns), Planned(begun.pairs)
                 arguments["train_dataset"] = dataset.add_column(ROW, list(range(len(dataset))))
             else:
                 plan = _settle(begun, turns)
-                acts, planned = bool(plan_columns(plan)), Planned(begun.pairs, plan.keep)
-                arguments["train_dataset"] = apply_plan(dataset, plan)
+                acts, arguments["train_dataset"] = bool(plan_columns(plan)), apply_plan(dataset, plan)
+                planned = (PlannedRows if rows else Planned)(begun.pairs, plan.keep)
         elif found is not None and isinstance(dataset, Dataset) and len(dataset) != found.info["data"]["n_rows"]:
             # An audit that is only logged is not worth a second tokenisation; its size gives most mistakes away.
             raise AnatomyError(
@@ -352,6 +350,42 @@ def prepare(  # noqa: PLR0912
     arguments["callbacks"] = [*(arguments.get("callbacks") or []), callback]
     concepts = tuple(plan.gaps) if plan is not None else ()
     return Prepared(plan, found, acts, concepts, policy.text, callback, waiting, date, planned)
+
+
+def _check_seams(policy: "ConceptPolicy", arguments: Mapping[str, Any], config: Any, rows: bool) -> None:
+    """Refuse rules that do not go with the kind of data, or with what the user gave the trainer."""
+    if problems := wrong_kinds(policy, rows=rows):
+        raise PolicyError(problems)
+    check_hidden(policy.rules, config, arguments.get("peft_config"))
+    in_step = [rule for rule in policy.rules if rule.stage != "rows"]
+    if in_step and arguments.get("data_collator") is not None:
+        raise AnatomyError(
+            f"data_collator was given together with {in_step[0].verb} rules, which travel through TRL's own collator; "
+            f"leave data_collator out, or act with {'filter_rows' if rows else 'filter_pairs'} only."
+        )
+
+
+def _audit(
+    audit: "str | Path | Audit | AuditConfig | None", start: Start, dataset: Any, loaded: "Loaded | None", rows: bool
+) -> "Audit | None":
+    """The audit that was given, or one of what is trained on, run now."""
+    from ..audit.config import AuditConfig
+    from ..audit.folder import load_audit
+
+    if isinstance(audit, AuditConfig):
+        _check_kind(audit.data_kind, rows, "audit setting data_kind")
+        return _audit_now(audit, start, dataset, loaded)
+    found = load_audit(audit) if isinstance(audit, str | Path) else audit
+    if found is not None:
+        _check_kind(found.info["settings"].get("data_kind", "pairs"), rows, found.name)
+    return found
+
+
+def _check_kind(data_kind: str, rows: bool, named: str) -> None:
+    """Make sure that an audit is of what the trainer trains on: SFT rows, or pairs."""
+    if (data_kind == "sft") != rows:
+        what = ("preference pairs", "SFT data (data_kind: sft)") if rows else ("SFT data", "preference pairs")
+        raise AnatomyError(f"{named}: an audit of {what[0]} does not go with this trainer; audit {what[1]}.")
 
 
 def _date(audit: "Audit | None") -> str:
@@ -405,24 +439,25 @@ def _audit_now(settings: "AuditConfig", start: Start, dataset: Dataset, loaded: 
 
 
 def _begin(
-    resolved: "Resolved", audit: "Audit | None", start: Start, dataset: Dataset, date: str
+    resolved: "Resolved", audit: "Audit | None", start: Start, dataset: Dataset, date: str, *, rows: bool
 ) -> "tuple[Begun, np.ndarray | None]":
     """The policy before its scores, and where the last user turns begin, if a rule asks."""
     from ..audit.config import recorded
-    from ..reading.spans import read_pairs, turn_starts
     from ..shaping.settle import begin_policy
 
     processing_class = dated(start.processing_class, date)
-    pairs = read_pairs(
-        dataset,
-        processing_class,
-        max_length=start.config.max_length,
-        truncation=start.truncation,
-        num_proc=start.config.dataset_num_proc,
+    how: dict[str, Any] = {
+        # Packing truncates later, as it fits rows together
+        "max_length": None if getattr(start.config, "packing", False) else start.config.max_length,
+        "truncation": start.truncation,
+        "num_proc": start.config.dataset_num_proc,
         # As the audit pooled, and as `plan` does with it
-        pool_special_tokens=audit is not None and recorded(audit.info["settings"]).pool_special_tokens,
-        keep_blank=True,
-    )
+        "pool_special_tokens": audit is not None and recorded(audit.info["settings"]).pool_special_tokens,
+    }
+    if rows:
+        pairs: Pairs = read_sft(dataset, processing_class, **how)
+    else:
+        pairs = read_pairs(dataset, processing_class, **how, keep_blank=True)
     grows = getattr(start.config, "chat_template_path", None) is not None
     for note in check_pairs_fit(pairs, start.model_config, grows=grows):
         warnings.warn(note, stacklevel=2)

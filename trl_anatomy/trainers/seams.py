@@ -148,6 +148,34 @@ class CarryColumns:
         return row[: example[PROMPT_LENGTH]], row[example[PROMPT_LENGTH] :]
 
 
+@dataclass
+class CarryRows:
+    """`CarryColumns` for SFT rows, padded or free of padding.
+
+    `WEIGHT` comes out as a float32 weight per token, in the shape of `labels`; `STEERING` as (batch, n_rules), where
+    the last user turn begins and where the response does as (batch,).
+    """
+
+    collator: Any
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(examples)
+        there = examples[0]
+        if WEIGHT in there:
+            # The number of the row goes through TRL's own padding, or flattening, in place of the labels.
+            numbered = [{**e, "labels": [k] * len(e["input_ids"])} for k, e in enumerate(examples)]
+            row = self.collator(numbered)["labels"]
+            weight = torch.tensor([example[WEIGHT] for example in examples], dtype=torch.float32)
+            batch[WEIGHT] = torch.where(row < 0, 0.0, weight[row.clamp(min=0)])
+        if STEERING in there:
+            sides = torch.tensor([example[STEERING] for example in examples], dtype=torch.float32)
+            batch[STEERING] = sides[:, : sides.shape[1] // 2]
+        for name, made in ((TURN, START), (PROMPT_LENGTH, RESPONSE)):
+            if name in there:
+                batch[made] = torch.tensor([example[name] for example in examples])
+        return batch
+
+
 def without_columns(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The batch as TRL knows it: extra keys would travel on into the model's forward."""
     return {key: value for key, value in inputs.items() if not key.startswith("anatomy_")}
@@ -189,6 +217,7 @@ class ShapedSeams(WholeCheckpoints):
     _acts: bool = False
     _logged_concepts: tuple[str, ...] = ()
     _collator: Any = None
+    _carry: type = CarryColumns
     _hidden: "HiddenEdits | None" = None
     _has_policy: bool = False
     _planned: "Planned | None" = None
@@ -221,8 +250,8 @@ class ShapedSeams(WholeCheckpoints):
 
     @data_collator.setter
     def data_collator(self, collator: Any) -> None:
-        if self._acts and not isinstance(collator, CarryColumns):
-            collator = CarryColumns(collator)
+        if self._acts and not isinstance(collator, self._carry):
+            collator = self._carry(collator)
         self._collator = collator
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -4,19 +4,23 @@ from typing import TypeAlias
 
 from .ablate_features import AblateFeatures
 from .filter_pairs import FilterPairs
+from .filter_rows import FilterRows
 from .inoculate import Inoculate
 from .mask_tokens import MaskTokens
 from .project_out import ProjectOut
 from .residualize import Residualize
 from .reweight_pairs import ReweightPairs
+from .reweight_rows import ReweightRows
 from .shape_reward import ShapeReward
 from .steer import Steer
 
 Intervention: TypeAlias = (
     FilterPairs
+    | FilterRows
     | MaskTokens
     | Inoculate
     | ReweightPairs
+    | ReweightRows
     | ShapeReward
     | Residualize
     | Steer
@@ -29,9 +33,11 @@ VERBS: dict[str, type[Intervention]] = {
     verb.verb: verb
     for verb in (
         FilterPairs,
+        FilterRows,
         MaskTokens,
         Inoculate,
         ReweightPairs,
+        ReweightRows,
         ShapeReward,
         Residualize,
         Steer,
@@ -44,12 +50,14 @@ __all__ = [
     "VERBS",
     "AblateFeatures",
     "FilterPairs",
+    "FilterRows",
     "Inoculate",
     "Intervention",
     "MaskTokens",
     "ProjectOut",
     "Residualize",
     "ReweightPairs",
+    "ReweightRows",
     "ShapeReward",
     "Steer",
 ]

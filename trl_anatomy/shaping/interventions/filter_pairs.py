@@ -38,6 +38,7 @@ class FilterPairs:
 
     verb: ClassVar[str] = "filter_pairs"
     stage: ClassVar[str] = "rows"
+    reads: ClassVar[str] = "pairs"
     keys: ClassVar[Mapping[str, Field]] = {
         "fraction": number(above=0, below=1, word="all"),
         "above": number(),
@@ -90,11 +91,15 @@ class FilterPairs:
         shown = chosen - rejected if self.sign == "explain_away" else rejected - chosen
         if self.above is not None:
             return gate & (shown > self.above)
+        return self.highest(shown, rows, gate) & (shown > 0)
+
+    def highest(self, shown: np.ndarray, rows: np.ndarray, gate: np.ndarray) -> np.ndarray:
+        """(n,) bool: the fraction of a gate that shows the most; ties are broken by a hash of row and concept."""
         n_drop = int(np.floor(float(self.fraction or 0) * gate.sum() + 1e-9))
         order = np.lexsort((_hash(rows, zlib.crc32(self.concept.encode())), -np.where(gate, shown, -np.inf)))[:n_drop]
         dropped = np.zeros(len(gate), dtype=bool)
         dropped[order] = True
-        return dropped & gate & (shown > 0)
+        return dropped & gate
 
     def why_none(self, n_gate: int) -> str:
         """Why no pair of a gate of n_gate pairs is dropped."""

@@ -54,6 +54,11 @@ class Inoculate:
                 "amplify, use shape_reward."
             )
 
+    @property
+    def asks_above(self) -> bool:
+        """Whether the threshold is the scorer's own."""
+        return self.above is None
+
     def flagged(self, chosen: np.ndarray, threshold: float, gate: np.ndarray) -> np.ndarray:
         """(n_pairs,) bool: pairs of the gate whose chosen response, scored (n_pairs,), shows the concept."""
         return gate & (chosen > threshold)

@@ -33,6 +33,7 @@ class Residualize:
 
     verb: ClassVar[str] = "residualize"
     stage: ClassVar[str] = "margin"
+    reads: ClassVar[str] = "pairs"
     keys: ClassVar[Mapping[str, Field]] = {
         "strength": number(above=0, word="auto"),
         "instruction": TEXT,

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from ...errors import AnatomyError
 from ..fields import NAMES_OR_NONE, TEXT, Field, check, number, one_of
 from ..where import Where
@@ -33,6 +35,7 @@ class ReweightPairs:
 
     verb: ClassVar[str] = "reweight_pairs"
     stage: ClassVar[str] = "weight"
+    reads: ClassVar[str] = "pairs"
     keys: ClassVar[Mapping[str, Field]] = {"strength": number(above=0), "hold": NAMES_OR_NONE, "column": TEXT}
 
     concept: str | None = None
@@ -77,3 +80,7 @@ class ReweightPairs:
         """What the mean gap of the concept is multiplied by."""
         strength = 1.0 if self.strength is None else self.strength
         return 1 - strength if self.sign == "explain_away" else 1 + strength
+
+    def balanced(self, gap: np.ndarray) -> np.ndarray:
+        """(n_pairs,) what the weights balance, from the concept's score gaps."""
+        return gap

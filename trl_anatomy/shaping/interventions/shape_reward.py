@@ -40,6 +40,7 @@ class ShapeReward:
 
     verb: ClassVar[str] = "shape_reward"
     stage: ClassVar[str] = "margin"
+    reads: ClassVar[str] = "pairs"
     keys: ClassVar[Mapping[str, Field]] = {"strength": _STRENGTH, "constant": number(above=0)}
 
     concept: str

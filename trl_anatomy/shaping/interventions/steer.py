@@ -23,7 +23,8 @@ class Steer:
         concept: name of the concept: a direction, probe, SAE features or reft.
         sign: "explain_away" or "amplify".
         strength: α, above 0, in the units of the hidden states; of reft: 1 is the edit as it was fitted.
-        side: responses whose rows are steered: "chosen", "rejected" or "both".
+        side: responses whose rows are steered: "chosen", "rejected" or "both"; None for the rejected, and for the
+            response of SFT data.
         fraction: only this share of the pairs in the gate, those that `filter_pairs` would drop; None for all. Not
             with reft, which gives no score.
         where: the gate; None for all pairs.
@@ -46,13 +47,14 @@ class Steer:
     concept: str
     sign: str
     strength: float
-    side: str = "rejected"
+    side: str | None = None
     fraction: float | None = None
     where: Where | None = None
 
     def __post_init__(self) -> None:
         check(self.verb, "sign", one_of("explain_away", "amplify"), self.sign)
-        check(self.verb, "side", self.keys["side"], self.side)
+        if self.side is not None:
+            check(self.verb, "side", self.keys["side"], self.side)
         object.__setattr__(self, "strength", check(self.verb, "strength", self.keys["strength"], self.strength))
         if self.fraction is not None:
             object.__setattr__(self, "fraction", check(self.verb, "fraction", self.keys["fraction"], self.fraction))
@@ -72,5 +74,5 @@ class Steer:
             assert gap is not None
             acts = FilterPairs(self.concept, self.sign, self.fraction).dropped(gap, np.zeros_like(gap), rows, acts)
         alpha = self.strength if self.sign == "explain_away" else -self.strength
-        sides = np.array([self.side != "rejected", self.side != "chosen"])
+        sides = np.array([self.side in ("chosen", "both"), self.side != "chosen"])
         return np.where(acts[:, None] & sides, alpha, 0.0)
