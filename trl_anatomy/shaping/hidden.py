@@ -134,9 +134,7 @@ def orthonormal(directions: Tensor) -> Tensor:
 def acted_on_unscored(policy: ConceptPolicy) -> set[str]:
     """Concepts that no rule asks a score of: all their rules edit hidden states, without a `fraction`."""
     ask = {name for rule in policy.rules for name in policy.held(rule)}
-    for rule in policy.rules:
-        if rule.concept is not None and (rule.stage != "hidden" or getattr(rule, "fraction", None) is not None):
-            ask.add(rule.concept)
+    ask |= {rule.concept for rule in policy.rules if rule.concept is not None and rule.needs.scores}
     return {rule.concept for rule in policy.rules if rule.concept is not None} - ask
 
 

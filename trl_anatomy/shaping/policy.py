@@ -16,7 +16,7 @@ import yaml
 from ..errors import AnatomyError
 from ..reading.storage import joined, local, url_of
 from .fields import FEATURES, HABIT, LAYER, NAMES, PATTERN, TEXT, Field, found, name_like, one_of
-from .interventions import VERBS, Intervention, ReweightPairs
+from .interventions import VERBS, Intervention
 from .located import Located, PolicyError, Problems, from_python, read_file
 from .where import FIELDS as WHERE_FIELDS
 from .where import LATER as WHERE_LATER
@@ -165,14 +165,7 @@ class ConceptPolicy:
 
     def held(self, rule: Intervention) -> tuple[str, ...]:
         """The concepts whose mean gap a `reweight_pairs` rule leaves as it is; empty for other rules."""
-        if not isinstance(rule, ReweightPairs) or rule.concept is None:
-            return ()
-        if rule.hold is not None:
-            return rule.hold
-        weighed = {other.concept for other in self.rules if isinstance(other, ReweightPairs)}
-        return tuple(
-            name for name, spec in self.concepts.items() if name not in weighed and spec.scorer not in UNSCORED
-        )
+        return rule.held([name for name, spec in self.concepts.items() if spec.scorer not in UNSCORED], self.rules)
 
     def place(self, path: str) -> str:
         """Where a key stands (or what holds it, if it is not written), as errors begin: `policy.yaml:12: rules[0]`."""
@@ -360,8 +353,8 @@ class _Reader:
         signs = [key for key in SIGNS if key in entries]
         verb = entries.get("with", Located(None))
         cls = VERBS.get(verb.value) if isinstance(verb.value, str) else None
-        by_column = cls is not None and issubclass(cls, ReweightPairs) and "column" in entries and not signs
-        if len(signs) != 1 and not by_column:
+        instead = cls is not None and cls.instead != "" and cls.instead in entries and not signs
+        if len(signs) != 1 and not instead:
             what = "both explain_away and amplify" if signs else "neither explain_away nor amplify"
             problems.add(value.line, path, f"found {what}, allowed: one of them, with the name of a concept.")
         for sign in signs:
@@ -378,7 +371,7 @@ class _Reader:
         self.known(entries, path, [*SIGNS, "with", *cls.keys, "where"])
         concept = entries[signs[0]].value if len(signs) == 1 else None
         spec = concepts.get(concept) if isinstance(concept, str) else None
-        scorers = getattr(cls, "scorers", [name for name in SCORERS if name not in UNSCORED])
+        scorers = cls.scorers or [name for name in SCORERS if name not in UNSCORED]
         if spec is not None and spec.scorer not in scorers:
             text = f"found {spec.name!r}, a concept of the scorer {spec.scorer!r}, allowed with {verb.value}: "
             problems.add(entries[signs[0]].line, f"{path}.{signs[0]}", f"{text}{', '.join(scorers)}.")

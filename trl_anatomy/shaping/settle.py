@@ -11,7 +11,7 @@ from ..errors import AnatomyError
 from .bind import BoundRule, bind
 from .given import check_given, residualised
 from .hidden import acted_on_unscored, resolve_hidden
-from .interventions import Inoculate, Intervention, MaskTokens, Residualize
+from .interventions import Inoculate, MaskTokens, Residualize
 from .plan import PolicyPlan, plan_policy
 from .policy import TEXTUAL, ConceptPolicy
 from .residual import likelihood_ratios
@@ -55,7 +55,7 @@ class Begun:
         """Scores in a pass of their own. Raises AnatomyError as `score_pairs`."""
         from ..reading.score import score_pairs
 
-        by_token = {rule.concept for rule in self.policy.rules if isinstance(rule, MaskTokens)}
+        by_token = {rule.concept for rule in self.policy.rules if rule.needs.tokens}
         how: dict[str, Any] = {"tokens": by_token, "cache_dir": self.cache_dir, "codes": self._codes()}
         return score_pairs(self.pairs, self.wanted, self.model, **how)
 
@@ -128,7 +128,9 @@ def begin_policy(
     rules = bind(policy, pairs, audit)
     # An edit was fitted to one model's weights, and with others it would be no more than noise.
     fitted = any(spec.scorer == "reft" for spec in policy.used.values())
-    model = start_model() if fitted or reads_hidden(policy) or any(map(reads_text, policy.rules)) else None
+    model = (
+        start_model() if fitted or reads_hidden(policy) or any(rule.needs.likelihood for rule in policy.rules) else None
+    )
     checked = model
     if model is None and trains and any(spec.path or spec.cluster for spec in policy.used.values()):
         checked = comparable(start_model())
@@ -177,8 +179,3 @@ def reads_hidden(policy: ConceptPolicy) -> bool:
     """Whether some score that a rule acts on is read from hidden states."""
     unscored = acted_on_unscored(policy)
     return any(spec.scorer not in TEXTUAL for name, spec in policy.used.items() if name not in unscored)
-
-
-def reads_text(rule: Intervention) -> bool:
-    """Whether the rule asks the start model how likely tokens are."""
-    return isinstance(rule, Residualize) or (isinstance(rule, MaskTokens) and rule.positions == "decided")

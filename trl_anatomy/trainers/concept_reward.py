@@ -229,10 +229,12 @@ class ConceptReward:
 
 def _followed(policy: ConceptPolicy, *, measured: bool) -> list[ShapeReward]:
     """The rules; PolicyError for those that generated text cannot follow."""
-    rules, problems = [], []
-    for i, rule in enumerate(policy.rules):
+    rules: list[ShapeReward] = []
+    problems: list[str] = []
+    given: Sequence[Any] = policy.rules  # those that act on text are shaped as shape_reward is
+    for i, rule in enumerate(given):
         place = policy.place(f"rules[{i}]")
-        if not isinstance(rule, ShapeReward):
+        if not rule.on_text:
             problems.append(f"{place}.with: found {rule.verb!r}, allowed: shape_reward; there are no pairs to act on.")
             continue
         rules.append(rule)

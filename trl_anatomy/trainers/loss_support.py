@@ -99,8 +99,8 @@ def check_reward_rules(rules: Sequence[Any], config: Any) -> None:
         AnatomyError: naming the verb and why.
     """
     for rule in rules:
-        if rule.verb in NOT_FOR_REWARD:
-            raise AnatomyError(f"{rule.verb} does not act on a reward model: {NOT_FOR_REWARD[rule.verb]}.")
+        if rule.not_for_reward:
+            raise AnatomyError(f"{rule.verb} does not act on a reward model: {rule.not_for_reward}.")
 
 
 def check_masks(n_masked: int, loss_types: Sequence[str]) -> None:
@@ -126,11 +126,6 @@ def check_masks(n_masked: int, loss_types: Sequence[str]) -> None:
 MEANS_OVER_TOKENS = ("sft",)
 # the f-divergence under which an offset adds to the margin
 MARGIN_DIVERGENCE = "reverse_kl"
-# verb -> why it is not for reward models
-NOT_FOR_REWARD: dict[str, str] = {
-    "mask_tokens": "it reads one score from the whole response",
-    "residualize": "it gives no log-probabilities, which the rule compares",
-}
 
 
 def check_losses(loss_types: Sequence[str], f_divergence_type: str = "reverse_kl", beta: float = 0.1) -> None:
@@ -214,7 +209,7 @@ def verb_table() -> str:
         if getattr(verb, "reads", "") == "rows":
             continue
         loss, divergence = losses.get(verb.stage, ("every", "every"))
-        reward = f"refused: {NOT_FOR_REWARD[name]}" if name in NOT_FOR_REWARD else "exact"
+        reward = f"refused: {verb.not_for_reward}" if verb.not_for_reward else "exact"
         rows.append(f"| `{name}` | {verb.stage} | {loss} | {divergence} | {reward} |")
     return "\n".join(["| verb | acts on | loss_type | f-divergence | reward models |", "|---|---|---|---|---|", *rows])
 

@@ -473,8 +473,8 @@ def _begin(
         trains=True,
         resolved=resolved,
     )
-    steers = any(rule.verb == "steer" for rule in policy.rules)
-    turns = turn_starts(pairs, processing_class, num_proc=start.config.dataset_num_proc) if steers else None
+    asked = any(rule.needs.turns for rule in policy.rules)
+    turns = turn_starts(pairs, processing_class, num_proc=start.config.dataset_num_proc) if asked else None
     return begun, turns
 
 

@@ -45,12 +45,12 @@ def sharing(policy: "ConceptPolicy", arguments: Mapping[str, Any], config: Any) 
         False, with a word in the log, where the reference is not the start model as scoring would find it, or where
         more than its scores has to be known before that pass.
     """
-    from ..shaping.settle import reads_hidden, reads_text
+    from ..shaping.settle import reads_hidden
 
     if not getattr(config, "precompute_ref_log_probs", False) or not reads_hidden(policy):
         return False
     model = arguments["model"]
-    verb = next((rule.verb for rule in policy.rules if rule.verb == "mask_tokens" or reads_text(rule)), None)
+    verb = next((rule.verb for rule in policy.rules if rule.needs.tokens or rule.needs.likelihood), None)
     reasons = {
         f"{verb} needs more of the start model, or changes the reference": verb is not None,
         "ref_model was given": arguments.get("ref_model") is not None,

@@ -13,6 +13,7 @@ from .reweight_pairs import ReweightPairs
 from .reweight_rows import ReweightRows
 from .shape_reward import ShapeReward
 from .steer import Steer
+from .verb import Needs, Verb
 
 Intervention: TypeAlias = (
     FilterPairs
@@ -54,10 +55,12 @@ __all__ = [
     "Inoculate",
     "Intervention",
     "MaskTokens",
+    "Needs",
     "ProjectOut",
     "Residualize",
     "ReweightPairs",
     "ReweightRows",
     "ShapeReward",
     "Steer",
+    "Verb",
 ]

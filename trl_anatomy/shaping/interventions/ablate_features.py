@@ -9,10 +9,11 @@ import numpy as np
 from ...errors import AnatomyError
 from ..fields import FLAG, Field, check, number, one_of
 from ..where import Where
+from .verb import Needs, Verb
 
 
 @dataclass(frozen=True)
-class AblateFeatures:
+class AblateFeatures(Verb):
     """Subtract what the concept's SAE latents add to the hidden states at its layer; the SAE's error term stays.
 
     The reference, evaluation and the saved model are not edited, unless `keep` says so.
@@ -32,7 +33,7 @@ class AblateFeatures:
 
     verb: ClassVar[str] = "ablate_features"
     stage: ClassVar[str] = "hidden"
-    scorers: ClassVar[tuple[str, ...]] = ("features",)
+    scorers: ClassVar[tuple[str, ...] | None] = ("features",)
     keys: ClassVar[Mapping[str, Field]] = {"strength": number(above=0, most=1), "keep": FLAG}
 
     concept: str
@@ -44,6 +45,10 @@ class AblateFeatures:
     def __post_init__(self) -> None:
         check_removal(self.verb, self.sign, self.keep, self.where)
         object.__setattr__(self, "strength", check(self.verb, "strength", self.keys["strength"], self.strength))
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(scores=False)
 
     def strengths(self, gap: np.ndarray | None, rows: np.ndarray, acts: np.ndarray) -> np.ndarray:
         """(n_pairs, 2): 1 on both sides of the pairs on which the rule acts, else 0."""

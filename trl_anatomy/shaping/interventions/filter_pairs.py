@@ -10,10 +10,11 @@ import numpy as np
 from ...errors import AnatomyError
 from ..fields import Field, check, number, one_of
 from ..where import Where
+from .verb import Verb
 
 
 @dataclass(frozen=True)
-class FilterPairs:
+class FilterPairs(Verb):
     """Drop pairs that show the concept, in one of several ways: `fraction`, `above`, or `side` (with `above`).
 
     By the score gap, "explain_away" drops pairs whose chosen response scores above the rejected one, "amplify" those

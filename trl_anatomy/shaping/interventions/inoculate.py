@@ -9,10 +9,11 @@ import numpy as np
 from ...errors import AnatomyError
 from ..fields import NUMBER, TEXT, Field, check, one_of
 from ..where import Where
+from .verb import Verb
 
 
 @dataclass(frozen=True)
-class Inoculate:
+class Inoculate(Verb):
     """Add an instruction that asks for the concept to the prompt that the policy sees; the reference sees the old one.
 
     Only in pairs whose chosen response shows the concept, and only in training.

@@ -9,6 +9,7 @@ import numpy as np
 from ...errors import AnatomyError
 from ..fields import NUMBER, Field, check, number, one_of
 from ..where import Where
+from .verb import Needs, Verb
 
 if TYPE_CHECKING:
     from ...reading.score import Scores
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class MaskTokens:
+class MaskTokens(Verb):
     """Take tokens of both responses out of the loss, of policy and reference alike.
 
     With `positions` "shown" these are the tokens that show the concept: those whose score passes the threshold, or that
@@ -44,6 +45,7 @@ class MaskTokens:
     default_chance: ClassVar[float] = 0.05
     verb: ClassVar[str] = "mask_tokens"
     stage: ClassVar[str] = "tokens"
+    not_for_reward: ClassVar[str] = "it reads one score from the whole response"
     keys: ClassVar[Mapping[str, Field]] = {
         "positions": one_of("shown", "decided"),
         "threshold": NUMBER,
@@ -72,6 +74,10 @@ class MaskTokens:
         wrong = "unit" if self.positions == "decided" else "chance"
         if getattr(self, wrong) is not None:
             raise AnatomyError(f"found {wrong} with positions: {self.positions}, allowed: without it.")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(tokens=True, likelihood=self.positions == "decided")
 
     def shown(
         self, pairs: "Pairs", gate: np.ndarray, *, text_rule: "TextRule | None", scores: "Scores", threshold: float

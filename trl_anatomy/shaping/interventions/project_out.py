@@ -10,10 +10,11 @@ from ...errors import AnatomyError
 from ..fields import FLAG, PATTERN, Field, check, one_of
 from ..where import Where
 from .ablate_features import check_removal
+from .verb import Needs, Verb
 
 
 @dataclass(frozen=True)
-class ProjectOut:
+class ProjectOut(Verb):
     """Remove the span of the concept's directions while the model trains.
 
     From the hidden states at the concept's layer, or from the gradient of the weights that `weights` finds, on the side
@@ -36,7 +37,7 @@ class ProjectOut:
 
     verb: ClassVar[str] = "project_out"
     stage: ClassVar[str] = "hidden"
-    scorers: ClassVar[tuple[str, ...]] = ("features", "direction", "probe")
+    scorers: ClassVar[tuple[str, ...] | None] = ("features", "direction", "probe")
     keys: ClassVar[Mapping[str, Field]] = {"from": one_of("hidden", "gradient"), "weights": PATTERN, "keep": FLAG}
 
     concept: str
@@ -61,6 +62,10 @@ class ProjectOut:
                 f"found {'keep' if self.keep else 'where'} with from: gradient, allowed: neither. A gradient is of the "
                 "whole batch, and there is none after training."
             )
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(scores=False)
 
     def strengths(self, gap: np.ndarray | None, rows: np.ndarray, acts: np.ndarray) -> np.ndarray:
         """(n_pairs, 2): 1 on both sides of the pairs on which the rule acts, else 0."""

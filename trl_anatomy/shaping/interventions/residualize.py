@@ -8,10 +8,11 @@ from ...errors import AnatomyError
 from ..fields import TEXT, Field, check, number, one_of
 from ..where import Where
 from .shape_reward import read_strength, signed_strength
+from .verb import Needs, Verb
 
 
 @dataclass(frozen=True)
-class Residualize:
+class Residualize(Verb):
     """Add λ · A(y) to the score of every response in the gate: the loss becomes −log σ(β·D + λ·(A(y+) − A(y−))).
 
     A(y) = log pi0(y | asked or steered) − log pi0(y), in nats, is how much more likely the response becomes where the
@@ -34,6 +35,7 @@ class Residualize:
     verb: ClassVar[str] = "residualize"
     stage: ClassVar[str] = "margin"
     reads: ClassVar[str] = "pairs"
+    not_for_reward: ClassVar[str] = "it gives no log-probabilities, which the rule compares"
     keys: ClassVar[Mapping[str, Field]] = {
         "strength": number(above=0, word="auto"),
         "instruction": TEXT,
@@ -56,6 +58,10 @@ class Residualize:
         if (self.instruction is None) == (self.steer is None):
             what = "neither instruction nor steer" if self.steer is None else "both instruction and steer"
             raise AnatomyError(f"found {what}, allowed: one of them.")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(likelihood=True)
 
     @property
     def fixed(self) -> float | None:

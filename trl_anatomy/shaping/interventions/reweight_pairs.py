@@ -1,18 +1,19 @@
 """reweight_pairs: pairs count more or less, so that together they say less (or more) about a concept."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from ...errors import AnatomyError
 from ..fields import NAMES_OR_NONE, TEXT, Field, check, number, one_of
 from ..where import Where
+from .verb import Verb
 
 
 @dataclass(frozen=True)
-class ReweightPairs:
+class ReweightPairs(Verb):
     """Weigh the loss of each pair in the gate: by balanced weights, or by a column of the dataset.
 
     Balanced weights are those closest to uniform (Kullback-Leibler divergence, mean 1) under which the mean score gap
@@ -36,6 +37,7 @@ class ReweightPairs:
     verb: ClassVar[str] = "reweight_pairs"
     stage: ClassVar[str] = "weight"
     reads: ClassVar[str] = "pairs"
+    instead: ClassVar[str] = "column"
     keys: ClassVar[Mapping[str, Field]] = {"strength": number(above=0), "hold": NAMES_OR_NONE, "column": TEXT}
 
     concept: str | None = None
@@ -69,6 +71,14 @@ class ReweightPairs:
             )
         if self.hold is not None and self.concept in self.hold:
             raise AnatomyError(f"found {self.concept!r}, the rule's own concept, in hold, allowed: other concepts.")
+
+    def held(self, concepts: Collection[str], rules: Sequence[Any]) -> tuple[str, ...]:
+        if self.concept is None:
+            return ()
+        if self.hold is not None:
+            return self.hold
+        weighed = {other.concept for other in rules if isinstance(other, ReweightPairs)}
+        return tuple(name for name in concepts if name not in weighed)
 
     @property
     def signed(self) -> float | None:

@@ -9,12 +9,13 @@ import numpy as np
 from ...errors import AnatomyError
 from ..fields import Field, check, number, one_of
 from ..where import Where
+from .verb import Verb
 
 _STRENGTH = number(above=0, word="auto")
 
 
 @dataclass(frozen=True)
-class ShapeReward:
+class ShapeReward(Verb):
     """Add λ · s̃(y) to the score of every response in the gate: the loss becomes −log σ(β·D + λ·(s̃+ − s̃−)).
 
     s̃ is the concept's score in standard deviations. λ > 0 explains the concept away, λ < 0 amplifies it; `strength` is
@@ -41,6 +42,7 @@ class ShapeReward:
     verb: ClassVar[str] = "shape_reward"
     stage: ClassVar[str] = "margin"
     reads: ClassVar[str] = "pairs"
+    on_text: ClassVar[bool] = True
     keys: ClassVar[Mapping[str, Field]] = {"strength": _STRENGTH, "constant": number(above=0)}
 
     concept: str

@@ -9,10 +9,11 @@ import numpy as np
 from ..fields import Field, check, number, one_of
 from ..where import Where
 from .filter_pairs import FilterPairs
+from .verb import Needs, Verb
 
 
 @dataclass(frozen=True)
-class Steer:
+class Steer(Verb):
     """Add α·v to the policy's hidden states at the concept's layer, from the last user turn on.
 
     v is the concept's unit vector. `explain_away` adds α·v: the edit supplies the concept, so the weights need not
@@ -37,7 +38,7 @@ class Steer:
 
     verb: ClassVar[str] = "steer"
     stage: ClassVar[str] = "hidden"
-    scorers: ClassVar[tuple[str, ...]] = ("features", "direction", "probe", "reft")
+    scorers: ClassVar[tuple[str, ...] | None] = ("features", "direction", "probe", "reft")
     keys: ClassVar[Mapping[str, Field]] = {
         "strength": number(above=0),
         "side": one_of("chosen", "rejected", "both"),
@@ -58,6 +59,10 @@ class Steer:
         object.__setattr__(self, "strength", check(self.verb, "strength", self.keys["strength"], self.strength))
         if self.fraction is not None:
             object.__setattr__(self, "fraction", check(self.verb, "fraction", self.keys["fraction"], self.fraction))
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(scores=self.fraction is not None, turns=True)
 
     def strengths(self, gap: np.ndarray | None, rows: np.ndarray, acts: np.ndarray) -> np.ndarray:
         """Signed α of both sides of every pair, 0 where the rule does not act.
