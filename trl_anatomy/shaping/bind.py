@@ -1,6 +1,7 @@
 """Rules bound to the pairs: what each does, the concept it acts on, and where its gate is open. Made once."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -8,11 +9,12 @@ import numpy as np
 from ..errors import AnatomyError
 from .interventions import VERBS, Intervention
 from .located import PolicyError
-from .policy import ConceptPolicy, ConceptSpec
 
 if TYPE_CHECKING:
     from ..audit.folder import Audit
     from ..reading.spans import Pairs
+    from .concepts import ConceptSpec
+    from .policy import ConceptPolicy
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,19 +26,25 @@ class BoundRule:
         concept: the concept it acts on; None for weights that a column gives.
         gate: (n_pairs,) bool: the pairs on which it may act.
         place: where it stands, as errors begin: ``policy.yaml:12: rules[3]``.
+        number: its place among the rules of the policy, from 0.
+        held: the concepts that it keeps as they are.
+        at: a key of the rule -> where that stands.
     """
 
     verb: Intervention
-    concept: ConceptSpec | None
+    concept: "ConceptSpec | None"
     gate: np.ndarray
     place: str
+    number: int
+    held: tuple[str, ...]
+    at: Callable[[str], str] = field(repr=False)
 
 
 # Verb of pairs -> its sibling for rows
 _SIBLINGS = {"filter_pairs": "filter_rows", "reweight_pairs": "reweight_rows"}
 
 
-def wrong_kinds(policy: ConceptPolicy, *, rows: bool) -> list[str]:
+def wrong_kinds(policy: "ConceptPolicy", *, rows: bool) -> list[str]:
     """What is wrong with the verbs of a policy for pairs, or for rows, which have one response.
 
     Verbs say what they read (`reads`) where it is one of the two.
@@ -45,18 +53,16 @@ def wrong_kinds(policy: ConceptPolicy, *, rows: bool) -> list[str]:
     siblings = _SIBLINGS if rows else {rows: pairs for pairs, rows in _SIBLINGS.items()}
     for i, rule in enumerate(policy.rules):
         path, verb = f"rules[{i}]", rule.verb
-        if getattr(rule, "reads", kind) != kind:
+        if rule.reads not in ("", kind):
             found = "compares two responses, and SFT data have one" if rows else "reads rows of SFT data, not pairs"
-            allowed = siblings.get(verb) or ", ".join(
-                name for name, cls in VERBS.items() if getattr(cls, "reads", "rows") == "rows"
-            )
+            allowed = siblings.get(verb) or ", ".join(name for name, cls in VERBS.items() if cls.reads in ("", "rows"))
             problems.append(f"{policy.place(f'{path}.with')}: found {verb}, which {found}, allowed: {allowed}.")
         elif rows and getattr(rule, "side", None) not in (None, "both", "chosen"):
             problems.append(f"{policy.place(f'{path}.side')}: found rejected, allowed: none; SFT data have one side.")
     return problems
 
 
-def bind(policy: ConceptPolicy, pairs: "Pairs", audit: "Audit | None" = None) -> tuple[BoundRule, ...]:
+def bind(policy: "ConceptPolicy", pairs: "Pairs", audit: "Audit | None" = None) -> tuple[BoundRule, ...]:
     """Bind the rules of a policy to pairs, in the order of the policy.
 
     Args:
@@ -76,7 +82,8 @@ def bind(policy: ConceptPolicy, pairs: "Pairs", audit: "Audit | None" = None) ->
         except AnatomyError as error:
             gate = ~gate
             problems.append(f"{place}: {error}")
-        bound.append(BoundRule(rule, policy.concepts.get(rule.concept or ""), gate, place))
+        concept = policy.concepts.get(rule.concept or "")
+        bound.append(BoundRule(rule, concept, gate, place, i, policy.held(rule), policy.rule_place(i)))
     for i, one in enumerate(bound):
         for j, other in enumerate(bound[:i]):
             n_shared = int((one.gate & other.gate).sum())

@@ -7,11 +7,11 @@ import numpy as np
 
 from .located import PolicyError
 from .policy import ConceptPolicy
+from .stages import STAGES
 
 if TYPE_CHECKING:
     from ..reading.score import Scores
 
-_ON_SCORES = ("rows", "weight", "margin")  # stages that read a response's score; the others act where it comes from
 _NOTHING_LEFT = 1e-6  # of a concept's standard deviation: what rounding leaves of a linear function
 
 
@@ -21,7 +21,7 @@ def check_given(policy: ConceptPolicy) -> None:
         f"{policy.place(f'rules[{i}].with')}: found {rule.verb}, but {rule.concept!r} has given, which changes "
         "scores only, allowed: a verb that acts on scores of responses."
         for i, rule in enumerate(policy.rules)
-        if rule.concept in _structured(policy) and rule.stage not in _ON_SCORES
+        if rule.concept in _structured(policy) and not STAGES[rule.stage].on_scores
     ]
     if problems:
         raise PolicyError(problems)

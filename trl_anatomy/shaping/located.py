@@ -6,7 +6,7 @@ false and null. Size, depth and the expansion of aliases are bounded.
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,12 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(name[:100], list(allowed), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def no_column(place: str, name: str, columns: Collection[str]) -> str:
+    """The problem of a column that the dataset does not have."""
+    close = did_you_mean(name, columns)
+    return f"{place}: found {name!r}, allowed: {', '.join(columns)}, the columns of the dataset.{close}"
 
 
 @dataclass

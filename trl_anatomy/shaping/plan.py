@@ -18,14 +18,13 @@ from ..audit.predict import predicted_shift
 from ..errors import AnatomyError
 from ..reading.spans import EMPTY
 from .bind import BoundRule, bind
-from .effects import KNOWN_STAGES, gap_text, own_concepts
-from .hidden import HiddenEdit, hidden_strengths
-from .interventions import FilterPairs, Inoculate, MaskTokens
-from .margins import settle_margins
+from .effects import own_concepts
+from .gaps import gap_text
+from .hidden import HiddenEdit
 from .policy import ConceptPolicy
-from .records import Acting, rule_records
-from .tokens import Masked, chosen_masked, tokens_kept
-from .weights import settle_weights
+from .records import rule_records
+from .stages import STAGES, Effect, Met
+from .stages.tokens import chosen_masked, tokens_kept
 
 if TYPE_CHECKING:
     from ..audit.folder import Audit
@@ -119,7 +118,7 @@ class PolicyPlan:
         return plan_report(self)
 
 
-def plan_policy(  # noqa: C901
+def plan_policy(
     policy: ConceptPolicy,
     pairs: "Pairs",
     scores: "Scores",
@@ -138,7 +137,8 @@ def plan_policy(  # noqa: C901
         audit: the audit of these pairs: for gates on its contexts, and for the predicted shift.
         read: what `settle_policy` read for a rule, by its number: mask_tokens: pair -> bool flags of the tokens of its
             chosen and rejected response (before truncation) that leave the loss; inoculate: pair -> prompt tokens of
-            the policy for each response, [] for its own; residualize: (2, n_pairs) A(y) of the responses.
+            the policy for each response, [] for its own; residualize: (2, n_pairs) A(y) of the responses; rules on
+            hidden states: the edit.
         bound: the rules as `bind` bound them to these pairs; None binds them now.
 
     Raises:
@@ -155,59 +155,28 @@ def plan_policy(  # noqa: C901
             if not np.isfinite(side[name]).all():
                 raise AnatomyError(f"The scores of {name!r} hold NaN or infinity; look at its scorer.")
     bound = bind(policy, pairs, audit) if bound is None else bound
-    gates = [rule.gate for rule in bound]
-
-    dropped = {
-        i: rule.dropped(scores.chosen[rule.concept], scores.rejected[rule.concept], pairs.rows, gates[i])
-        for i, rule in enumerate(policy.rules)
-        if isinstance(rule, FilterPairs)
-    }
-    kept = ~np.logical_or.reduce([np.zeros(len(pairs), bool), *dropped.values()])
-    if not kept.any():
-        verb, one = ("filter_rows", "row") if pairs.one_sided else ("filter_pairs", "pair")
-        raise AnatomyError(f"{policy.source}: the {verb} rules leave no {one} to train on; lower their fraction.")
-    read = read or {}
-    masked = {i: Masked(pairs, read[i], kept) for i, rule in enumerate(policy.rules) if isinstance(rule, MaskTokens)}
-    asked = {
-        i: {pair: prompts for pair, prompts in read[i].items() if kept[pair]}
-        for i, rule in enumerate(policy.rules)
-        if isinstance(rule, Inoculate)
-    }
-    weighed, weight = settle_weights(policy, pairs, scores, gates, kept)
-    shaped = settle_margins(
-        policy,
-        scores,
-        read,
-        gates,
-        kept,
-        np.ones(len(pairs)) if weight is None else weight[pairs.rows],
-        pairs.copies.identical,
-    )
-    edited = hidden_strengths(policy, scores, pairs.rows, gates, kept)
-    steering = np.zeros((len(pairs.raw), 2, len(edited)))
-    for column, strengths in enumerate(edited.values()):
-        steering[pairs.rows, :, column] = strengths
-
-    acting = Acting(dropped, masked, asked, weighed, shaped, edited)
-    records = rule_records(policy, pairs, gates, kept, acting, scores.raw_differs)
-    concepts, warnings = own_concepts(policy, bound, scores, acting, kept)
+    effects, met = _solved(policy, bound, pairs, scores, read or {})
+    kept = met.kept
+    records = rule_records(bound, effects, pairs, kept, scores.raw_differs)
+    concepts, warnings = own_concepts(policy, bound, scores, effects, kept)
     for i, record in enumerate(records):
         record["warning"] = warnings.get(i, "")
-    offsets = np.zeros((2, len(pairs.raw)))
-    for part in shaped.values():
-        offsets[:, pairs.rows] += part.offsets
     keep = np.ones(len(pairs.raw), dtype=bool)
     keep[pairs.rows] = kept
     scored = [rule.concept for rule in policy.rules if rule.concept in scores.names]
     gaps = {str(name): np.zeros(len(pairs.raw)) for name in scored}
     for name, gap in gaps.items():
         gap[pairs.rows] = scores.gap(name)
+    acting = list(effects.values())
+    masked = [effect.masked for effect in acting if effect.masked is not None]
+    asked = [effect.prompts for effect in acting if effect.prompts is not None]
+    weight, offsets = _weight(acting, met), _offsets(acting, pairs)
     counts = {"rows": len(pairs.raw), "pairs": len(pairs), "pairs_kept": int(kept.sum())}
     counts["untouched"] = pairs.left_out.get(EMPTY, 0)  # TRL leaves out the others too
     if pairs.blank is not None and pairs.blank.any():
         counts["blank"] = int(pairs.blank.sum())
     if masked:
-        counts["chosen_masked"] = chosen_masked(pairs, list(masked.values()), kept)
+        counts["chosen_masked"] = chosen_masked(pairs, masked, kept)
     prompt_lengths = None
     if asked or any(spec.scorer == "reft" for spec in policy.used.values()):
         prompt_lengths = np.zeros(len(pairs.raw), np.int64)
@@ -222,13 +191,60 @@ def plan_policy(  # noqa: C901
         left_out=dict(pairs.left_out),
         gaps=gaps,
         weight=weight,
-        kept_tokens=tokens_kept(pairs, list(masked.values())) if masked else None,
-        prompts={int(pairs.rows[pair]): p for part in asked.values() for pair, p in part.items()} if asked else None,
+        kept_tokens=tokens_kept(pairs, masked) if masked else None,
+        prompts={int(pairs.rows[pair]): p for part in asked for pair, p in part.items()} if asked else None,
         prompt_lengths=prompt_lengths,
-        steering=steering.reshape(len(steering), -1) if edited else None,
+        steering=_steering(acting, pairs),
+        hidden=tuple(effect.edit for effect in acting if effect.edit is not None),
         concepts=concepts,
         one_sided=pairs.one_sided,
     )
+
+
+def _solved(
+    policy: ConceptPolicy, bound: Sequence[BoundRule], pairs: "Pairs", scores: "Scores", read: Mapping[int, Any]
+) -> tuple[dict[int, Effect], Met]:
+    """Rule -> effect, in the order in which they act, and what they leave."""
+    met = Met(policy.source, pairs, scores, read, np.ones(len(pairs), bool), np.ones(len(pairs)))
+    effects: dict[int, Effect] = {}
+    for stage in STAGES.values():
+        own = [rule for rule in bound if rule.verb.stage == stage.name]
+        done = stage.solve(own, met) if own else {}
+        effects |= done
+        met = met.after(done)
+        if not met.kept.any():
+            verb, one = ("filter_rows", "row") if pairs.one_sided else ("filter_pairs", "pair")
+            raise AnatomyError(f"{policy.source}: the {verb} rules leave no {one} to train on; lower their fraction.")
+    return effects, met
+
+
+def _weight(effects: Sequence[Effect], met: Met) -> np.ndarray | None:
+    """`PolicyPlan.weight`."""
+    factors = [effect.row_factor for effect in effects if effect.row_factor is not None]
+    if not factors:
+        return None
+    weight = np.prod(factors, axis=0)
+    weight[met.pairs.rows] = met.weight
+    return weight
+
+
+def _offsets(effects: Sequence[Effect], pairs: "Pairs") -> np.ndarray:
+    """(2, n_raw) offsets of chosen and rejected responses."""
+    offsets = np.zeros((2, len(pairs.raw)))
+    for effect in effects:
+        if effect.offsets is not None:
+            offsets[:, pairs.rows] += effect.offsets
+    return offsets
+
+
+def _steering(effects: Sequence[Effect], pairs: "Pairs") -> np.ndarray | None:
+    """`PolicyPlan.steering`."""
+    strengths = [effect.strengths for effect in effects if effect.strengths is not None]
+    if not strengths:
+        return None
+    steering = np.zeros((len(pairs.raw), 2, len(strengths)))
+    steering[pairs.rows] = np.stack(strengths, axis=-1)
+    return steering.reshape(len(steering), -1)
 
 
 def _predict(audit: "Audit | None", keep: np.ndarray, margin: np.ndarray, weight: np.ndarray | None) -> pa.Table | None:
@@ -301,7 +317,7 @@ def plan_report(plan: PolicyPlan, *, n_concepts: int = 15) -> str:
         lines += _columns(header, [_concept_row(row, header) for row in plan.concepts])
         lines.append("pp: percentage points of responses with a hit; sd: standard deviations of the score.")
     lines += [line for text in plan.warnings for line in _wrapped(f"WARNING: {text}")]
-    unknown = list(dict.fromkeys(rule["verb"] for rule in plan.rules if rule["stage"] not in KNOWN_STAGES))
+    unknown = list(dict.fromkeys(rule["verb"] for rule in plan.rules if not STAGES[rule["stage"]].on_scores))
     if unknown:
         lines.append(f"No number here counts what {', '.join(unknown)} changes; trl-anatomy predict does.")
     if plan.predicted is not None and plan.predicted.num_rows:

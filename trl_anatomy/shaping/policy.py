@@ -5,7 +5,7 @@ Reading a policy looks at nothing but the policy; what needs model, SAE, audit o
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from keyword import iskeyword
 from pathlib import Path
@@ -15,7 +15,8 @@ import yaml
 
 from ..errors import AnatomyError
 from ..reading.storage import joined, local, url_of
-from .fields import FEATURES, HABIT, LAYER, NAMES, PATTERN, TEXT, Field, found, name_like, one_of
+from .concepts import FEATURE_WAYS, SCORERS, UNSCORED, ConceptSpec
+from .fields import NAMES, TEXT, Field, found, name_like
 from .interventions import VERBS, Intervention
 from .located import Located, PolicyError, Problems, from_python, read_file
 from .where import FIELDS as WHERE_FIELDS
@@ -29,64 +30,7 @@ if TYPE_CHECKING:
 VERSION = 1
 SIGNS = ("explain_away", "amplify")
 
-_REDUCE = one_of("max", "mean", "sum", "last")
-_STORED: Mapping[str, Field] = {"path": TEXT, "layer": LAYER, "reduce": _REDUCE}
-# scorer -> the keys that it takes
-SCORERS: Mapping[str, Mapping[str, Field]] = {
-    "text": {"pattern": PATTERN},
-    "features": {
-        "features": FEATURES,
-        "sae": Field("{path: FOLDER} or {release: NAME, id: NAME}", lambda value: value),
-        "audit": TEXT,
-        "cluster": name_like(r"[TR]\d+", "a cluster of the audit, such as T17 or R5"),
-        **_STORED,
-    },
-    "direction": _STORED,
-    "probe": _STORED,
-    "attention_probe": _STORED,
-    "habit": {"name": HABIT},
-    "reft": {"path": TEXT},
-}
-# read off the text of a response, without a model
-TEXTUAL = ("text", "habit")
-# without a score, so that no verb takes them but those that name them
-UNSCORED = ("reft",)
-_FEATURE_WAYS = "{audit, cluster}, {features, sae} or {path}"
 _NAME = name_like(r"[\w][\w.\- ]{0,99}", "a name of letters, digits, blanks, '_', '-' and '.'")
-
-
-@dataclass(frozen=True)
-class ConceptSpec:
-    """How a concept is scored, as the policy says it. Fields that its scorer does not take are None.
-
-    Args:
-        name: the concept's name in the policy.
-        scorer: "text", "habit", "features", "direction", "probe", "attention_probe" or "reft".
-        pattern: text: a regular expression searched for in the response.
-        habit: habit: the name of a habit of the library (`reading.habits`).
-        features: features: numbers of SAE latents.
-        sae: features: {"path": folder} or {"release": name, "id": name}.
-        audit: features: the audit folder that `cluster` belongs to; None means the audit in use.
-        cluster: features: a concept of an audit ("T17"), instead of `features` and `sae`.
-        path: a stored concept: the folder that `trl-anatomy fit` wrote.
-        layer: hidden-state scorers: layer read, from 0; None takes the SAE's, the audit's or the stored one.
-        reduce: hidden-state scorers: tokens of a response to one score: "max", "mean", "sum" or "last"; None takes
-            the stored one, else "max".
-        given: names of concepts; the score is what a linear fit on theirs leaves (`given.residualised`).
-    """
-
-    name: str
-    scorer: str
-    pattern: str | None = None
-    habit: str | None = None
-    features: tuple[int, ...] | None = None
-    sae: Mapping[str, str] | None = None
-    audit: str | None = None
-    cluster: str | None = None
-    path: str | None = None
-    layer: int | None = None
-    reduce: str | None = None
-    given: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -173,6 +117,10 @@ class ConceptPolicy:
         while holder not in self.places and "." in holder:
             holder = holder.rpartition(".")[0]
         return f"{self.places.get(holder, self.source)}: {path}"
+
+    def rule_place(self, i: int) -> Callable[[str], str]:
+        """A key of rule `i` ("" for the rule) -> where it stands."""
+        return lambda key: self.place(f"rules[{i}]{f'.{key}' if key else ''}")
 
     def scorers(self, *, audit: "Audit | None" = None, model: Any = None) -> "dict[str, Scorer]":
         """The scorers of the concepts that a rule acts on.
@@ -292,7 +240,7 @@ class _Reader:
             brings = {"path": ("features", "sae", "cluster", "audit"), "cluster": ("features", "sae", "layer")}
             for key in brings.get(needed[0], ()):
                 if key in entries:
-                    text = f"found beside {needed[0]}, which brings its own, allowed: {_FEATURE_WAYS}."
+                    text = f"found beside {needed[0]}, which brings its own, allowed: {FEATURE_WAYS}."
                     self.problems.add(entries[key].key_line, f"{path}.{key}", text)
         for key in needed:
             if key not in entries:

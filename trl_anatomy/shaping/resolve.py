@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AnatomyError
-from .interventions import MaskTokens, Residualize, ReweightPairs
-from .located import PolicyError, did_you_mean
-from .policy import TEXTUAL, ConceptPolicy, ConceptSpec
+from .concepts import TEXTUAL, ConceptSpec
+from .located import PolicyError, no_column
+from .stages import STAGES, Unbound
 from .where import Where
 
 if TYPE_CHECKING:
     from ..audit.folder import Audit
     from ..reading.sae import SAE
     from ..reading.scorers import Scorer
+    from .policy import ConceptPolicy
 
 
 def check_policy(
-    policy: ConceptPolicy,
+    policy: "ConceptPolicy",
     audit: "Audit | None" = None,
     model_config: Any = None,
     columns: Collection[str] | None = None,
@@ -44,10 +45,9 @@ def check_policy(
     resolved, problems = resolve(policy, audit, model_config=model_config, loaded=loaded)
     scorers = resolved.scorers
     for i, rule in enumerate(policy.rules):
-        if isinstance(rule, ReweightPairs) and rule.column is not None and columns and rule.column not in columns:
-            problems.append(_no_column(policy, f"rules[{i}].column", rule.column, columns))
-        if rule.concept in scorers:
-            problems += _rule_problems(policy, i, scorers[rule.concept])
+        name = rule.concept or ""
+        met = Unbound(rule, policy.concepts.get(name), scorers.get(name), columns, policy.rule_place(i))
+        problems += STAGES[rule.stage].check(met)
         if rule.where is not None:
             problems += _gate_problems(policy, f"rules[{i}].where", rule.where, audit, columns)
     if problems:
@@ -55,51 +55,11 @@ def check_policy(
     return resolved
 
 
-def _no_column(policy: ConceptPolicy, path: str, name: str, columns: Collection[str]) -> str:
-    close = did_you_mean(name, columns)
-    return f"{policy.place(path)}: found {name!r}, allowed: {', '.join(columns)}, the columns of the dataset.{close}"
-
-
-def _rule_problems(policy: ConceptPolicy, i: int, scorer: "Scorer") -> list[str]:
-    """What a rule asks of a scorer that cannot give it."""
-    from ..reading.scorers import TextRule, shown_above
-
-    rule = policy.rules[i]
-    text = rule.concept is not None and policy.concepts[rule.concept].scorer in TEXTUAL
-    if isinstance(rule, MaskTokens):
-        if text and rule.threshold is not None:
-            place = policy.place(f"rules[{i}].threshold")
-            return [f"{place}: found {rule.threshold:g} for a text rule, allowed: no threshold; what it matches goes."]
-        if isinstance(scorer, TextRule) and not scorer.has_places:
-            place = policy.place(f"rules[{i}]")
-            return [
-                f"{place}: found mask_tokens with {rule.concept!r}, a habit without places in a text, allowed: habits "
-                "that are found by a pattern."
-            ]
-        if rule.threshold is None and shown_above(scorer, token=True) is None:
-            place = policy.place(f"rules[{i}]")
-            return [
-                f"{place}: found no threshold, and the scorer of {rule.concept!r} says none for tokens; give a number."
-            ]
-    if isinstance(rule, Residualize) and rule.steer is not None:
-        kind = "text" if rule.concept is None else policy.concepts[rule.concept].scorer
-        if kind in (*TEXTUAL, "attention_probe"):  # reft is refused when the policy is read
-            place = policy.place(f"rules[{i}].steer")
-            return [
-                f"{place}: found a concept of the scorer {kind}, allowed: direction, probe or features, which have a "
-                "vector; or instruction."
-            ]
-    if getattr(rule, "asks_above", False) and shown_above(scorer) is None:
-        place = policy.place(f"rules[{i}]")
-        return [f"{place}: found no key 'above', and the scorer of {rule.concept!r} says no threshold; give a number."]
-    return []
-
-
 def _gate_problems(
-    policy: ConceptPolicy, path: str, where: Where, audit: "Audit | None", columns: Collection[str] | None
+    policy: "ConceptPolicy", path: str, where: Where, audit: "Audit | None", columns: Collection[str] | None
 ) -> list[str]:
     if where.column is not None and columns is not None and where.column not in columns:
-        return [_no_column(policy, f"{path}.column", where.column, columns)]
+        return [no_column(policy.place(f"{path}.column"), where.column, columns)]
     if where.of_audit is None:
         return []
     key, what = where.of_audit
@@ -124,7 +84,7 @@ class Resolved:
         audits: concept -> the audit that its cluster belongs to.
     """
 
-    policy: ConceptPolicy
+    policy: "ConceptPolicy"
     scorers: "dict[str, Scorer]"
     audits: "dict[str, Audit]" = field(default_factory=dict)
 
@@ -156,7 +116,7 @@ class Resolved:
 
 
 def resolve(
-    policy: ConceptPolicy,
+    policy: "ConceptPolicy",
     audit: "Audit | None" = None,
     *,
     model_config: Any = None,

@@ -5,18 +5,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..errors import AnatomyError
 from .bind import BoundRule, bind
+from .concepts import TEXTUAL
 from .given import check_given, residualised
-from .hidden import acted_on_unscored, resolve_hidden
-from .interventions import Inoculate, MaskTokens, Residualize
 from .plan import PolicyPlan, plan_policy
-from .policy import TEXTUAL, ConceptPolicy
-from .residual import likelihood_ratios
+from .policy import ConceptPolicy
 from .resolve import Resolved
-from .tokens import prompts_of_rules, tokens_to_mask
+from .stages import STAGES
 
 if TYPE_CHECKING:
     from ..audit.folder import Audit
@@ -48,8 +44,7 @@ class Begun:
     @property
     def wanted(self) -> "dict[str, Scorer]":
         """Concept -> scorer, of the concepts whose scores rules act on."""
-        unscored = acted_on_unscored(self.policy)
-        return {name: self.scorers[name] for name in self.policy.used if name not in unscored}
+        return {name: self.scorers[name] for name in _scored(self.policy)}
 
     def score(self) -> "Scores":
         """Scores in a pass of their own. Raises AnatomyError as `score_pairs`."""
@@ -78,34 +73,25 @@ class Begun:
 
     def settle(self, scores: "Scores") -> PolicyPlan:
         """The plan, from scores of all `wanted` concepts. Raises PolicyError, AnatomyError as `plan_policy`."""
-        pairs, scorers, model = self.pairs, self.scorers, self.model
-        policy = _with_defaults(self.policy, scorers, rows=pairs.one_sided)
-        scores = residualised(policy, scores)
-        flagged: dict[int, np.ndarray] = {}
+        scores = residualised(self.policy, scores)
+        rules = [_with_defaults(rule, self.scorers, rows=self.pairs.one_sided) for rule in self.rules]
         read: dict[int, Any] = {}
-        for i, rule in enumerate(policy.rules):
-            gate = self.rules[i].gate
-            if isinstance(rule, MaskTokens):
-                read[i] = tokens_to_mask(policy, i, pairs, gate, scores, scorers[rule.concept], model, self.cache_dir)
-            elif isinstance(rule, Inoculate):
-                flagged[i] = rule.flagged(scores.chosen[rule.concept], rule.above or 0.0, gate)
-            elif isinstance(rule, Residualize):
-                read[i] = likelihood_ratios(rule, pairs, gate, scorers[rule.concept], model, self.cache_dir)
-        read |= prompts_of_rules(policy, pairs, flagged)
-        plan = plan_policy(policy, pairs, scores, audit=self.audit, read=read, bound=self.rules)
-        return replace(plan, hidden=resolve_hidden(policy, scorers))
+        for stage in STAGES.values():
+            own = [rule for rule in rules if rule.verb.stage == stage.name]
+            read |= stage.read(own, self, scores) if own else {}
+        return plan_policy(self.policy, self.pairs, scores, audit=self.audit, read=read, bound=rules)
 
 
-def _with_defaults(policy: ConceptPolicy, scorers: "Mapping[str, Scorer]", *, rows: bool) -> ConceptPolicy:
-    """The policy with what its rules leave open: `above` to their scorer, `side` to data that have one."""
+def _with_defaults(rule: BoundRule, scorers: "Mapping[str, Scorer]", *, rows: bool) -> BoundRule:
+    """The rule with what the policy leaves open: `above` to its scorer, `side` to data that have one."""
     from ..reading.scorers import shown_above
 
-    def read(rule: Any) -> Any:
-        if getattr(rule, "asks_above", False):
-            rule = replace(rule, above=shown_above(scorers[rule.concept]))
-        return replace(rule, side="chosen") if rows and "side" in rule.keys else rule
-
-    return replace(policy, rules=tuple(map(read, policy.rules)))
+    verb: Any = rule.verb
+    if verb.asks_above:
+        verb = replace(verb, above=shown_above(scorers[verb.concept]))
+    if rows and "side" in verb.keys:
+        verb = replace(verb, side="chosen")
+    return replace(rule, verb=verb)
 
 
 def begin_policy(
@@ -177,5 +163,12 @@ def settle_policy(
 
 def reads_hidden(policy: ConceptPolicy) -> bool:
     """Whether some score that a rule acts on is read from hidden states."""
-    unscored = acted_on_unscored(policy)
-    return any(spec.scorer not in TEXTUAL for name, spec in policy.used.items() if name not in unscored)
+    return any(policy.concepts[name].scorer not in TEXTUAL for name in _scored(policy))
+
+
+def _scored(policy: ConceptPolicy) -> list[str]:
+    """Concepts whose scores are needed: all used, but for those that rules act on without a score."""
+    asked = {rule.concept for rule in policy.rules if rule.needs.scores}
+    asked |= {name for rule in policy.rules for name in policy.held(rule)}
+    acted_on = {rule.concept for rule in policy.rules}
+    return [name for name in policy.used if name in asked or name not in acted_on]

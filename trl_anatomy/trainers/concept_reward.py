@@ -20,10 +20,11 @@ from ..reading.processing import load_processing_class, prompt_ids, text_tokeniz
 from ..reading.score import score_pairs
 from ..reading.scorers import HiddenScorer, Scorer, TextRule
 from ..reading.spans import TOKEN_FEATURES, Pairs, flatten_text, read_pairs
+from ..shaping.concepts import TEXTUAL
 from ..shaping.interventions import ShapeReward
 from ..shaping.located import PolicyError
 from ..shaping.plan import plan_policy
-from ..shaping.policy import TEXTUAL, ConceptPolicy
+from ..shaping.policy import ConceptPolicy
 from ..shaping.resolve import check_policy
 from .zero import loaded_whole, undo_leftover
 

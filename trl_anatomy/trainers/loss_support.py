@@ -206,7 +206,7 @@ def verb_table() -> str:
     }
     rows = []
     for name, verb in VERBS.items():
-        if getattr(verb, "reads", "") == "rows":
+        if verb.reads == "rows":
             continue
         loss, divergence = losses.get(verb.stage, ("every", "every"))
         reward = f"refused: {verb.not_for_reward}" if verb.not_for_reward else "exact"

@@ -89,7 +89,7 @@ def row_table() -> str:
         f"|{'---|' * (2 + len(_OPTIONS))}",
     ]
     for name, verb in VERBS.items():
-        if getattr(verb, "reads", "rows") == "rows":
+        if verb.reads in ("", "rows"):
             words = (stages.get(verb.stage) for stages in _OPTIONS.values())
             cells = " | ".join(f"refused: {why}" if why else "exact" for why in words)
             rows.append(f"| `{name}` | {verb.stage} | {cells} |")

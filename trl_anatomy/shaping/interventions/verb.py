@@ -30,6 +30,7 @@ class Verb:
 
     Attributes:
         verb: its name in a policy.
+        reads: "pairs" or "rows" (of SFT data), where it reads one of the two; "" where it reads both.
         stage: where in training it acts: "rows", "tokens", "prompt", "weight", "margin" or "hidden".
         keys: the keys it takes beside sign, verb and gate.
         scorers: the scorers of concepts it takes; None for all that give a score.
@@ -42,6 +43,7 @@ class Verb:
     """
 
     verb: ClassVar[str]
+    reads: ClassVar[str] = ""
     stage: ClassVar[str]
     keys: ClassVar[Mapping[str, Field]]
     scorers: ClassVar[tuple[str, ...] | None] = None
@@ -57,6 +59,11 @@ class Verb:
     def needs(self) -> Needs:
         """What it needs to know."""
         return Needs()
+
+    @property
+    def asks_above(self) -> bool:
+        """Whether the score above which a response shows the concept is the scorer's own."""
+        return False
 
     def held(self, concepts: Collection[str], rules: Sequence[Any]) -> tuple[str, ...]:
         """Concepts that it keeps as they are.

@@ -1,23 +1,22 @@
-"""The stages between rows and margin, settled: tokens that leave the loss, prompts that the policy sees."""
+"""Tokens: those that leave the loss, of policy and reference alike. Each rule by itself; what one takes is gone."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .interventions import MaskTokens
-from .policy import ConceptPolicy
+from ..bind import BoundRule
+from ..concepts import TEXTUAL
+from ..interventions import MaskTokens
+from .stage import Effect, Met, Stage, Tally, Unbound, touched
 
 if TYPE_CHECKING:
-    from ..reading.score import Scores
-    from ..reading.scorers import Scorer
-    from ..reading.spans import Pairs
+    from ...reading.score import Scores
+    from ...reading.spans import Pairs
+    from ..settle import Begun
 
 Flags = Mapping[int, tuple[np.ndarray, np.ndarray]]
 """pair -> (n_tokens,) bool flags of its chosen and rejected response, before truncation; absent for none."""
-Prompts = Mapping[int, tuple[list[int], list[int]]]
-"""pair -> prompt tokens before its chosen and its rejected response, [] for the pair's own."""
 
 
 class Masked:
@@ -39,6 +38,54 @@ class Masked:
                 self.tokens[start : start + len(cut[0]) + len(cut[1])] = np.concatenate(cut)
 
 
+class Tokens(Stage):
+    """mask_tokens."""
+
+    name = "tokens"
+
+    def check(self, rule: Unbound) -> list[str]:
+        from ...reading.scorers import TextRule, shown_above
+
+        verb, concept, scorer = rule.verb, rule.concept, rule.scorer
+        if concept is None or scorer is None:
+            return []
+        if concept.scorer in TEXTUAL and verb.threshold is not None:
+            place = rule.at("threshold")
+            return [f"{place}: found {verb.threshold:g} for a text rule, allowed: no threshold; what it matches goes."]
+        place = rule.at("")
+        if isinstance(scorer, TextRule) and not scorer.has_places:
+            return [
+                f"{place}: found mask_tokens with {verb.concept!r}, a habit without places in a text, allowed: habits "
+                "that are found by a pattern."
+            ]
+        if verb.threshold is None and shown_above(scorer, token=True) is None:
+            return [
+                f"{place}: found no threshold, and the scorer of {verb.concept!r} says none for tokens; give a number."
+            ]
+        return []
+
+    def read(self, rules: Sequence[BoundRule], begun: "Begun", scores: "Scores") -> dict[int, Any]:
+        return {rule.number: _to_mask(rule.verb, rule.gate, begun, scores) for rule in rules}
+
+    def solve(self, rules: Sequence[BoundRule], met: Met) -> dict[int, Effect]:
+        return {rule.number: Effect(masked=Masked(met.pairs, met.read[rule.number], met.kept)) for rule in rules}
+
+    def record(self, rule: BoundRule, effect: Effect, tally: Tally) -> dict[str, Any]:
+        assert effect.masked is not None
+        tally.mask(effect.masked.tokens)
+        n_masked = int(effect.masked.tokens.sum())
+        share = n_masked / max(1, int(tally.n_tokens[tally.kept & rule.gate].sum()))
+        return {"rows": len(effect.masked.flags), "tokens": n_masked, "token_share": share}
+
+    def chooses(self, rule: BoundRule) -> bool:
+        return True
+
+    def note(self, rule: BoundRule, effect: Effect, record: Mapping[str, Any], whole: bool, one: str) -> str:
+        if record["rows"] == 0:
+            return "touches nothing: no token shows the concept"
+        return touched(one) if whole else ""
+
+
 def tokens_kept(pairs: "Pairs", masked: Sequence[Masked]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """`PolicyPlan.kept_tokens` of several rules: what none of them takes."""
     kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -58,32 +105,20 @@ def chosen_masked(pairs: "Pairs", masked: Sequence[Masked], kept: np.ndarray) ->
     return sum(bool(gone[start:stop].all()) for start, stop in chosen[kept])
 
 
-def tokens_to_mask(  # noqa: PLR0913
-    policy: ConceptPolicy,
-    i: int,
-    pairs: "Pairs",
-    gate: np.ndarray,
-    scores: "Scores",
-    scorer: "Scorer",
-    model: Any,
-    cache_dir: Path | None,
-) -> Flags:
-    """What rule `i`, a mask_tokens rule, takes out of the loss in the pairs of its gate.
-
-    Args:
-        model: the frozen start model, for positions that are decided; else not used.
+def _to_mask(rule: Any, gate: np.ndarray, begun: "Begun", scores: "Scores") -> Flags:
+    """What a rule takes out of the loss in the pairs of its gate.
 
     Source: method.md section 12, decision tokens.
     """
-    from ..reading.scorers import TextRule, shown_above
+    from ...reading.scorers import TextRule, shown_above
 
-    rule: Any = policy.rules[i]
+    pairs, scorer = begun.pairs, begun.scorers[rule.concept]
     threshold = shown_above(scorer, token=True) if rule.threshold is None else rule.threshold
     text_rule = scorer if isinstance(scorer, TextRule) else None
     shown = rule.shown(pairs, gate, text_rule=text_rule, scores=scores, threshold=threshold or 0.0)
     if rule.positions == "shown":
         return {pair: (chosen.tokens, rejected.tokens) for pair, (chosen, rejected) in shown.items()}
-    from ..reading.logprobs import opening_chances
+    from ...reading.logprobs import opening_chances
 
     spans = ("chosen", "rejected")
     openings = sorted(
@@ -97,7 +132,7 @@ def tokens_to_mask(  # noqa: PLR0913
     if not openings:
         return {}
     indices = np.flatnonzero(gate).tolist()
-    chances = opening_chances(model, pairs, indices, openings, cache_dir=cache_dir)
+    chances = opening_chances(begun.model, pairs, indices, openings, cache_dir=begun.cache_dir)
     chance = MaskTokens.default_chance if rule.chance is None else rule.chance
     decided = {}
     for pair in indices:
@@ -110,32 +145,3 @@ def tokens_to_mask(  # noqa: PLR0913
         if flags[0].any() or flags[1].any():
             decided[pair] = (flags[0], flags[1])
     return decided
-
-
-def prompts_of_rules(policy: ConceptPolicy, pairs: "Pairs", flagged: Mapping[int, np.ndarray]) -> dict[int, Prompts]:
-    """Rule -> the prompts of the pairs that it flags; a pair of several rules has all their instructions.
-
-    Args:
-        flagged: rule -> (n_pairs,) bool, in the order of the policy.
-    """
-    from ..reading.instruct import instructed_prompts
-
-    asked: dict[tuple[int, int], list[str]] = {}  # (pair, side) -> instructions
-    for i, pairs_of_rule in flagged.items():
-        rule: Any = policy.rules[i]
-        for pair in np.flatnonzero(pairs_of_rule).tolist():
-            for side in (0,) if rule.side == "chosen" else (0, 1):
-                asked.setdefault((pair, side), []).append(rule.instruction)
-    together: dict[str, dict[int, list[int]]] = {}
-    for (pair, side), instructions in asked.items():
-        together.setdefault("\n\n".join(instructions), {}).setdefault(pair, []).append(side)
-    prompts: dict[int, tuple[list[int], list[int]]] = {}
-    for instruction, sides in together.items():
-        for pair, (chosen, rejected) in instructed_prompts(pairs, list(sides), instruction).items():
-            before = prompts.get(pair, ([], []))
-            new = (chosen if 0 in sides[pair] else before[0], rejected if 1 in sides[pair] else before[1])
-            prompts[pair] = new
-    return {
-        i: {pair: prompts[pair] for pair in np.flatnonzero(pairs_of_rule).tolist()}
-        for i, pairs_of_rule in flagged.items()
-    }
