@@ -37,12 +37,12 @@ BOUNDS = {
     "SAE loads at a start": Bound(1, 1),
     "gate evaluations at a start": Bound(1, 1),
     "modules in import circles": Bound(5, 0),
-    "useless lazy imports": Bound(66, 0),
+    "useless lazy imports": Bound(61, 0),
     "questions for a verb outside its stage": Bound(0, 0),
     "functions over 60 lines": Bound(28, 8),
     "functions over 7 parameters": Bound(44, 8),
     "lines of the longest function": Bound(158, 80),
-    "lines of the library": Bound(42_800, 21_000, slack=1_000),  # a trainer of its own for SFT rows came
+    "lines of the library": Bound(43_400, 21_000, slack=1_000),  # a trainer of SFT rows and a look in Python came
 }
 
 

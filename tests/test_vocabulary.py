@@ -19,7 +19,7 @@ NO_GPU = [] if torch.cuda.is_available() else ["--use_cpu"]  # TRL's default pre
 
 
 def read(command: str, words: str) -> Any:
-    more = NO_GPU if command in ("dpo", "reward", "predict") else []
+    more = NO_GPU if command in ("dpo", "reward", "sft", "predict") else []
     return import_module(f"trl_anatomy.cli.{command}").arguments([*shlex.split(words), *more])
 
 
@@ -53,7 +53,7 @@ def test_help_stands_in_the_order_of_need_and_ends_in_examples_that_are_read(com
         read(command, words)
 
 
-@pytest.mark.parametrize("command", ["dpo", "reward", "predict"])
+@pytest.mark.parametrize("command", ["dpo", "reward", "sft", "predict"])
 def test_ours_stands_before_what_trl_has(command, capsys, monkeypatch):
     text = shown(command, capsys, monkeypatch)
     ours = max(text.index(option) for option in ("--concept_policy", "--audit", "--model_name_or_path", "--output_dir"))
@@ -70,7 +70,7 @@ OURS = "--model m --dataset d --dataset_split s --dataset_subset c --max_length 
 @pytest.mark.parametrize(
     ("command", "trl", "ours"),
     [
-        *((command, TRL, OURS) for command in ("audit", "sae", "fit", "dpo", "reward")),
+        *((command, TRL, OURS) for command in ("audit", "sae", "fit", "dpo", "reward", "sft")),
         (
             "predict",
             f"{TRL} --audit a --concept_policy p",

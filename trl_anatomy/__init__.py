@@ -9,9 +9,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .audit.config import AuditConfig
     from .audit.folder import Audit, load_audit
-    from .audit.run import run_audit
+    from .audit.look import Finding, Table
+    from .audit.make_sae import SAEConfig, make_sae
+    from .audit.report import write_report
+    from .audit.run import dry_run, run_audit
+    from .audit.text_audit import run_text_audit
+    from .audit.text_folder import TextAudit
+    from .checking.compare import compare
+    from .checking.prediction import predict
     from .errors import AnatomyError
+    from .reading.fit import fit_concept
     from .reading.removal import attach_edits
+    from .reading.sae import load_sae
+    from .shaping.located import PolicyError
+    from .shaping.plan import PolicyPlan
     from .shaping.policy import ConceptPolicy
     from .trainers.callback import AuditCallback
     from .trainers.concept_reward import ConceptReward
@@ -34,6 +45,20 @@ _HOME = {
     "ConceptReward": "trainers.concept_reward",
     "AnatomyError": "errors",
     "attach_edits": "reading.removal",
+    "Finding": "audit.look",
+    "Table": "audit.look",
+    "TextAudit": "audit.text_folder",
+    "run_text_audit": "audit.text_audit",
+    "dry_run": "audit.run",
+    "write_report": "audit.report",
+    "SAEConfig": "audit.make_sae",
+    "make_sae": "audit.make_sae",
+    "load_sae": "reading.sae",
+    "fit_concept": "reading.fit",
+    "PolicyPlan": "shaping.plan",
+    "PolicyError": "shaping.located",
+    "predict": "checking.prediction",
+    "compare": "checking.compare",
 }
 
 __all__ = [
@@ -46,9 +71,23 @@ __all__ = [
     "AuditConfig",
     "ConceptPolicy",
     "ConceptReward",
+    "Finding",
+    "PolicyError",
+    "PolicyPlan",
+    "SAEConfig",
+    "Table",
+    "TextAudit",
     "attach_edits",
+    "compare",
+    "dry_run",
+    "fit_concept",
     "load_audit",
+    "load_sae",
+    "make_sae",
+    "predict",
     "run_audit",
+    "run_text_audit",
+    "write_report",
 ]
 
 

@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ from .habit_table import HABIT_ROWS
 from .habits_by_prompt import HABIT_HYPOTHESES
 from .judge_sae import FIT_SHAPE
 from .levels import LEVELS, Levels, fits
+from .look import Finding, Table, all_findings, find
+from .look import names as finding_names
 from .predict import CO_FIRING, CONCEPTS, LATER, RESPONSE_GEOMETRY
 from .problems import PROBLEM_ROWS, ranked, rows_with
 from .prompt_view import response_scores
@@ -38,6 +41,7 @@ from .views import HYPOTHESES, ROWS, Activity, Disparity, activity, row_norms
 from .views import LATER as LATER_OF_HYPOTHESES
 
 if TYPE_CHECKING:
+    import pandas as pd
     from datasets import Dataset
 
     from ..reading.harvest import Harvest
@@ -128,6 +132,48 @@ class Audit:
 
     def __repr__(self) -> str:
         return f"Audit({self.name!r}, {self.pairs.num_rows} pairs, {self.concepts.num_rows} concepts)"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(repr(self))}</p>{self.top()._repr_html_()}"
+
+    def top(self, n: int = 10) -> Table:
+        """The first `n` findings: what differs most surely is first, then the largest.
+
+        Print it, show it in a notebook, or take it to pandas with `.to_pandas()`. Its columns:
+
+        - `concept`, `label`: T1, T2, ...; words that set its texts apart, or the name that a language model gave it.
+        - `verdict`: rises (more in chosen responses), falls (more in rejected ones), or why neither is claimed.
+        - `rate_chosen`, `rate_rejected`: shares of responses that show it, 0 to 1.
+        - `predicted`, `ci_low`, `ci_high`: mean over pairs of chosen minus rejected, of the share of the concept's
+          features that fire; its 95 % interval.
+        - `length_adjusted`: the same at equal lengths of chosen and rejected.
+        - `q`: false discovery rate.
+
+        An audit of habits alone lists `habit`, `verdict`, `chosen`, `rejected`, `difference` and its interval, and `q`;
+        one of SFT data lists `context`, `concept`, `mean_in`, `mean_out` and their difference at equal length.
+        """
+        return all_findings(self)[:n]
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """Every finding, with the columns of `top`. The tables behind it: `audit.concepts.to_pandas()`, ..."""
+        return all_findings(self).to_pandas()
+
+    def __getitem__(self, name: str) -> Finding:
+        """A concept ("T2"), response cluster ("R1"), context ("B12", "A3") or habit: `.examples(5)`, `.to_pandas()`.
+
+        Raises:
+            AnatomyError: the audit has none of that name.
+        """
+        found = find(self, name)
+        if found is None:
+            raise AnatomyError(f"{self.name}: found no {name!r}, allowed: {_listed(finding_names(self))}.")
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and find(self, name) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(finding_names(self))
 
     @cached_property
     def harvest(self) -> "Harvest":

@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import redirect_stdout
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..audit.config import NO_SAE, AuditConfig
 from ..errors import AnatomyError
 from .labeller import check_labeller, name_concepts
 from .options import DATA, MODEL, AuditFlags, strict_parse, trl_parser
 from .shown_audit import print_audit, print_habits, print_regions
 
-if TYPE_CHECKING:
-    from ..audit.config import AuditConfig
-
 
 def arguments(argv: list[str]) -> tuple[Any, ...]:
     """The settings of the audit, and the flags beside them. A recipe's `audit` names the folder."""
-    from ..audit.config import AuditConfig
-
     parser = trl_parser(
         "audit",
         (AuditConfig, AuditFlags),
@@ -32,7 +28,6 @@ def arguments(argv: list[str]) -> tuple[Any, ...]:
 
 
 def run(argv: list[str]) -> int:
-    from ..audit.config import NO_SAE
     from ..audit.find_sae import AUTO
     from ..audit.run import dry_run, run_audit
     from ..reading.ranks import is_main_process

@@ -11,11 +11,11 @@ from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from .. import recipe
+from ..audit.config import AuditConfig
 from ..errors import AnatomyError
 from .options import MODEL, add_setting, plain_parser, whole
 
 if TYPE_CHECKING:
-    from ..audit.config import AuditConfig
     from ..checking.persona import EndpointJudge
     from ..checking.persona_file import Persona
     from ..checking.vllm_rollouts import VllmRollouts
@@ -93,7 +93,6 @@ def _fitted(args: argparse.Namespace) -> tuple[str, str]:
     """Fit and store as the arguments say; the card as JSON and the figures as text."""
     import numpy as np
 
-    from ..audit.config import AuditConfig
     from ..audit.run import load_dataset, load_model, load_tokenizer
     from ..checking.dose import dose_report, dose_response
     from ..reading.files import check_writable

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..audit.config import AuditConfig
 from ..errors import AnatomyError
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ def check_labeller(flags: Any) -> None:
 
 def name_concepts(audit: Audit, flags: Any) -> None:
     """Have concepts and contexts named, and write the page again."""
-    from ..audit.config import AuditConfig
     from ..audit.labelling import label_audit, read_firings
     from ..audit.reopen import reopen
     from ..audit.report import write_report

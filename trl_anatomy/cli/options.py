@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from .. import recipe
+from ..audit.config import TRL_NAMES, AuditConfig
 from .commands import COMMANDS
 
 # What the examples of the help are about.
@@ -152,8 +153,6 @@ _OF_TRL = frozenset(
 
 def _also(command: str) -> dict[str, list[str]]:
     """TRL's option -> our names of it, for the commands that take TRL's."""
-    from ..audit.config import TRL_NAMES
-
     ours: dict[str, list[str]] = {}
     written = {} if command == "predict" else {"out": "output_dir"}  # predict writes elsewhere than the training
     for name, other in {**TRL_NAMES, "policy": "concept_policy", **written}.items():
@@ -171,8 +170,6 @@ def _add_names(parser: argparse.ArgumentParser, action: argparse.Action, names: 
 
 def add_setting(parser: argparse.ArgumentParser, name: str, **changed: Any) -> None:
     """Give a plain parser a setting of an audit: its names, its default and its help."""
-    from ..audit.config import TRL_NAMES, AuditConfig
-
     field = AuditConfig.__dataclass_fields__[name]
     names = [name, *([TRL_NAMES[name]] if name in TRL_NAMES else [])]
     settings = {"help": field.metadata["help"], **({} if changed.get("required") else {"default": field.default})}

@@ -30,6 +30,7 @@ from .seams import (
     weigh_gradient,
     without_columns,
 )
+from .signature import extends
 
 if TYPE_CHECKING:
     from ..audit.config import AuditConfig
@@ -71,6 +72,7 @@ class AnatomyDPOTrainer(ShapedSeams, DPOTrainer):
     precompute_ref_logps: bool
     _along: ReadAlong | None = None
 
+    @extends(DPOTrainer.__init__)
     def __init__(
         self,
         *args: Any,

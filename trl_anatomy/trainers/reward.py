@@ -23,6 +23,7 @@ from .seams import (
     weigh_gradient,
     without_columns,
 )
+from .signature import extends
 
 if TYPE_CHECKING:
     from ..audit.config import AuditConfig
@@ -56,6 +57,7 @@ class AnatomyRewardTrainer(ShapedSeams, RewardTrainer):
         PolicyError: for a policy with mistakes, all of them at once.
     """
 
+    @extends(RewardTrainer.__init__)
     def __init__(
         self,
         *args: Any,

@@ -26,6 +26,7 @@ from .seams import (
     without_columns,
 )
 from .sft_support import check_sft_rules
+from .signature import extends
 
 if TYPE_CHECKING:
     from ..audit.config import AuditConfig
@@ -62,6 +63,7 @@ class AnatomySFTTrainer(ShapedSeams, SFTTrainer):
 
     _carry = CarryRows
 
+    @extends(SFTTrainer.__init__)
     def __init__(
         self,
         *args: Any,

@@ -12,8 +12,8 @@ from ..concept_words import LEANS, NOT_SIGNIFICANT
 from ..finding_list import CONCEPT as CONCEPT_KIND
 from ..finding_list import HABIT
 from ..folder import Audit
+from ..row_texts import RowTexts
 from ..shown import CONTEXT_RATES, RATES
-from .texts import RowTexts
 
 N_PAIRS = 10_000  # pairs carried; the folder holds all
 N_HYPOTHESES = 5_000  # hypotheses carried

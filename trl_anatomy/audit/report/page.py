@@ -15,6 +15,7 @@ from ..findings import data_notes
 from ..folder import REPORT, Audit
 from ..labels import neuronpedia_url
 from ..predict import BY_LENGTH, FALLS, NO_EVIDENCE, RISES, TOO_FEW
+from ..row_texts import RowTexts
 from ..text_folder import TextAudit
 from ..trace import VIEWS
 from .by_prompt import by_prompt_section
@@ -28,7 +29,6 @@ from .problems import problems_section
 from .sae import sae_section, sae_warning
 from .shell import number, render_page
 from .text_page import render_text_page
-from .texts import RowTexts
 
 if TYPE_CHECKING:
     from datasets import Dataset

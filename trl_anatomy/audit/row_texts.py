@@ -1,4 +1,4 @@
-"""Texts of pairs by their row, for the page."""
+"""Texts of pairs by their row, for the page and for a look in Python."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from ...reading.spans import Pairs
+    from ..reading.spans import Pairs
 
 
 class RowTexts:
@@ -31,8 +31,8 @@ class RowTexts:
         """Prompt, chosen and rejected; of SFT data, prompt, response and nothing."""
         if (place := self._places.get(row)) is not None:
             return self._data.texts(place)
-        from ...reading.sft import sft_texts
-        from ...reading.spans import flatten_text, split_row
+        from ..reading.sft import sft_texts
+        from ..reading.spans import flatten_text, split_row
 
         given: dict[str, Any] = self.raw[row]
         if "chosen" not in given:
