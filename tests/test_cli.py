@@ -51,7 +51,7 @@ def test_a_misspelt_option_gets_a_suggestion(capsys):
     assert "did you mean '--layer'" in error
 
 
-@pytest.mark.parametrize("command", ["dpo", "reward"])
+@pytest.mark.parametrize("command", ["dpo", "sft", "reward"])
 def test_a_misspelt_key_of_a_recipe_is_refused(command, tmp_path, capsys):
     """TRL passes over a key that nothing reads; a policy that silently does not act is what users must never get."""
     recipe = tmp_path / "recipe.yaml"

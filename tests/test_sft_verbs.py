@@ -243,3 +243,46 @@ def test_verbs_of_rows_do_not_act_on_pairs(verb: str, tiny_model_dir: Path, tmp_
     rule = {"explain_away": "bold", "with": verb, **({"strength": 0.5} if verb == "reweight_rows" else {})}
     with pytest.raises(AnatomyError, match=f"found {verb}, which reads rows of SFT data, not pairs, allowed: .*_pairs"):
         dpo(tiny_model_dir, tmp_path, preference_rows(6), policy=policy(rule))
+
+
+def test_the_command_trains_and_prints_the_plan(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from datasets import Dataset
+
+    from trl_anatomy.cli import main
+
+    Dataset.from_list(rows("chat")).to_json(str(tmp_path / "rows.jsonl"))
+    (tmp_path / "policy.yaml").write_text(
+        "concepts:\n  bold: {scorer: text, pattern: bold}\nrules:\n  - {explain_away: bold, with: filter_rows}\n"
+    )
+    words = (
+        f"sft --model_name_or_path {tiny_model_dir} --dataset_name {tmp_path}/rows.jsonl --output_dir {tmp_path}/out"
+    )
+    words += f" --max_steps 1 --bf16 false --use_cpu --report_to none --dtype float32 --policy {tmp_path}/policy.yaml"
+    assert main(words.replace("--policy", "--concept_policy").split()) == 0
+    told = capsys.readouterr().out
+    assert "8 rows, 8 rows scored, " in told
+    assert "filter_rows" in told
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_plan_of_an_audited_corpus(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """An audit of SFT data goes with the trainer, and `plan` of it with what the trainer plans."""
+    import torch
+    from reading_world import tiny_sae
+
+    from trl_anatomy import AuditConfig
+
+    sae = tiny_sae("standard", d_in=16, d_sae=48, hook="blocks.0.hook_resid_post")
+    with torch.no_grad():
+        sae.b_enc.fill_(0.5)
+    sae.save_model(tmp_path / "sae")
+    settings = {"sae": str(tmp_path / "sae"), "layer": 0, "out": str(tmp_path / "audit"), "bootstrap": 100}
+    found = AuditConfig(model=str(tiny_model_dir), data_kind="sft", force=True, **settings)
+    trainer = sft(tiny_model_dir, tmp_path / "out", rows("chat", 24), policy(FILTER), audit=found)
+    assert trainer.audit.info["settings"]["data_kind"] == "sft"
+    again = sft(tiny_model_dir, tmp_path / "again", rows("chat", 24), policy(FILTER), audit=tmp_path / "audit")
+    assert again.plan.rules == trainer.plan.rules
+    with pytest.raises(AnatomyError, match="an audit of preference pairs does not go with this trainer"):
+        sft(tiny_model_dir, tmp_path / "no", rows("chat", 24), policy(FILTER), audit=AuditConfig(model="m"))

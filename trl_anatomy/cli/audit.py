@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import redirect_stdout
 from typing import Any
@@ -35,6 +36,7 @@ def run(argv: list[str]) -> int:
     config, flags = arguments(argv)
     with redirect_stdout(sys.stderr):  # some libraries print notes, which would spoil the JSON
         check_labeller(flags)
+        config = _against(config, flags)
     if config.sae == NO_SAE or not (config.sae or config.model):
         config.sae = ""
         return _audit_text(config, flags)
@@ -55,6 +57,20 @@ def run(argv: list[str]) -> int:
     else:
         print_audit(audit)
     return 0
+
+
+def _against(config: AuditConfig, flags: Any) -> AuditConfig:
+    """The audit that --against asks for, of pairs whose other side the start model has written."""
+    if flags.against is None:
+        return config
+    from ..checking.against import against_model
+
+    if flags.against != "model":
+        raise AnatomyError(f"--against: found {flags.against!r}, allowed: model.")
+    if flags.dry_run or "RANK" in os.environ:
+        what = "--dry_run samples nothing" if flags.dry_run else "it samples in one process"
+        raise AnatomyError(f"--against: {what}; leave one of the two out.")
+    return against_model(config, flags.n_prompts, flags.max_new_tokens, flags.sample_batch_size)
 
 
 def _audit_text(config: AuditConfig, flags: Any) -> int:

@@ -207,6 +207,20 @@ class AuditFlags:
         default=False, metadata={"help": "Check everything and say what would be run, without running the model."}
     )
     json: bool = dataclasses.field(default=False, metadata={"help": "Print the summary as JSON."})
+    against: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Of SFT data: model, to set each response beside the start model's own to the same prompt, as "
+            "pairs: what these data will teach this model. None: regions of the data against the rest."
+        },
+    )
+    n_prompts: int = dataclasses.field(default=250, metadata={"help": "With --against: at most so many rows."})
+    max_new_tokens: int = dataclasses.field(
+        default=256, metadata={"help": "With --against: length of a sampled response, in tokens."}
+    )
+    sample_batch_size: int = dataclasses.field(
+        default=64, metadata={"help": "With --against: responses sampled at a time."}
+    )
     label_model: str | None = dataclasses.field(
         default=None,
         metadata={
