@@ -228,7 +228,7 @@ def audit(plan: Plan, harvest: Path, out: Path, contexts: int) -> dict:
 
     config = AuditConfig(out=str(out), n_contexts=contexts, bootstrap=1000)
     counted, timings = made_habits(plan.pairs, prompt_groups), {}
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     with timed(timings, "open and check hashes"):
         read = Harvest.open(harvest)
     with timed(timings, "habit_lines"):
@@ -243,6 +243,7 @@ def audit(plan: Plan, harvest: Path, out: Path, contexts: int) -> dict:
     with timed(timings, "write the folder"):
         info = {"versions": {}, "model": {}, "sae": {}, "data": {}, "settings": config.settings(), **findings.info}
         write_audit(out, {**info, "timings": findings.timings}, findings.hypotheses, findings.concepts, findings.pairs)
+    cpu["in all"] = round(time.process_time() - cpu_start, 1)  # also what belongs to no step
     entries = dict.fromkeys(SPANS, 0)
     for shard in read.shards():
         for span in SPANS:
@@ -252,7 +253,7 @@ def audit(plan: Plan, harvest: Path, out: Path, contexts: int) -> dict:
         "latents": plan.latents,
         "live_latents_per_span": {span: round(n / plan.pairs) for span, n in entries.items()},
         "harvest_gb": round(sum(file.stat().st_size for file in harvest.iterdir()) / 1e9, 2),
-        "cpu_seconds": {**cpu, "in all": round(sum(cpu.values()), 1)},
+        "cpu_seconds": cpu,
         "seconds": {
             **{name: round(timings[name], 1) for name in ("open and check hashes", "habit_lines")},
             **findings.timings,

@@ -264,7 +264,7 @@ def spherical_kmeans(
             worst = int(np.argmin(cosine))
             total[empty], cosine[worst] = fit[worst], np.inf
         centroids = _unit(total)
-    labels, _ = _assign(x, centroids, used)
+    labels = _nearest(x, centroids, used)
     order = np.argsort(-np.bincount(labels, minlength=k), kind="stable")
     rank = np.empty(k, dtype=np.int64)
     rank[order] = np.arange(k)
@@ -294,6 +294,25 @@ def _assign(
         labels[start : start + step] = cosine.argmax(axis=1)
         fit[start : start + step] = cosine.max(axis=1)
     return labels, fit
+
+
+def _nearest(x: np.ndarray | sparse.csr_array, centroids: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The labels that `_assign` gives in double precision, which only rows between two centroids need."""
+    single, labels = centroids.astype(np.float32), np.empty(len(rows), dtype=np.int64)
+    # Twice as much as rounding can take from a product, for unit centroids.
+    close = 4 * centroids.shape[1] * np.finfo(np.float32).eps
+    step = max(1, BLOCK_CELLS // max(centroids.shape))
+    for start in range(0, len(rows), step):
+        here = rows[start : start + step]
+        part = x[here]
+        part = (part if isinstance(part, np.ndarray) else part.toarray()).astype(np.float32, copy=False)
+        cosine = part @ single.T
+        labels[start : start + step] = cosine.argmax(axis=1)
+        if len(centroids) > 1:
+            best = np.partition(cosine, -2, axis=1)[:, -2:]
+            doubtful = np.flatnonzero(best[:, 1] - best[:, 0] <= close * np.linalg.norm(part, axis=1))
+            labels[start + doubtful] = _assign(x, centroids, here[doubtful])[0]
+    return labels
 
 
 def _seed_centroids(x: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
@@ -341,13 +360,14 @@ class ColumnMoments:
 
         Entries are added one after the other, so that it makes no difference how rows are split into matrices.
         """
-        sums = [getattr(self, name).copy() for name in ("seen", "total", "square", "size")]
+        seen = self.seen + np.bincount(values.indices, minlength=len(self.seen))  # whole numbers: in any order
+        sums = [getattr(self, name).copy() for name in ("total", "square", "size")]
         for start in range(0, values.nnz, BLOCK_CELLS // 8):
             index = values.indices[start : start + BLOCK_CELLS // 8].astype(np.int64)
             data = values.data[start : start + BLOCK_CELLS // 8].astype(np.float64)
-            for total, what in zip(sums, (np.ones_like(data), data, data * data, np.abs(data)), strict=True):
+            for total, what in zip(sums, (data, data * data, np.abs(data)), strict=True):
                 np.add.at(total, index, what)
-        return ColumnMoments(self.n + values.shape[0], *sums)
+        return ColumnMoments(self.n + values.shape[0], seen, *sums)
 
     @property
     def mean(self) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Named habits by what is asked: where a habit's difference between the sides is another than elsewhere."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,9 @@ class Asked:
         Args:
             clusters: (K, n) of ones; terms: what each is called by.
         """
-        words = [" · ".join(of[:NAMED]) for of in terms]
+        # A number that tells equal names apart says nothing here: "A3" does that.
+        own = [[term for term in of if not re.fullmatch(r"\(\d+\)", term)] for of in terms]
+        words = [" · ".join(of[:NAMED]) for of in own]
         says = (f"is like A{k + 1}" + (f" ({of})" if of else "") for k, of in enumerate(words))
         return Asked(
             (*self.names, *(f"A{k + 1}" for k in range(len(words)))),

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import sparse
 
 from . import stats
-from .views import row_norms
+from .views import ROWS, row_norms
 
 if TYPE_CHECKING:
     from .prompt_view import PromptView
@@ -44,6 +44,19 @@ def plane(gram: np.ndarray) -> np.ndarray:
     return np.pad(found, ((0, 0), (0, 2 - found.shape[1])))
 
 
+def _products(blocks: list[np.ndarray]) -> np.ndarray:
+    """Inner products of all columns of (n, K) arrays of equally many rows, together (sum of K, sum of K) float64.
+
+    Rows are multiplied in single precision, `ROWS` at a time, and added in double: enough for a picture.
+    """
+    n_columns = sum(block.shape[1] for block in blocks)
+    found = np.zeros((n_columns, n_columns))
+    for start in range(0, len(blocks[0]), ROWS):
+        rows = np.concatenate([block[start : start + ROWS] for block in blocks], axis=1).astype(np.float32)
+        found += rows.T @ rows
+    return found
+
+
 def map_places(view: FeatureView, prompts: PromptView) -> dict[str, list[float]]:
     """Places of all concepts (T, R) on one map and of all contexts (B, A) on another.
 
@@ -56,7 +69,7 @@ def map_places(view: FeatureView, prompts: PromptView) -> dict[str, list[float]]
     blocks = [view.activity.u, prompts.scores.u]
     n = max(1, len(blocks[0]))
     mean = np.concatenate([u.mean(axis=0) if len(u) else np.zeros(u.shape[1]) for u in blocks])
-    products = np.block([[a.T @ b for b in blocks] for a in blocks]) / n - np.outer(mean, mean)
+    products = _products(blocks) / n - np.outer(mean, mean)
     spread = np.sqrt(np.maximum(np.diag(products), 0))
     spread[spread < 1e-12] = np.inf
     concepts = plane(products / np.outer(spread, spread))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 SHORT, LONG, TURNS = 10, 100, 3
 
 # A turn of a conversation that is written into one text: who speaks, at the begin of a line.
-_SPEAKER = re.compile(r"^(?:human|user|assistant) ?: ?", re.MULTILINE | re.IGNORECASE)
+SPEAKER = re.compile(r"^(?:human|user|assistant) ?: ?", re.MULTILINE | re.IGNORECASE)
 _NUMBERS = r"(?:two|three|four|five|six|seven|eight|nine|ten|\d{1,2}|some|several|a few)"
 
 
@@ -138,7 +138,7 @@ RULES: Mapping[str, PromptRule] = {
     "question": _asks("is a question", r"\?\W*$"),
     "short": PromptRule(f"is short (up to {SHORT} words)", lambda _, request: _n_words(request) <= SHORT),
     "long": PromptRule(f"is long ({LONG} words or more)", lambda prompt, _: _n_words(prompt) >= LONG),
-    "turns": PromptRule("continues a conversation", lambda prompt, _: len(_SPEAKER.findall(prompt)) >= TURNS),
+    "turns": PromptRule("continues a conversation", lambda prompt, _: len(SPEAKER.findall(prompt)) >= TURNS),
     "language": PromptRule(
         "is in another language than English",
         lambda _, request: HABITS["other_language"].value(request) > 0,
@@ -155,7 +155,7 @@ def last_request(prompt: str) -> str:
     >>> last_request(" What is tea? ")
     'What is tea?'
     """
-    parts = [part.strip() for part in _SPEAKER.split(prompt)]
+    parts = [part.strip() for part in SPEAKER.split(prompt)]
     return next((part for part in reversed(parts) if part), "")
 
 

@@ -11,7 +11,7 @@ from scipy import sparse
 from ..reading.files import scratch_array
 from .clusters import STD_FLOOR, ColumnMoments, geometry_clusters
 from .config import AuditConfig
-from .views import Disparity, cluster_sums, first_of, hypothesis_table, log_length_ratio
+from .views import Disparity, blocks, first_of, hypothesis_table, log_length_ratio, lookups, summed
 
 if TYPE_CHECKING:
     from ..reading.harvest import Harvest, Shard
@@ -122,7 +122,7 @@ def find_geometry(harvest: "Harvest", config: AuditConfig, distinct: np.ndarray 
     }
     moments = {name: ColumnMoments.none(harvest.d_sae) for name in read}
     scale, start = ColumnMoments.none(harvest.d_sae), 0
-    for shard in harvest.shards():
+    for shard in blocks(harvest):
         here = slice(start, start + len(shard.rows))
         start = here.stop
         once = shard if distinct is None else shard.select(np.flatnonzero(distinct[here]))
@@ -196,10 +196,11 @@ def prompt_scores(harvest: "Harvest", prompts: Sequence[np.ndarray], config: Aud
     """
     scores = scratch_array((harvest.n_pairs, len(prompts)), np.float32, getattr(harvest, "path", None), order="F")
     size, start = np.array([len(c) for c in prompts], dtype=np.float64), 0
-    for shard in harvest.shards():
+    places = lookups(prompts, harvest.d_sae)
+    for shard in blocks(harvest):
         prompt = _pooled(shard, "prompt", config.pooling)
         values = np.ones(prompt.nnz) if config.prompt_score == "fired" else prompt.data
-        (total,) = cluster_sums(prompt, prompts, values)
+        (total,) = summed(prompt, places, len(prompts), values)
         scores[start : start + len(shard.rows)] = total / size
         start += len(shard.rows)
     return scores
@@ -252,19 +253,23 @@ def response_scores(
     rows: list[np.ndarray] = []
     lengths: dict[str, list[np.ndarray]] = {"prompt": [], "chosen": [], "rejected": []}
     support = np.zeros(len(responses), dtype=np.int64)
-    for shard in harvest.shards():
+    places = lookups(responses, harvest.d_sae)
+    for shard in blocks(harvest):
         here = slice(start, start + len(shard.rows))
         start = here.stop
         sides = []
         for side, other in (("chosen", "rejected"), ("rejected", "chosen")):
             values = _pooled(shard, side, pooling)
             scaled = values.data / scale[values.indices]
-            longer = np.maximum(1.0, shard.lengths[side] / np.maximum(1, shard.lengths[other]))
-            counted = scaled * np.repeat(longer if pooling == "freq" else np.ones(len(longer)), np.diff(values.indptr))
-            sides.append(cluster_sums(values, responses, scaled, np.ones(values.nnz), counted))
+            if pooling == "freq":
+                longer = np.maximum(1.0, shard.lengths[side] / np.maximum(1, shard.lengths[other]))
+                counted = scaled * np.repeat(longer, np.diff(values.indptr))
+                sides.append(summed(values, places, len(responses), scaled, counted))
+            else:
+                sides.append(summed(values, places, len(responses), scaled) * 2)
         u[here] = (sides[0][0] - sides[1][0]) / size
-        by_count[here] = (sides[0][2] - sides[1][2]) / size
-        support += (sides[0][1] + sides[1][1] > 0).sum(axis=0)
+        by_count[here] = (sides[0][1] - sides[1][1]) / size
+        support += (sides[0][0] + sides[1][0] > 0).sum(axis=0)  # what fires is above 0
         rows.append(np.asarray(shard.rows, dtype=np.int64))
         for span in lengths:
             lengths[span].append(np.asarray(shard.lengths[span], dtype=np.int64))
@@ -275,7 +280,7 @@ def response_scores(
 def delta_scale(harvest: "Harvest", pooling: str) -> np.ndarray:
     """(d_sae,) standard deviation of each feature's difference over all pairs, chosen minus rejected, floored."""
     found = ColumnMoments.none(harvest.d_sae)
-    for shard in harvest.shards():
+    for shard in blocks(harvest):
         found = found.plus(_delta(shard, pooling))
     return np.maximum(found.std, STD_FLOOR)
 

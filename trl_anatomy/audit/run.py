@@ -33,7 +33,7 @@ from .habit_table import habit_table, habit_values, habits_to_count, texts_of, t
 from .habits_by_prompt import Asked, cluster_members, habits_by_prompt, properties, shapes
 from .improbable import improbable_labels
 from .judge_sae import fit_notes, fit_record, judged, pairs_to_judge, refuse_unfit
-from .labels import distinctive_terms, group_terms, member_terms, own_words
+from .labels import distinctive_terms, group_terms, own_words, prompt_names
 from .maps import map_places
 from .predict import RESPONSE_GEOMETRY, concept_table
 from .problems import count_problems, eval_prompts, find_problems, looked_for, with_improbable
@@ -586,7 +586,7 @@ def analyse(  # noqa: PLR0913
     with timed(timings, "prompt_view"):
         prompts = prompt_view(read, config, groups, repeat, gaps)
     with timed(timings, "labels"):
-        terms, response_terms, contexts = _describe(texts, view, prompts, config.seed, counted, asked)
+        terms, response_terms, contexts = _describe(texts, view, prompts, config.seed, counted, asked, groups)
     with timed(timings, "predict"):
         responses = prompts.geometry.responses
         evidence: dict[str, Any] = {"groups": groups, "copies": repeat, "cut": cut}
@@ -594,6 +594,8 @@ def analyse(  # noqa: PLR0913
             concept_table(view.activity, communities, config, terms=terms, **evidence),
             concept_table(prompts.scores, responses, config, terms=response_terms, kind=RESPONSE_GEOMETRY, **evidence),
         ]
+    with timed(timings, "maps"):
+        places = map_places(view, prompts)
     choice, improbable = {}, None
     if counted is not None:
         with timed(timings, "choice"):
@@ -614,7 +616,7 @@ def analyse(  # noqa: PLR0913
             "too_few_prompts": few_prompts(groups, read.n_pairs),
             "copies": None if copies is None else copies.counts(),
             "contexts": contexts,
-            "maps": map_places(view, prompts),
+            "maps": places,
             **choice,
             "length": length_of_sides(read.lengths["chosen"], read.lengths["rejected"], groups),
             "counts": {
@@ -658,6 +660,7 @@ def _describe(
     seed: int,
     counted: Counted | None = None,
     asked: Asked | None = None,
+    groups: np.ndarray | None = None,
 ) -> tuple[list[list[str]], list[list[str]], dict[str, dict[str, Any]]]:
     """Distinctive terms of every concept and response cluster; size, prompt terms and features of every context."""
     n = len(view.contexts)
@@ -671,10 +674,16 @@ def _describe(
     size = np.bincount(view.contexts)
     terms = group_terms(prompt, view.contexts[drawn], len(size), n_terms=CONTEXT_TERMS)
     contexts: dict[str, dict[str, Any]] = {f"B{k}": {"pairs": int(n), "terms": terms[k]} for k, n in enumerate(size)}
-    terms = member_terms(prompt, sparse.csr_array(prompts.members[:, drawn]), n_terms=CONTEXT_TERMS)
-    for k, features in enumerate(prompts.geometry.prompts):
-        pairs = int(prompts.members.indptr[k + 1] - prompts.members.indptr[k])
-        contexts[f"A{k + 1}"] = {"pairs": pairs, "terms": terms[k], "features": features.tolist()}
+    called = prompt_names(prompt, sparse.csr_array(prompts.members[:, drawn]), n_words=CONTEXT_TERMS)
+    for k, (features, own) in enumerate(zip(prompts.geometry.prompts, called, strict=True)):
+        rows = prompts.members.indices[prompts.members.indptr[k] : prompts.members.indptr[k + 1]]
+        contexts[f"A{k + 1}"] = {
+            "pairs": len(rows),
+            "terms": own.words,
+            "prompts": len(rows if groups is None else np.unique(groups[rows])),
+            "example": own.example,
+            "features": features.tolist(),
+        }
     # Data contexts are pairs that show alike concepts, so what responses have may name them too.
     named = shapes(stats.one_hot(view.contexts, len(size)), *properties(counted, asked))
     named += shapes(prompts.members, *properties(None, asked))

@@ -1,6 +1,6 @@
 """Where in the data is a concept rewarded or punished? The feature-conditioned view (method.md section 4)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,8 @@ from .shown import CONTEXT_RATES, context_rates, shown_where, split_points
 if TYPE_CHECKING:
     from ..reading.harvest import Harvest, Shard
 
-# Stored entries, and rows of scores, that are worked on at a time: they should stay in the cache.
-ENTRIES, ROWS = 1 << 18, 4096
+# Rows of scores that are worked on at a time: they should stay in the cache.
+ROWS = 4096
 # Share of a difference that must be left when firing tokens are counted on equal lengths, and beyond named habits.
 LEAST_LEFT = 0.5
 # Columns of hypotheses that audits of earlier versions do not have.
@@ -61,6 +61,11 @@ HYPOTHESES = pa.schema(
 )
 
 
+def blocks(harvest: "Harvest") -> Iterator["Shard"]:
+    """All pairs of a harvest in order, in parts of shards that are small enough that memory is used again."""
+    return (block for shard in harvest.shards() for block in shard.blocks())
+
+
 def cluster_sums(
     matrix: sparse.csr_array, clusters: Sequence[np.ndarray], *values: np.ndarray
 ) -> tuple[np.ndarray, ...]:
@@ -76,36 +81,35 @@ def cluster_sums(
     Returns:
         (n, K) float64 for each of `values`.
     """
-    n, n_clusters = matrix.shape[0], len(clusters)
-    sums = tuple(np.zeros((n, n_clusters)) for _ in values)
-    lookups = _lookups(clusters, matrix.shape[1])
-    start = 0
-    while start < n:
-        stop = int(np.searchsorted(matrix.indptr, matrix.indptr[start] + ENTRIES, side="right")) - 1
-        stop = min(max(stop, start + 1), n)
-        entries = slice(matrix.indptr[start], matrix.indptr[stop])
-        row = np.repeat(np.arange(stop - start), np.diff(matrix.indptr[start : stop + 1])) * (n_clusters + 1)
-        for lookup in lookups:
-            key = row + lookup[matrix.indices[entries]]
-            for total, value in zip(sums, values, strict=True):
-                found = np.bincount(key, value[entries], (stop - start) * (n_clusters + 1))
-                total[start:stop] += found.reshape(stop - start, n_clusters + 1)[:, :n_clusters]
-        start = stop
-    return sums
+    return summed(matrix, lookups(clusters, matrix.shape[1]), len(clusters), *values)
 
 
-def _lookups(clusters: Sequence[np.ndarray], n_columns: int) -> list[np.ndarray]:
+def summed(
+    matrix: sparse.csr_array, clusters: Sequence[np.ndarray], n_clusters: int, *values: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """`cluster_sums` of clusters that are `lookups` already."""
+    # Of equal places in a row, scipy's dense form is the sum, entry by entry; the last column is that of no cluster.
+    shape = (matrix.shape[0], n_clusters + 1)
+    sums: list[np.ndarray] = []
+    for lookup in clusters:
+        places = lookup[matrix.indices]
+        found = [sparse.csr_array((value, places, matrix.indptr), shape=shape).toarray() for value in values]
+        sums = [total + more for total, more in zip(sums, found, strict=True)] if sums else found
+    return tuple(total[:, :-1] for total in sums or [np.zeros(shape) for _ in values])
+
+
+def lookups(clusters: Sequence[np.ndarray], n_columns: int) -> list[np.ndarray]:
     """Arrays (n_columns,) of cluster numbers, K where there is none: one where clusters do not overlap, else more."""
     columns = np.concatenate([*clusters, np.zeros(0, dtype=np.int64)]).astype(np.int64)
     cluster = np.repeat(np.arange(len(clusters)), [len(c) for c in clusters])
-    lookups = []
+    found = []
     while len(columns):
-        lookup = np.full(n_columns, len(clusters))
+        lookup = np.full(n_columns, len(clusters), dtype=np.int32)
         first = np.unique(columns, return_index=True)[1]
         lookup[columns[first]] = cluster[first]
-        lookups.append(lookup)
+        found.append(lookup)
         columns, cluster = np.delete(columns, first), np.delete(cluster, first)
-    return lookups
+    return found
 
 
 def _distinct_members(members: sparse.csr_array, copies: np.ndarray) -> np.ndarray:
@@ -237,7 +241,8 @@ def activity(
     n_fire = [scratch_array(shape, np.min_scalar_type(sizes.max(initial=0)), folder) for _ in range(2)]
     rows, support, start = [], np.zeros(len(communities), dtype=np.int64), 0
     lengths: dict[str, list[np.ndarray]] = {"prompt": [], "chosen": [], "rejected": []}
-    for shard in harvest.shards():
+    places = lookups(communities, harvest.d_sae)
+    for shard in blocks(harvest):
         here = slice(start, start + len(shard.rows))
         start = here.stop
         sides = []
@@ -246,7 +251,7 @@ def activity(
             data = frequency.data.astype(np.float64)
             shorter = by_shorter(frequency, shard.lengths[side], shard.lengths[other])
             counted = firing_by_count(shorter, tau, fires)
-            sides.append(cluster_sums(frequency, communities, fires, data, counted))
+            sides.append(summed(frequency, places, len(communities), fires, data, counted))
         (in_chosen, of_chosen, counted_chosen), (in_rejected, of_rejected, counted_rejected) = sides
         support += ((in_chosen > 0) | (in_rejected > 0)).sum(axis=0)
         u[here] = (in_chosen - in_rejected) / _sizes(communities)
@@ -490,9 +495,13 @@ def hypothesis_table(  # noqa: PLR0913, PLR0915
     if fit is not None:
         differs &= fit[m]
     if scores.by_count is not None and differs.any():
-        counted = stats.compare_members(scores.by_count, members, pool, halves)[0].delta[k, m]
+        asked, of = np.unique(m[differs], return_inverse=True)
+        some = (scores.by_count[:, asked[i : i + stats.BLOCK]] for i in range(0, len(asked), stats.BLOCK))
+        deltas = [stats.compare_members(block, members, pool, halves)[0].delta for block in some]
+        counted = np.concatenate(deltas, axis=1)[k[differs], of]
         with np.errstate(invalid="ignore"):
-            differs &= counted * np.sign(cell["delta"]) >= LEAST_LEFT * np.abs(cell["delta"])
+            stays = counted * np.sign(cell["delta"][differs]) >= LEAST_LEFT * np.abs(cell["delta"][differs])
+        differs[differs] = stays
     own = _beyond_habits(scores.u, members, pool, habits, groups, k, m, differs, cell, config.alpha)
     key = np.abs(cell[config.rank_by])
     tried = np.flatnonzero(own)[np.lexsort((m[own], k[own], -key[own]))]

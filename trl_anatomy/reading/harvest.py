@@ -47,6 +47,8 @@ _SHAPE = {
 }
 _POOLED_BYTES = 64 << 20  # dense pooled result held at a time
 # Dense activations held at a time: on a CPU they should stay in the cache, a GPU wants fewer and larger steps.
+# Pairs of a shard that statistics work on at a time.
+BLOCK_PAIRS = 256
 _CHUNK_BYTES = {"cpu": 4 << 20, "other": 64 << 20}
 
 
@@ -68,7 +70,13 @@ class Shard:
     def select(self, pairs: np.ndarray) -> "Shard":
         """Some of these pairs, by ascending number; nothing of the others will be read."""
         lengths = {span: length[pairs] for span, length in self.lengths.items()}
-        return Shard(self.rows[pairs], lengths, self.d_sae, self._file, pairs)
+        only = pairs if self._only is None else self._only[pairs]
+        return Shard(self.rows[pairs], lengths, self.d_sae, self._file, only)
+
+    def blocks(self) -> "Iterator[Shard]":
+        """Its pairs, `BLOCK_PAIRS` at a time, in order: arrays small enough that memory is used again."""
+        for start in range(0, len(self.rows), BLOCK_PAIRS):
+            yield self.select(np.arange(start, min(start + BLOCK_PAIRS, len(self.rows))))
 
     def _matrix(self, span: str, name: str, dtype: Any) -> sp.csr_array:
         """The tensor `name` of a span as the data of (n, d_sae)."""
@@ -76,7 +84,9 @@ class Shard:
         if self._only is None:
             index, data = (self._file.get_tensor(f"{span}.{part}") for part in ("indices", name))
         else:
-            bounds = zip(indptr[self._only].tolist(), indptr[self._only + 1].tolist(), strict=True)
+            # Neighbours are read in one go.
+            parts = np.split(self._only, np.flatnonzero(np.diff(self._only) != 1) + 1) if len(self._only) else []
+            bounds = ((int(indptr[part[0]]), int(indptr[part[-1] + 1])) for part in parts)
             runs = [(start, stop) for start, stop in bounds if stop > start]
             index, data = (
                 np.concatenate([np.zeros(0, np.int8), *(part[start:stop] for start, stop in runs)])

@@ -17,13 +17,33 @@ def _gate(context: str) -> str:
     return "asks" if context in RULES else "prompts"
 
 
+def _sides(chosen: str, rejected: str) -> str:
+    """Both sides of a number, with a unit in words once.
+
+    >>> _sides("2.4 per 100 words", "1.8 per 100 words"), _sides("75 %", "11 %")
+    ('2.4 / 1.8 per 100 words', '75 % / 11 %')
+    """
+    number, _, unit = chosen.partition(" ")
+    once = unit not in ("", "%") and rejected.endswith(f" {unit}")
+    return f"{number if once else chosen} / {rejected}"
+
+
 def by_prompt_section(audit: Audit) -> Markup:
     """The section on habits by prompt; empty for an audit that did not look."""
     table = audit.habit_hypotheses
     if table is None:
         return Markup("")
+    # Audits of earlier versions know neither how many prompts a cluster has nor a typical one.
+    described = audit.info.get("contexts", {})
     found: list[dict[str, Any]] = [
-        {"text": text, "policy": explaining_away(text.habit, f"{{{_gate(text.context)}: {text.context}}}")}
+        {
+            "text": text,
+            "here": _sides(*text.here),
+            "elsewhere": _sides(*text.elsewhere),
+            "policy": explaining_away(text.habit, f"{{{_gate(text.context)}: {text.context}}}"),
+            "prompts": described.get(text.context, {}).get("prompts"),
+            "example": described.get(text.context, {}).get("example"),
+        }
         for text in by_prompt_texts(table, N_LINES)
     ]
     n_kept, n_differ = (sum(table[name].to_pylist()) for name in ("kept", "differs"))

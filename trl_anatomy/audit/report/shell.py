@@ -116,6 +116,7 @@ def _template(package: str, name: str) -> Any:
         "number": number,
         "probability": probability,
         "clean": clean,
+        "unbroken": unbroken,
         "percent": percent,
     }
     return environment.from_string(_read(package, name))
@@ -123,6 +124,15 @@ def _template(package: str, name: str) -> Any:
 
 def _read(package: str, name: str) -> str:
     return resources.files(package).joinpath(name).read_text(encoding="utf-8")
+
+
+def unbroken(text: str) -> str:
+    """A sentence whose percentages stay on one line.
+
+    >>> unbroken("72 % against 6 %").count("\\u00a0")
+    2
+    """
+    return re.sub(r"(?<=\d) %", "\u00a0%", text)
 
 
 def clean(text: str) -> str:
