@@ -78,6 +78,7 @@ def test_the_size_of_blocks_changes_nothing(
     world: Any, whole: Findings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(views, "ROWS", 7)
+    monkeypatch.setattr(views, "BLOCK_PAIRS", 23)
     monkeypatch.setattr(folder, "ROWS", 11)
     monkeypatch.setattr(stats, "BLOCK", 3)
     found = findings_of(world, harvest_of(world, tmp_path, 600))

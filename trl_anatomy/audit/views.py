@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Rows of scores that are worked on at a time: they should stay in the cache.
 ROWS = 4096
+# Pairs whose sparse rows are worked on at a time.
+BLOCK_PAIRS = 256
 # Share of a difference that must be left when firing tokens are counted on equal lengths, and beyond named habits.
 LEAST_LEFT = 0.5
 # Columns of hypotheses that audits of earlier versions do not have.
@@ -62,8 +64,14 @@ HYPOTHESES = pa.schema(
 
 
 def blocks(harvest: "Harvest") -> Iterator["Shard"]:
-    """All pairs of a harvest in order, in parts of shards that are small enough that memory is used again."""
-    return (block for shard in harvest.shards() for block in shard.blocks())
+    """All pairs of a harvest in order, `BLOCK_PAIRS` of a shard at a time: so few that memory is used again."""
+    for shard in harvest.shards():
+        n = len(shard.rows)
+        if n <= BLOCK_PAIRS:
+            yield shard
+            continue
+        for start in range(0, n, BLOCK_PAIRS):
+            yield shard.select(np.arange(start, min(start + BLOCK_PAIRS, n)))
 
 
 def cluster_sums(

@@ -47,8 +47,6 @@ _SHAPE = {
 }
 _POOLED_BYTES = 64 << 20  # dense pooled result held at a time
 # Dense activations held at a time: on a CPU they should stay in the cache, a GPU wants fewer and larger steps.
-# Pairs of a shard that statistics work on at a time.
-BLOCK_PAIRS = 256
 _CHUNK_BYTES = {"cpu": 4 << 20, "other": 64 << 20}
 
 
@@ -72,11 +70,6 @@ class Shard:
         lengths = {span: length[pairs] for span, length in self.lengths.items()}
         only = pairs if self._only is None else self._only[pairs]
         return Shard(self.rows[pairs], lengths, self.d_sae, self._file, only)
-
-    def blocks(self) -> "Iterator[Shard]":
-        """Its pairs, `BLOCK_PAIRS` at a time, in order: arrays small enough that memory is used again."""
-        for start in range(0, len(self.rows), BLOCK_PAIRS):
-            yield self.select(np.arange(start, min(start + BLOCK_PAIRS, len(self.rows))))
 
     def _matrix(self, span: str, name: str, dtype: Any) -> sp.csr_array:
         """The tensor `name` of a span as the data of (n, d_sae)."""
