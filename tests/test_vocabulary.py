@@ -177,3 +177,42 @@ def test_a_recipe_keeps_its_meaning(tmp_path: Path):
     assert (config.out, config.model, config.dataset) == ("audits/run", "m", "d")
     config, _ = read("audit", f"--config {file} --output-dir audits/mine")
     assert config.out == "audits/mine"
+
+
+@pytest.mark.parametrize("kind", ["pairs.jsonl", "pairs.parquet", "saved"])
+def test_the_path_that_an_audit_takes_works_in_every_command(kind: str, tmp_path: Path) -> None:
+    """Training reads them in test_dataset.py."""
+    from test_audit_folder import word_pairs, write_start_model
+
+    from trl_anatomy.audit.run import load_dataset
+    from trl_anatomy.checking.responses import prompts_for
+
+    data, path = word_pairs(40, more_words=0).select(range(1, 40)), tmp_path / kind
+    write = {"pairs.jsonl": data.to_json, "pairs.parquet": data.to_parquet, "saved": data.save_to_disk}[kind]
+    write(path)
+    rows = data.to_list()
+    assert load_dataset(read("audit", f"--dataset_name {path}")[0]).to_list() == rows
+    assert load_dataset(read("sae", f"--model_name_or_path m --dataset_name {path}")[0].audit()).to_list() == rows
+    asked = {str(prompt) for prompt in prompts_for(None, str(path), 1000, 0)}  # compare and predict: --prompts
+    assert len(asked) == len({row["prompt"] for row in rows})
+    write_start_model(tmp_path / "model")
+    words = f"--model_name_or_path {tmp_path}/model --dataset_name {path} --layers 1 --output_dir {tmp_path}/concept"
+    assert main(["fit", *words.split()]) == 0
+
+
+def test_a_dry_run_is_a_table_with_the_longest_row_and_the_problems(tmp_path: Path, capsys: Any) -> None:
+    from audit_files import config_for, write_inputs
+
+    write_inputs(tmp_path)
+    config = config_for(tmp_path, ".")
+    words = ["audit", "--model", config.model, "--dataset", config.dataset, "--sae", config.sae, "--max_length", "9"]
+    assert main([*words, "--output_dir", config.out, "--dry_run"]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"^pairs +239$", told, re.MULTILINE)
+    assert re.search(
+        r"^longest pair +[\d,]+ tokens, row \d+ \(prompt \d+, chosen \d+, rejected \d+\)$", told, re.MULTILINE
+    )
+    assert re.search(r"^its chosen ends +\S", told, re.MULTILINE)
+    assert re.search(r"^Problems of the data: ", told, re.MULTILINE)
+    assert "{" not in told
+    assert not (tmp_path / "audit").exists()

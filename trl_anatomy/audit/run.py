@@ -223,7 +223,8 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
         JSON-able: pairs, left_out, notes (on columns that nothing reads, on rows longer than the model was trained on),
         tokens (a span each, after truncation), longest (tokens of the longest pair), shards and shards_done,
         batch_tokens, judged_on (pairs by which the SAE is judged first), sae, layer, d_sae (None for an SAE that is
-        found or trained first), contexts, out.
+        found or trained first), contexts, out. Of pairs also longest_row (its row, its tokens a span, and how its
+        responses end as they are cut) and problems (rows of each kind).
     Raises:
         AnatomyError: as `run_audit` would, but for what only weights tell: that a harvest in the folder is of another
             model of the same shape.
@@ -238,7 +239,7 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
     from .region_view import region_rows
 
     _require(config, model, dataset)
-    eval_prompts(config)
+    evaluated = eval_prompts(config)
     raw = load_dataset(config) if dataset is None else dataset
     pairs = read_rows(
         raw,
@@ -276,6 +277,7 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
             "rejected": int(tokens[:, 3].sum()),
         },
         "longest": int(tokens[:, [0, 1, 3]].sum(axis=1).max()),
+        **(_data_shown(raw, pairs, tokens, evaluated) if config.data_kind == "pairs" else {}),
         "shards": shards,
         "shards_done": done,
         "batch_tokens": config.batch_tokens,
@@ -285,6 +287,29 @@ def dry_run(config: AuditConfig, *, model: Any = None, tokenizer: Any = None, da
         "d_sae": d_sae,
         "contexts": max(1, min(config.n_contexts, active // (2 * config.min_context))),
         "out": str(config.out),
+    }
+
+
+def _data_shown(
+    raw: "Dataset", pairs: "Pairs", tokens: np.ndarray, evaluated: frozenset[int] | None, n_end: int = 60
+) -> dict[str, Any]:
+    """The longest row as it is cut, and the problems of the data, for `dry_run`.
+
+    Args:
+        tokens: (n, >= 4) tokens of prompt, chosen and, fourth, rejected.
+        n_end: characters shown of the end of a response.
+    """
+    i = int(tokens[:, [0, 1, 3]].sum(axis=1).argmax())
+    _, chosen, rejected = pairs.texts(i)
+    kinds = looked_for(True, evaluated is not None, can_tell_ties(raw))
+    return {
+        "longest_row": {
+            "row": int(pairs.rows[i]),
+            **dict(zip(("prompt", "chosen", "rejected"), tokens[i, [0, 1, 3]].tolist(), strict=True)),
+            "chosen_ends": chosen[-n_end:],
+            "rejected_ends": rejected[-n_end:],
+        },
+        "problems": count_problems(find_problems(raw, pairs=pairs, evaluated=evaluated), kinds),
     }
 
 

@@ -12,7 +12,7 @@ from ..audit.config import NO_SAE, AuditConfig
 from ..errors import AnatomyError
 from .labeller import check_labeller, name_concepts
 from .options import DATA, MODEL, AuditFlags, strict_parse, trl_parser
-from .shown_audit import print_audit, print_habits, print_regions
+from .shown_audit import dry_run_table, print_audit, print_habits, print_regions
 
 
 def arguments(argv: list[str]) -> tuple[Any, ...]:
@@ -47,7 +47,7 @@ def run(argv: list[str]) -> int:
         if audit is not None and is_main_process() and flags.label_model is not None:
             name_concepts(audit, flags)
     if audit is None:
-        print(json.dumps(summary, indent=2) if flags.json else _lines(summary or {}))
+        print(json.dumps(summary, indent=2) if flags.json else dry_run_table(summary or {}))
     elif not is_main_process():
         pass
     elif flags.json:
@@ -94,7 +94,3 @@ def _audit_text(config: AuditConfig, flags: Any) -> int:
     else:
         print_habits(audit)
     return 0
-
-
-def _lines(summary: dict[str, Any]) -> str:
-    return "\n".join(f"{key}: {value}" for key, value in summary.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..audit.folder import Audit
@@ -157,3 +157,40 @@ def _print_findings(audit: Audit) -> None:
 
 def _cut(text: str, n: int) -> str:
     return text if len(text) <= n else f"{text[: n - 1]}…"
+
+
+def dry_run_table(summary: dict[str, Any]) -> str:
+    """What `dry_run` found, a line each: the data, its longest row, its problems, and what would be run."""
+    from ..audit.number_words import number
+    from ..audit.problems import problem_line
+
+    tokens, left_out = summary["tokens"], summary["left_out"]
+    lines = {
+        "pairs": number(summary["pairs"]),
+        "left out": ", ".join(f"{number(n)} {reason}" for reason, n in left_out.items()) or "none",
+        "tokens": ", ".join(f"{span} {number(n)}" for span, n in tokens.items()),
+        "longest pair": f"{number(summary['longest'])} tokens",
+    }
+    if (row := summary.get("longest_row")) is not None:
+        spans = ", ".join(f"{span} {number(row[span])}" for span in ("prompt", "chosen", "rejected"))
+        lines["longest pair"] += f", row {row['row']} ({spans})"
+        for side in ("chosen", "rejected"):
+            lines[f"its {side} ends"] = _cut(one_line(row[f"{side}_ends"]), 70)
+    lines |= {
+        "SAE": f"{summary['sae']}, layer {summary['layer']}"
+        + ("" if summary["d_sae"] is None else f", {number(summary['d_sae'])} latents"),
+        "judged on": f"{number(summary['judged_on'])} pairs",
+        "shards": f"{summary['shards_done']} of {summary['shards']} done",
+        "batch": f"{number(summary['batch_tokens'])} tokens",
+        "contexts": f"at most {number(summary['contexts'])}",
+        "folder": summary["out"],
+    }
+    width = max(map(len, lines))
+    table = [f"{name:<{width}}  {value}" for name, value in lines.items()]
+    problems = [problem_line(summary["problems"])] if "problems" in summary else []
+    return "\n".join([*table, *problems, *summary["notes"]])
+
+
+def one_line(text: str) -> str:
+    """Text on one line, without what a terminal would obey."""
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
