@@ -52,6 +52,7 @@ def dpo(
         ref_model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
         with torch.no_grad():
             ref_model.lm_head.weight.mul_(0.8)
+    torch.manual_seed(7)  # before trl 1.16 adapters are drawn before the constructor's seed
     args = DPOConfig(output_dir=str(out), **{**EXACT, "gradient_checkpointing": False, "beta": BETA, **options})
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     return cls(

@@ -32,7 +32,8 @@ class AuditCallback(TrainerCallback):
     """Logs an audit and a plan when training begins, and what was observed when it ends.
 
     The trainers of this package add it by themselves. To every tracker: the numbers of `audit.json` counts as `audit/*`
-    and what each rule touches as `policy/*`, through `trainer.log`. Beyond numbers, where `report_to` names them:
+    and what each rule touches as `policy/*`, through `trainer.log`; in `log_history` they stand after the training's
+    first entry. Beyond numbers, where `report_to` names them:
 
     - W&B, where a run exists: the tables `audit/findings/step_N`, as the page tells them, `audit/by_prompt/step_N`,
       `audit/hypotheses/step_N`, `audit/concepts/step_N`, `policy/rules/step_N`, `observed/concepts/step_N` and
@@ -66,6 +67,7 @@ class AuditCallback(TrainerCallback):
         if audit is not None and not audit.has_concepts:
             audit.check_kind("log")
         self.audit: Audit | None = audit
+        self._record: dict[str, float] | None = None
         self.plan, self.trainer, self.policy_text = plan, trainer, policy_text
 
     def on_train_begin(
@@ -74,6 +76,8 @@ class AuditCallback(TrainerCallback):
         scalars = self.scalars()
         if self.trainer is not None and scalars:
             self.trainer.log(scalars)
+            if len(state.log_history) == 1:  # the first entry of a history is the training's own
+                self._record = state.log_history.pop()
         if not state.is_world_process_zero:
             return
         if "wandb" in args.report_to:
@@ -101,8 +105,12 @@ class AuditCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
+        ends = "train_runtime" in (logs or {})
+        if self._record is not None and len(state.log_history) > ends:
+            state.log_history.insert(1, self._record)
+            self._record = None
         # The summary that ends a training: in on_train_end the trackers' own callbacks, which come first, have closed.
-        if "train_runtime" not in (logs or {}) or not state.is_world_process_zero:
+        if not ends or not state.is_world_process_zero:
             return
         seen = observed(state.log_history)
         if "wandb" in args.report_to:

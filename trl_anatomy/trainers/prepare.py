@@ -303,8 +303,8 @@ def prepare(
     Returns:
         What acts. Empty, with `arguments` untouched, when there is neither an audit nor a policy with rules.
     """
-    if concept_policy is None and audit is None:
-        return Prepared()
+    if (concept_policy is None and audit is None) or arguments.get("train_dataset") is None:
+        return Prepared()  # without a dataset too: TRL says so itself
     from ..audit.config import AuditConfig
     from ..shaping.resolve import Loaded, check_policy
 

@@ -269,9 +269,9 @@ class ShapedSeams(WholeCheckpoints):
                 prepared[name] = inputs[name].to(prepared[name].device)
         return prepared
 
-    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
         with nullcontext() if self._hidden is None else self._hidden.step(self.model):  # type: ignore[attr-defined]
-            return super().training_step(model, *args, **kwargs)  # type: ignore[misc]
+            return super().training_step(*args, **kwargs)  # type: ignore[misc]
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
