@@ -15,13 +15,12 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-
-import tomllib
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"trl": "trl", "transformers": "transformers", "peft": "peft", "sae_lens": "sae-lens"}  # import -> project

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from scipy import sparse
 
-from ..errors import AnatomyError
+from ..errors import AnatomyError, require
 from ..reading.clock import dated, template_now
 from ..reading.habits import read_habits
 from ..reading.processing import lengthen_embeddings, load_processing_class, set_chat_template
@@ -192,6 +192,7 @@ def _require(config: AuditConfig, model: Any, dataset: Any, sae: Any = None) -> 
     missing = [name for name in missing if not (config.data_name if name == "dataset" else getattr(config, name))]
     if missing:
         raise AnatomyError(f"audit: no {' and no '.join(missing)} given.")
+    require("sae_lens", "sknetwork", "plotly")
     if model is None:
         _device(config)
 

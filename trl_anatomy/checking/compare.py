@@ -13,7 +13,7 @@ import numpy as np
 
 from ..audit.number_words import percent
 from ..audit.stats import split_half_reliability
-from ..errors import AnatomyError
+from ..errors import AnatomyError, require
 from ..reading.files import check_writable, remove_partial, without_nan, write_atomically
 from ..reading.progress import Progress
 from ..reading.prompts import Prompt, prompt_key
@@ -123,6 +123,7 @@ def compare(  # noqa: PLR0913, PLR0915
         AnatomyError: no prompt, no trained model, names that cannot be told from each other or from what else is
             written, a model that cannot be loaded or is not the one audited.
     """
+    require("plotly")
     from ..audit.config import recorded
     from ..audit.predict import agreement
     from ..audit.reopen import reopen

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..audit.number_words import percent
-from ..errors import AnatomyError
+from ..errors import AnatomyError, require
 from ..reading.files import check_writable, misfit, remove_partial, without_nan, write_atomically
 from ..reading.fingerprint import hash_json
 from ..reading.prompts import Prompt
@@ -103,6 +103,7 @@ def predict(  # noqa: C901, PLR0913, PLR0915
 
     Source: method.md section 12.
     """
+    require("plotly")
     from ..audit.predict import step_shift
     from ..reading.score import score_pairs
     from ..shaping.policy import ConceptPolicy

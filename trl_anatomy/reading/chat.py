@@ -11,7 +11,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import Any
@@ -164,8 +164,8 @@ def _asked_wait(retry_after: str | None, otherwise: float) -> float:
             date = parsedate_to_datetime(retry_after)
         except ValueError:
             return otherwise
-        now = datetime.now(timezone.utc)
-        seconds = ((date if date.tzinfo else date.replace(tzinfo=timezone.utc)) - now).total_seconds()
+        now = datetime.now(UTC)
+        seconds = ((date if date.tzinfo else date.replace(tzinfo=UTC)) - now).total_seconds()
     return min(LONGEST_WAIT, max(0.0, seconds)) if seconds == seconds else otherwise
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import AnatomyError
+from ..errors import AnatomyError, require
 from ..ops.span_harvest import span_harvest, span_harvest_threshold, span_harvest_topk
 from .fingerprint import hash_json, hash_tensors
 from .locate import decoder_layers, hidden_size, layer_of_hook, normalises_by_layer_norm
@@ -371,6 +371,7 @@ def _from_folder(path: Path, device: str) -> SAE:
             f"{str(path)!r} is not an SAE saved by sae-lens: {' and '.join(missing)} not found there. Save it with "
             "sae.save_inference_model(folder)."
         )
+    require("sae_lens")
     from sae_lens import SAE as LensSAE
     from sae_lens import TrainingSAE
     from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
@@ -413,6 +414,7 @@ def _inference_form(training: Any) -> Any:
 
 
 def _sparsify(path: Path, device: str) -> Any:
+    require("sae_lens")
     # sae-lens' own converter transposes today's decoders, and leaves b_dec out where the decoder was normalised.
     from sae_lens import SAE as LensSAE
     from safetensors.torch import load_file
@@ -491,6 +493,7 @@ def _card_l0(entry: Any, sae_id: str) -> float | None:
 
 
 def _from_release(release: str, sae_id: str, device: str) -> SAE:
+    require("sae_lens")
     from sae_lens import SAE as LensSAE
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+from ..errors import require
 from .sae_training import DEPTH
 
 _ALIASES = {"gpt2": "gpt2-small"}  # hub name -> TransformerLens' name, in which old releases are listed
@@ -50,6 +51,7 @@ def published_sae(names: list[str], n_layers: int) -> Published | None:
     >>> published_sae(["my/own-model"], 26) is None
     True
     """
+    require("sae_lens")
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     releases = get_pretrained_saes_directory()

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from ..errors import AnatomyError
+from ..errors import AnatomyError, require
 from .files import check_writable, make_folder, remove_partial, sealed, unsealed, without_nan, write_atomically
 from .fingerprint import model_key
 from .forward import read_texts
@@ -502,6 +502,7 @@ class _Run:
 
     def _trainer(self, layer: int) -> Any:
         os.environ.setdefault("WANDB_MODE", "offline")  # sae-lens imports it
+        require("sae_lens")
         import sae_lens
         from sae_lens.config import SAETrainerConfig
         from sae_lens.saes.sae import SAEMetadata

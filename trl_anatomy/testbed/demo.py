@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import require
 from .language import HABITS, Habit, is_correct, question_of
 from .sae import HabitLatent, habit_latents
 from .world import DEMO, Size, World, build_world
@@ -103,6 +104,7 @@ def run_demo(out: Path, seed: int = 0, size: Size = DEMO, *, say: Callable[[str]
         size: Of the world; see `world.py`.
         say: Takes the demo's messages.
     """
+    require("sae_lens", "sknetwork", "plotly")
     with _quiet(), _one_thread():
         return _run(Path(out), seed, size, say)
 

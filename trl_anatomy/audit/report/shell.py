@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
+from ...errors import require
 from ..number_words import deviations, number, percent, points, probability
 
 # Control characters but newline and tab, lone surrogates, and signs that change the direction of what follows.
@@ -99,6 +100,7 @@ def _plain(value: Any) -> Any:
 
 @cache
 def _plotly() -> str:
+    require("plotly")
     from plotly.offline import get_plotlyjs
 
     return get_plotlyjs()
