@@ -18,6 +18,7 @@ import time
 import tomllib
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -283,7 +284,8 @@ def _text_of(path: Path) -> str | None:
 
 
 def _pip(*arguments: str) -> str | None:
-    done = subprocess.run([sys.executable, "-m", "pip", *arguments], capture_output=True, text=True)
+    hurry = ("--retries", "1", "--timeout", "20")  # where there is no index, that is soon seen
+    done = subprocess.run([sys.executable, "-m", "pip", *arguments, *hurry], capture_output=True, text=True)
     return done.stdout if done.returncode == 0 else None
 
 
@@ -295,9 +297,9 @@ def wheels(project: str, folder: Path) -> list[Path]:
     found = re.search(r"Available versions: (.*)", listed or "")
     versions = found[1].split(", ") if found else list(here)
     wanted = newest_of_minors(v for v in versions if admits(version_range(project), upstream().release_of(v)))
-    for version in wanted:
-        if version not in here:
-            _pip("download", "-q", "--no-deps", "--only-binary", ":all:", "-d", str(folder), f"{project}=={version}")
+    get = ("download", "-q", "--no-deps", "--only-binary", ":all:", "-d", str(folder))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda version: _pip(*get, f"{project}=={version}"), [v for v in wanted if v not in here]))
     return [path for v in wanted for path in folder.glob(f"{package}-{v}-*.whl")]
 
 

@@ -51,3 +51,22 @@ def test_the_bounds_of_trl_are_those_of_the_matrix() -> None:
     assert trl.specifier.contains("1.9.0")
     assert trl.specifier.contains(version("trl"))
     assert not trl.specifier.contains("1.8.0")
+
+
+def test_the_nightly_workflow_runs_every_row_of_the_matrix() -> None:
+    import importlib.util
+
+    import yaml
+
+    spec = importlib.util.spec_from_file_location("matrix", ROOT / "benchmarks" / "matrix.py")
+    assert spec is not None
+    assert spec.loader is not None
+    matrix = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(matrix)
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "matrix.yml").read_text())
+    assert tuple(workflow["jobs"]["row"]["strategy"]["matrix"]["row"]) == matrix.ROWS
+    for row in ("1.9", "oldest", "newest", "main"):
+        for entry in matrix.requirements(row):
+            if entry not in ("-e", ".[all]"):
+                Requirement(entry)
+    assert all((ROOT / path).is_file() for path in matrix.TESTS)

@@ -69,7 +69,7 @@ from pathlib import Path
 def rates():
     from trl_anatomy.checking.rates import ConceptRate
 asked = {
-    "audit": lambda: run_audit(AuditConfig(model="model", data_name="pairs.jsonl.gz", sae="sae", out="no")),
+    "audit": lambda: run_audit(AuditConfig(model="model", sae="sae", out="no"), dataset=[]),
     "compare": lambda: compare(None, None, None),
     "list": lambda: published_sae(["google/gemma-2-2b"], 26),
     "demo": lambda: run_demo(Path("no")),
