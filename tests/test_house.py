@@ -32,8 +32,8 @@ class Bound:
 
 
 BOUNDS = {
-    "files: rule to constructed trainer": Bound(48, 20),  # two of them check the installed TRL
-    "files: pair to audit": Bound(88, 22),  # the same two
+    "files: rule to constructed trainer": Bound(49, 20),  # three of them check what is installed
+    "files: pair to audit": Bound(89, 22),  # the same three
     "SAE loads at a start": Bound(1, 1),
     "gate evaluations at a start": Bound(1, 1),
     "modules in import circles": Bound(5, 0),
@@ -42,7 +42,7 @@ BOUNDS = {
     "functions over 60 lines": Bound(28, 8),
     "functions over 7 parameters": Bound(44, 8),
     "lines of the longest function": Bound(158, 80),
-    "lines of the library": Bound(43_400, 21_000, slack=1_000),  # a trainer of SFT rows and a look in Python came
+    "lines of the library": Bound(43_500, 21_000, slack=1_000),  # a trainer of SFT rows and a look in Python came
 }
 
 

@@ -70,7 +70,7 @@ def rates():
     from trl_anatomy.checking.rates import ConceptRate
 asked = {
     "audit": lambda: run_audit(AuditConfig(model="model", sae="sae", out="no"), dataset=[]),
-    "compare": lambda: compare(None, None, None),
+    "compare": lambda: compare(None, None, None, [], out="no"),
     "list": lambda: published_sae(["google/gemma-2-2b"], 26),
     "demo": lambda: run_demo(Path("no")),
     "rates": rates,

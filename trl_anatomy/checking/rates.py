@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,9 +22,7 @@ def __getattr__(name: str) -> Any:
     if name not in ("ConceptRate", "ResponseLength"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     require("evaluate")
-    from . import measurements
-
-    return getattr(measurements, name)
+    return getattr(import_module(f"{__package__}.measurements"), name)
 
 
 def word_counts(texts: Iterable[str]) -> np.ndarray:
