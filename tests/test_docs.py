@@ -1,5 +1,6 @@
 """Documents that repeat what code knows say the same thing, lead somewhere, and are short enough to be read."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -88,3 +89,45 @@ def test_sections_that_docstrings_name_are_on_the_method_pages():
     }
     assert len(named) > 10
     assert {section for _, section in named} <= there, sorted(item for item in named if item[1] not in there)
+
+
+# Words that say in a roundabout way what the field has a word for (predict, report, distinguish)
+ROUNDABOUT = re.compile(r"\b(foretell\w*|foretold|becom\w+ of|told|may lie at)\b", re.IGNORECASE)
+
+
+def read_by_users(path: Path) -> str:
+    """What of a file a user may read: pages without code, all strings of the library, text of its pages."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        nodes = ast.walk(ast.parse(text))
+        docstring_args = r"(?m)^ +told: .*$"  # the name of an argument
+        strings = (
+            n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str) and " " in n.value
+        )
+        return "\n".join(re.sub(docstring_args, "", string) for string in strings)
+    if path.suffix == ".html":
+        return re.sub(r"\{[{%].*?[%}]\}|<[^>]*>", " ", text, flags=re.DOTALL)
+    return re.sub(r"(?s)`[^`\n]*`", "", text)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *PAGES,
+        *sorted((ROOT / "trl_anatomy").rglob("*.py")),
+        *sorted((ROOT / "trl_anatomy").rglob("*.html")),
+        *sorted((ROOT / "recipes").glob("*.yaml")),
+    ],
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
+)
+def test_the_field_has_a_word_for_it(path: Path):
+    if path.name != "CHANGELOG.md":
+        assert ROUNDABOUT.findall(read_by_users(path)) == []
+
+
+def test_roundabout_words_are_noticed(tmp_path: Path):
+    page, code = tmp_path / "a.md", tmp_path / "a.py"
+    page.write_text("It is told by `told`.")
+    code.write_text('told = 1\nsaid = f"cannot be foretold {told}"\n')
+    assert ROUNDABOUT.findall(read_by_users(page)) == ["told"]
+    assert ROUNDABOUT.findall(read_by_users(code)) == ["foretold"]

@@ -311,7 +311,7 @@ def test_how_far_a_pilot_is_carried_on(tiny_model_dir: Path, tmp_path: Path) -> 
     still = pilot.Trained(trained.start, trained.start, [0.0] * 4, trained.seen, "another")
     nothing = carry_on(trainer, still, training, tmp_path / "still.json", seed=0)
     assert nothing.reason is not None
-    assert "not told from none" in nothing.reason
+    assert "no different from zero by its error" in nothing.reason
 
 
 def test_sides_are_swapped_in_half_the_rows(tiny_model_dir: Path, tmp_path: Path) -> None:

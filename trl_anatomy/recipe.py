@@ -401,7 +401,7 @@ def _destination(key: str, value: Any, own: Mapping[str, Any], places: Mapping[s
 def _one_of(recipe: Recipe, dest: str, values: Mapping[str, Any], places: Mapping[str, str]) -> Any:
     """What a recipe says of an option by several names: one value.
 
-    A model that `compare` is told of by its own option stands before that of the training; an SAE's own folder before
+    A model that `compare` gets by its own option stands before that of the training; an SAE's own folder before
     an `out`, which is the audit's then.
     """
     own = {key: value for key, value in values.items() if key not in places}

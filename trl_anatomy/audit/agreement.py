@@ -156,7 +156,7 @@ def n_returned(labels: tuple[np.ndarray, np.ndarray], live: tuple[np.ndarray, np
 def told_by_others(fired: sparse.csr_array, live: np.ndarray, labels: np.ndarray) -> float:
     """How well communities tell their members: summed squared correlation of each with the number of others that fire.
 
-    A latent whose community fires against it, or that is alone, is not told: it adds 0. So a community that is too
+    A latent whose community fires against it, or that is alone, is not predicted: it adds 0. So a community that is too
     large adds less than its parts, and one that is too small leaves out others that would tell.
 
     Args:
@@ -199,7 +199,7 @@ def stable_bound(
         fired: (n_samples, d_sae); groups: (n_samples,) prompt of each sample, which stays in one half.
     Returns:
         The bound (`told_by_others`), the lowest of equal ones; communities of one half that came back in the other at
-        that bound, and how many it had. `USUAL_BOUND` and None where nothing is told.
+        that bound, and how many it had. `USUAL_BOUND` and None where nothing is predicted.
     """
     names, index = np.unique(groups, return_inverse=True)
     half = (np.random.default_rng(seed).permutation(len(names)) % 2 == 0)[index]

@@ -14,7 +14,7 @@ RANK, LEAST_LEFT = 1e-8, 1e-6
 
 @dataclass(frozen=True)
 class Beyond:
-    """Differences beyond other columns; each array is (n_contexts, n_columns), NaN where nothing can be told."""
+    """Differences beyond other columns; each array is (n_contexts, n_columns), NaN where unknown."""
 
     delta: np.ndarray
     ci_low: np.ndarray

@@ -268,7 +268,7 @@ def selected(lines: list[Line], gaps: Sequence[np.ndarray], groups: np.ndarray, 
     Stability selection with complementary pairs of halves (Shah and Samworth 2013) by an L1-penalised logistic
     regression on all candidates. Columns are divided by the root mean square of their sums over prompts, and the
     penalty is the one that lets in one column of noise on average. Of more than 5,000 pairs whole prompts are drawn:
-    the share is then told, and decides nothing.
+    the share is then reported, and decides nothing.
 
     Args:
         lines: to look for; gaps: of all candidates, arrays of (n, some columns) side by side; groups: (n,) prompt of

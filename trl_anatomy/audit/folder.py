@@ -206,7 +206,7 @@ class Audit:
         return self.info["data"].get("date")
 
     def check_harvest(self) -> None:
-        """Open the harvest now, so that a damaged one is told before other long work.
+        """Open the harvest now, so that a damaged one is refused before other long work.
 
         Raises:
             AnatomyError: as `harvest`.

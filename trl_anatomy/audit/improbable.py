@@ -78,7 +78,7 @@ def improbable_labels(
         seed: of the folds, and of the pairs that are drawn where there are too many to fit.
 
     Returns:
-        None where the choice is not told beyond chance: then no label can be called improbable.
+        None where the choice is not predicted beyond chance: then no label can be called improbable.
     """
     source = _source(choice)
     if source is None:

@@ -631,7 +631,7 @@ def _plain(text: str, n: int) -> str:
 
 
 def balanced_accuracy(said: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
-    """How well yes and no of equally many texts of both kinds are told apart, and the chance of that by drawing.
+    """Balanced accuracy and one-sided Fisher p-value.
 
     Args:
         said, truth: (2n,) bool, n of `truth` true.

@@ -96,7 +96,7 @@ def make_sae(config: SAEConfig, *, progress: bool = True) -> "dict[Path, SAEFit 
         folder -> how well its SAE fits; None where there are no pairs to judge it on.
 
     Raises:
-        AnatomyError: bad input, told before the pass; several processes.
+        AnatomyError: bad input, before the pass; several processes.
     """
     from ..reading.files import write_atomically
     from ..reading.locate import decoder_layers, hidden_size

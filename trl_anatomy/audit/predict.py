@@ -346,7 +346,7 @@ def step_shift(activity: np.ndarray, change: np.ndarray, prompt_groups: np.ndarr
         prompt_groups: (n_responses,) int, equal for responses to one prompt.
 
     Returns:
-        (K,) shift and its standard error over prompts, per unit of the step; NaN where it cannot be told.
+        (K,) shift and its standard error over prompts, per unit of the step; NaN where it is unknown.
 
     Source: method.md section 12.
     """

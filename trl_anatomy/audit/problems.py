@@ -167,7 +167,7 @@ Finder = Callable[[str], Span | None]
 
 
 def looked_for(tokens: bool, evaluated: bool, scored: bool = False, told: bool = False) -> list[str]:
-    """Names of the kinds that can be told.
+    """Names of the kinds that can be found.
 
     Args:
         tokens: whether a tokenizer was there.
@@ -269,7 +269,7 @@ def find_problems(raw: "Dataset", *, pairs: "Pairs | None" = None, evaluated: fr
     """Look for all problems in the rows of a preference dataset, in time and memory that grow with the rows.
 
     The text is the dataset's, since template text is what its tokens no longer show. With `pairs`, copies are those of
-    the tokens that are trained on, and what truncation does is told too.
+    the tokens that are trained on, and what truncation does is found too.
 
     Args:
         raw: the dataset, all rows, blank responses too.
@@ -418,7 +418,7 @@ def _other_language(asked: Any, sides: list[str]) -> list[bool]:
     """Which sides are in another language than the prompt; where that does not tell, than the other side's English.
 
     A prompt that names a language wants it; one that speaks of languages at all may want any, unless the other side is
-    in the prompt's. Languages of the Latin script other than English are not told from one another.
+    in the prompt's. Languages of the Latin script other than English are not distinguished from one another.
     """
     tongues = [_told(side) for side in sides]
     if not any(tongues):

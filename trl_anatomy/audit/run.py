@@ -333,7 +333,7 @@ def run_audit(
         config: what to audit and how.
         model, tokenizer, dataset, sae: in memory, instead of being loaded as `config` says.
     Raises:
-        AnatomyError: bad input, told before the pass; a harvest of something else in the folder.
+        AnatomyError: bad input, before the pass; a harvest of something else in the folder.
     """
     from ..reading.capacity import check_pairs_fit
     from ..reading.harvest import harvest
@@ -595,7 +595,7 @@ def analyse(  # noqa: PLR0913
         copies: which pairs are copies of others; they share a prompt group. Default: none.
         cut: "chosen" and "rejected" -> (n_pairs,) bool, responses that truncation cut short; default none.
         counted: named habits of both sides, to tell what the choice is made of and what hypotheses say beyond them;
-            without them neither is told.
+            without them neither is known.
         lines: `habit_lines(counted, config.seed)`, where they are known already.
         asked: what prompts ask for, to call contexts by.
     """

@@ -194,7 +194,7 @@ def no_surer_than_a_draw(found: Welch, values: np.ndarray, pool: np.ndarray, gro
 
 
 def _welch_error(inside: Moments, outside: Moments) -> np.ndarray:
-    """(n_groups, n_columns) standard error of the difference of means; NaN where it can not be told."""
+    """(n_groups, n_columns) standard error of the difference of means; NaN where it is unknown."""
     with np.errstate(invalid="ignore", divide="ignore"):
         error = np.sqrt(inside.variance / inside.n[:, None] + outside.variance / outside.n[:, None])
         return np.where(error > 0, error, np.nan)

@@ -120,8 +120,8 @@ def compare(  # noqa: PLR0913, PLR0915
         words per response with an interval.
 
     Raises:
-        AnatomyError: no prompt, no trained model, names that cannot be told from each other or from what else is
-            written, a model that cannot be loaded or is not the one audited.
+        AnatomyError: no prompt, no trained model, names that cannot be distinguished from each other or from what
+            else is written, a model that cannot be loaded or is not the one audited.
     """
     require("plotly")
     from ..audit.config import recorded
@@ -408,7 +408,7 @@ def comparison_report(result: Mapping[str, Any]) -> str:
 
 
 def responses_told(figures: Mapping[str, Any]) -> str:
-    """How many responses to how many prompts; one to each is told by the prompts alone.
+    """How many responses to how many prompts; for one to each the prompts alone say it.
 
     >>> responses_told({"n_prompts": 10, "n_responses": 10}), responses_told({"n_prompts": 10, "n_responses": 40})
     ('10 prompts', '40 responses to 10 prompts')

@@ -406,8 +406,8 @@ def carry_on(
         else:
             there = Reached(cap, margin_at(cap), margin, capped=False)
             reason = (
-                f"after {steps} steps the margin of held-out pairs is {margin:+.3f}, not told from none: how far the "
-                "training goes is not known"
+                f"after {steps} steps the margin of held-out pairs is {margin:+.3f}, no different from zero by its "
+                "error: how far the training goes is not known"
             )
     half = (expected.high - expected.low) / 2 / 1.96
     error = half / (abs(there.slope) * there.alpha) if there.slope else math.inf

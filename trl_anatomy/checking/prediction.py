@@ -87,9 +87,9 @@ def predict(  # noqa: C901, PLR0913, PLR0915
         the shift by disparity, by the step of each trainer with a 95 % interval over prompts, and the mean of both;
         per text rule the rate and the shift by the step; per concept of the policy its mean score, the shift by the
         steps, and how much of plain training's shift the policy takes out (0 none, 1 all), null where plain training
-        is not foretold to move it. A step has no length of its own: shifts by it are scaled to the root mean square of
-        the disparities, by one factor for all. Null where nothing can be told: a text rule that the start model never
-        meets cannot be foretold from what it does.
+        is not predicted to move it. A step has no length of its own: shifts by it are scaled to the root mean square of
+        the disparities, by one factor for all. Null where nothing is known: a text rule that the start model never
+        meets cannot be predicted from what it does.
         `shown` is the share of the start model's responses that show a concept, null where the audit does not know.
         With a budget also `price`, and `pilots`: per pilot its steps, how far it is carried, the reward margin that it
         is valid for, and the reliability of its shifts; or `no_pilot`, the reason. Per concept and rule then `pilot`

@@ -200,7 +200,7 @@ def _response(text: str, ids: list[int], prompt_ids: list[int], ends: Sequence[i
 
 @contextmanager
 def _without_settings(model: Any) -> Iterator[None]:
-    """Put the generation settings stored with a model aside: `generate` takes from them whatever it is not told."""
+    """Put the generation settings stored with a model aside: `generate` takes from them whatever no argument sets."""
     from transformers import GenerationConfig
 
     held = [part for part in {id(m): m for m in (model, _base(model))}.values() if "generation_config" in vars(part)]

@@ -184,7 +184,7 @@ def _fitted(args: argparse.Namespace) -> tuple[str, str]:
 
 
 def _persona_settings(args: argparse.Namespace) -> tuple[Persona, EndpointJudge, VllmRollouts | None] | None:
-    """Persona, judge and engine; whatever can be wrong with them is told before anything is sampled."""
+    """Persona, judge and engine; whatever can be wrong with them is refused before anything is sampled."""
     if (args.persona is None) == (args.dataset is None):
         raise AnatomyError("Give --dataset with labelled text, or --persona; one of the two.")
     if args.persona is None:

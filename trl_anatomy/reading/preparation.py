@@ -29,7 +29,7 @@ def plain_rows(dataset: Dataset) -> Dataset:
 
 
 def is_conversational(example: Mapping[str, Any]) -> bool:
-    """Whether a row holds messages; told by its responses, and by what else it has where they are empty.
+    """Whether a row holds messages, by its responses, and by what else it has where they are empty.
 
     TRL asks whichever of these columns a set gives first, which changes from process to process (PYTHONHASHSEED): a
     column ``messages`` beside pairs of text, or an empty prompt, decides by chance.

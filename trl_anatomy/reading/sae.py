@@ -334,7 +334,7 @@ def load_sae(source: str | Path | Mapping[str, str], *, device: torch.device | s
 
     Raises:
         AnatomyError: nothing there, a URL, unreadable, an architecture or a preprocessing that cannot be used, a
-            release out of reach, or torch told to unpickle without restriction.
+            release out of reach, or torch set to unpickle without restriction.
     """
     with warnings.catch_warnings():  # sae-lens would have the model loaded in another way; see `SAE.centred`
         warnings.filterwarnings("ignore", r"\s*This SAE has non-empty model_from_pretrained_kwargs", UserWarning)

@@ -45,7 +45,7 @@ def fit_strengths(  # noqa: C901
 
     Raises:
         AnatomyError: no finite maximum (the gaps never point the other way: separation), or one that hardly any pair
-            pins down; a column of zeros; columns that cannot be told apart.
+            pins down; a column of zeros; columns that cannot be separated.
 
     Source: method.md section 12, calibrated strength.
 

@@ -143,7 +143,7 @@ class Where:
 
 
 def surely_overlap(one: Where | None, other: Where | None) -> bool:
-    """Whether two gates share pairs, as far as can be told without the data (`plan_policy` looks at the data)."""
+    """Whether two gates share pairs, as far as is known without the data (`plan_policy` looks at the data)."""
     if one is None or other is None:
         return True
     if one.column is None:

@@ -143,7 +143,7 @@ def checkpoint_to_resume(wanted: str | bool | None, output_dir: Path) -> tuple[s
 
 
 class WholeCheckpoints:
-    """Mixin in front of a Trainer: goes on from whole checkpoints, and writes ones that can be told from half ones."""
+    """Mixin in front of a Trainer: goes on from whole checkpoints, and writes ones that differ from half ones."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; with True it goes on from the last checkpoint that is whole.

@@ -59,7 +59,7 @@ def words(text: str) -> float:
 
 
 def sentences(text: str) -> float:
-    """Sentences, told by the signs that end them and by blank lines; at least 1 where there is a word.
+    """Sentences, found by the signs that end them and by blank lines; at least 1 where there is a word.
 
     >>> sentences("Dr. Who came, e.g. by bus. Why?"), sentences("1. Bread"), sentences("")
     (2.0, 1.0, 0.0)

@@ -1,4 +1,4 @@
-"""What every stage of a policy does, and what becomes of the pairs in one shape for all of them."""
+"""What every stage of a policy does, and what happens to the pairs in one shape for all of them."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
