@@ -216,3 +216,19 @@ def test_a_dry_run_is_a_table_with_the_longest_row_and_the_problems(tmp_path: Pa
     assert re.search(r"^Problems of the data: ", told, re.MULTILINE)
     assert "{" not in told
     assert not (tmp_path / "audit").exists()
+
+
+@pytest.mark.parametrize("command", ["dpo", "reward", "sft", "predict --audit a"])
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ("--output_dir o", "--model_name_or_path"),
+        ("--output_dir o --model m", "--dataset_name"),
+        ("--output_dir o --dataset d", "--model_name_or_path"),
+    ],
+)
+def test_a_training_of_nothing_is_told_in_one_sentence(command: str, words: str, option: str, capsys: Any) -> None:
+    assert main([*command.split(), *words.split(), *NO_GPU]) == 2
+    told = capsys.readouterr().err
+    assert option in told
+    assert told.count("\n") == 1

@@ -13,7 +13,7 @@ from typing import Any
 from .. import recipe
 from ..errors import AnatomyError
 from .options import DATA, MODEL, PolicyArguments, PredictArguments, strict_parse, trl_parser
-from .training import NEEDED, USUAL, our_files, remote_code_named, replaced_name, script_types
+from .training import NEEDED, USUAL, check_named, our_files, remote_code_named, replaced_name, script_types
 
 
 def arguments(argv: list[str]) -> tuple[Any, ...]:
@@ -37,6 +37,7 @@ def run(argv: list[str]) -> int:
     *other, policy, flags = rest
     if policy.audit is None:
         raise AnatomyError("predict needs the audit of the training set: --audit.")
+    check_named("predict", script_args, training, model_args, *other)
     for name in ("n_prompts", "n_per_prompt", "max_new_tokens", "sample_batch_size", "n_pairs"):
         if getattr(flags, name) < 1:
             raise AnatomyError(f"--{name} is {getattr(flags, name)}; give a whole number above 0.")

@@ -50,6 +50,18 @@ def arguments(kind: str, argv: list[str]) -> tuple[Any, ...]:
     return (*given, launcher, from_config, from_line)
 
 
+def check_named(command: str, script_args: Any, training: Any, model_args: Any, mixture: Any, *_: Any) -> None:
+    """Refuse a training of no model or of no data, which TRL's script would tell with a traceback.
+
+    Raises:
+        AnatomyError: names the option.
+    """
+    if not model_args.model_name_or_path:
+        raise AnatomyError(f"{command} needs a model: --model_name_or_path.")
+    if not script_args.dataset_name and not mixture.datasets:
+        raise AnatomyError(f"{command} needs a dataset: --dataset_name, or datasets in a recipe.")
+
+
 def train(kind: str, argv: list[str]) -> int:
     """Run TRL's own script with our trainer in the place of TRL's: its flags and YAML mean what they mean there."""
     from accelerate.commands.launch import launch_command
@@ -63,6 +75,7 @@ def train(kind: str, argv: list[str]) -> int:
         path = getattr(policy, name)
         if path is not None and not exists(path):
             raise AnatomyError(f"--{name} names '{path}', which does not exist.")
+    check_named(kind, *given)
     if policy.audit is not None:  # before a model is loaded, or processes are started
         load_audit(policy.audit)
 
