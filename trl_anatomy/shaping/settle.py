@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AnatomyError
+from ..reading.storage import url_of
 from .bind import BoundRule, bind
 from .concepts import TEXTUAL
 from .given import check_given, residualised
@@ -60,7 +61,6 @@ class Begun:
         A harvest that is gone or damaged costs a pass, nothing else; one at a URL would be fetched as a whole for it.
         """
         from ..reading.scorers import HiddenScorer
-        from ..reading.storage import url_of
 
         if self.audit is None or not self.audit.has_concepts or url_of(self.audit.path) is not None:
             return None

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from ...errors import AnatomyError
+from ...reading.progress import Progress
+from ...reading.token_text import tokens_of, whole_words
 from ..fields import NUMBER, Field, check, number, one_of
 from ..where import Where
 from .verb import Needs, Verb
@@ -95,8 +97,6 @@ class MaskTokens(Verb):
         Returns:
             pair -> chosen and rejected response, over its tokens before truncation; pairs without any are absent.
         """
-        from ...reading.progress import Progress
-
         found = {}
         with Progress(int(gate.sum()), "Finding tokens to mask", "pairs") as bar:
             for i in np.flatnonzero(gate).tolist():
@@ -116,8 +116,6 @@ class MaskTokens(Verb):
         return found
 
     def _matched(self, pairs: "Pairs", i: int, span: str, text_rule: "TextRule") -> "Shown":
-        from ...reading.token_text import tokens_of, whole_words
-
         nothing = np.zeros(len(pairs.ids(i, span)), bool)
         if not text_rule.score_text(pairs.response_text(i, span)):
             return Shown(nothing, nothing)
@@ -132,8 +130,6 @@ class MaskTokens(Verb):
         return Shown(tokens_of(characters, bounds), opens)
 
     def _passing(self, pairs: "Pairs", i: int, span: str, passing: np.ndarray) -> "Shown":
-        from ...reading.token_text import tokens_of, whole_words
-
         opens = passing & ~np.concatenate([[False], passing[:-1]])
         if self.unit == "token" or not passing.any():
             return Shown(passing, opens)
