@@ -88,7 +88,7 @@ def test_both_sizes_parse_with_the_parser_of_their_command(recipe: Path) -> None
         return
     settings = {name: value for part in run_full for name, value in vars(part).items()}
     assert re.fullmatch(HUB_NAME, settings["model_name_or_path"])
-    assert re.fullmatch(HUB_NAME + "|planted", settings["dataset_name"])
+    assert re.fullmatch(HUB_NAME + "|planted|rows", settings["dataset_name"])
     of_small = {name: value for part in run_small for name, value in vars(part).items()}
     assert of_small["model_name_or_path"] == "world/model"
     assert of_small["output_dir"] == settings["output_dir"] == f"models/{recipe.stem}"
@@ -187,8 +187,16 @@ def _run(recipe: str, *more: str) -> None:
             finally:
                 sys.argv = argv
         else:
-            trains = words[1] in ("dpo", "reward")
+            trains = words[1] in ("dpo", "sft", "reward")
             assert main([*words[1:], *(more if trains else ())]) == 0
+
+
+def test_rows_train_by_three_verbs(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _run("sft", "--max_steps", "1", "--per_device_train_batch_size", "8")
+    told = capsys.readouterr().out
+    assert all(verb in told for verb in ("filter_rows", "mask_tokens", "inoculate"))
+    assert "touches nothing" not in told
+    assert (inside / "models" / "sft" / "model.safetensors").is_file()
 
 
 def test_a_planted_phrase_is_found_by_the_audit_and_shaped_away(inside: Path) -> None:
