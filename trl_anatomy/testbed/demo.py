@@ -105,12 +105,12 @@ def run_demo(out: Path, seed: int = 0, size: Size = DEMO, *, say: Callable[[str]
         say: Takes the demo's messages.
     """
     require("sae_lens", "sknetwork", "plotly")
-    with _quiet(), _one_thread():
+    with quiet(), _one_thread():
         return _run(Path(out), seed, size, say)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the libraries' bars for short work: the demo's own lines say where it is."""
     import datasets
     from transformers.utils import logging
