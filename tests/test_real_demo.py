@@ -1,4 +1,4 @@
-"""The demo on a real chat model: its stages on a tiny one, killed and gone on with, and the real one where it is there."""
+"""The demo on a real chat model: its stages on a tiny one, killed and gone on with; the real one where it is."""
 
 import hashlib
 import importlib.util
@@ -183,7 +183,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(kind, whole, tmp_p
         out.mkdir()
         (out / ("table.json" if kind == "the small demo" else "notes.txt")).write_text("{}")
     before = left(out)
-    with pytest.raises(AnatomyError, match="this folder holds .*: name a"):
+    with pytest.raises(AnatomyError, match=r"this folder holds .*: name a"):
         run_real_demo(out, seed, size, write_model=write_tiny, say=lambda line: None)
     assert left(out) == before
 

@@ -452,8 +452,8 @@ def _steps_shown() -> Any:
     return Steps()
 
 
-# glibc keeps freed blocks below a limit that it raises by itself, to 32 MB: a cache that grows token by token then leaves
-# gigabytes of holes. Above this size every block is given back at once.
+# glibc keeps freed blocks below a limit that it raises by itself, to 32 MB: a cache that grows token by token then
+# leaves gigabytes of holes. Above this size every block is given back at once.
 _MALLOPT_MMAP_THRESHOLD, _BLOCK = -3, 8 << 20
 
 
