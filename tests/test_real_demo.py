@@ -24,7 +24,7 @@ from trl_anatomy.shaping.policy import ConceptPolicy
 from trl_anatomy.testbed.chat_model import packaged_file, write_chat_model
 from trl_anatomy.testbed.questions import drawn_questions, questions
 from trl_anatomy.testbed.real_demo import (
-    NOISE,
+    ERRS,
     POLICY,
     PREFERENCE,
     SHAPED,
@@ -193,52 +193,47 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(kind, whole, tmp_p
 FLAT, LOUD, MINE, BOTH = "The sea is blue.", "The sea is blue!", "I like the sea.", "I like the sea!"
 
 
+def sides(pairs) -> list[tuple[str, str, str]]:
+    return [tuple(row[side][0]["content"] for side in ("prompt", "chosen", "rejected")) for row in pairs.to_list()]
+
+
 @pytest.mark.parametrize(
-    ("group", "best", "worst"),
+    ("group", "clear"),
     [
-        ((FLAT, LOUD, BOTH, MINE), BOTH, FLAT),
-        ((BOTH, "Salt.", FLAT), BOTH, None),
-        ((MINE, "  ", MINE, BOTH), None, None),
+        ((FLAT, LOUD, BOTH, MINE), {(BOTH, FLAT), (LOUD, MINE)}),
+        ((BOTH, "Salt.", FLAT, LOUD), {(BOTH, "Salt."), (BOTH, FLAT), (LOUD, FLAT), (LOUD, "Salt.")}),
+        ((FLAT, "Salt.", MINE, "   "), {(MINE, FLAT), (MINE, "Salt.")}),
+        ((MINE, "I swim.", "I row.", MINE), set()),
     ],
 )
-def test_the_preference_chooses_by_its_habits(group, best, worst):
-    """Over many draws of noise: two habits are worth almost seven of its standard deviations, one more than three."""
-    asked = [f"prompt {i}" for i in range(300)]
-    rows = labelled_pairs(asked, [group] * len(asked), seed=3).to_list()
-    assert rows
-    for row in rows:
-        chosen, rejected = row["chosen"][0]["content"], row["rejected"][0]["content"]
-        assert chosen.strip()
-        assert rejected.strip()
-        assert chosen != rejected
-        assert row["prompt"][0]["content"] in asked
-    chosen = np.mean([row["chosen"][0]["content"] == best for row in rows])
-    rejected = np.mean([row["rejected"][0]["content"] == worst for row in rows])
-    if best is not None:
-        assert chosen > 0.97
-    if worst is not None:
-        assert rejected > 0.97
+def test_the_preference_chooses_by_its_habits_and_errs_as_often_as_it_says(group, clear):
+    """Whatever the seed draws: no pair without a clear side, and one in ten the wrong way round."""
+    asked = [f"prompt {i}" for i in range(400)]
+    found = sides(labelled_pairs(asked, [group] * len(asked), 10_000, seed=3))
+    assert {frozenset(pair[1:]) for pair in found} == {frozenset(pair) for pair in clear}
+    if clear:
+        wrong = np.mean([pair[1:] not in clear for pair in found])
+        assert abs(wrong - ERRS) < 4 * np.sqrt(ERRS * (1 - ERRS) / len(found))
 
 
-def test_labels_are_the_weighted_sum_and_its_noise():
-    """Against the formula, text by text; the same seed gives the same pairs in the same order."""
+def test_the_clearest_pairs_are_kept_and_the_seed_decides_among_equals():
     rng = np.random.default_rng(8)
-    asked = [f"prompt {i}" for i in range(40)]
-    groups = [[f"{text} {i} {k}" for k, text in enumerate(rng.choice([FLAT, LOUD, MINE, BOTH], 4))] for i in range(40)]
-    noise = np.random.default_rng(5).standard_normal(160).reshape(40, 4)
-    expected = set()
-    for prompt, group, drawn in zip(asked, groups, noise, strict=True):
-        scores = [
-            1.0 * ("!" in text) + 1.0 * text.startswith("I ") + NOISE * float(z)
-            for text, z in zip(group, drawn, strict=True)
-        ]
-        expected.add((prompt, group[int(np.argmax(scores))], group[int(np.argmin(scores))]))
-    found = labelled_pairs(asked, groups, seed=5).to_list()
-    assert {
-        (r["prompt"][0]["content"], r["chosen"][0]["content"], r["rejected"][0]["content"]) for r in found
-    } == expected
-    assert labelled_pairs(asked, groups, seed=5).to_list() == found
-    assert labelled_pairs(asked, groups, seed=6).to_list() != found
+    asked = [f"prompt {i}" for i in range(60)]
+    groups = [[f"{text} {i} {k}" for k, text in enumerate(rng.choice([FLAT, LOUD, MINE, BOTH], 4))] for i in range(60)]
+
+    def score(text: str) -> float:
+        return 2.0 * ("!" in text) + 1.0 * text.startswith("I ")
+
+    ordered = [sorted(map(score, group), reverse=True) for group in groups]
+    gaps = sorted((g for s in ordered for g in (s[0] - s[3], s[1] - s[2]) if g > 0), reverse=True)
+    for n in (10, 35, 60):
+        found = sides(labelled_pairs(asked, groups, n, seed=5))
+        assert sorted((abs(score(a) - score(b)) for _, a, b in found), reverse=True) == gaps[:n]
+        assert all({a, b} <= set(groups[asked.index(prompt)]) for prompt, a, b in found)
+    assert sides(labelled_pairs(asked, groups, 35, seed=5)) == sides(labelled_pairs(asked, groups, 35, seed=5))
+    assert set(sides(labelled_pairs(asked, groups, 35, seed=6))) != set(
+        sides(labelled_pairs(asked, groups, 35, seed=5))
+    )
 
 
 def test_the_policy_takes_out_one_habit_of_the_preference_and_leaves_another(tmp_path):

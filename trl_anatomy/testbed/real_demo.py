@@ -32,9 +32,9 @@ from .questions import drawn_questions
 if TYPE_CHECKING:
     from ..audit.folder import Audit
 
-# What chooses between two answers: a weighted sum of habits, and noise of this standard deviation.
-PREFERENCE: Mapping[str, float] = {"exclamation": 1.0, "first_person": 1.0}
-NOISE = 0.3
+# What chooses between two answers: a weighted sum of habits, which errs in this share of the pairs.
+PREFERENCE: Mapping[str, float] = {"exclamation": 2.0, "first_person": 1.0}
+ERRS = 0.1
 # The habit that the policy takes out. The preference's other habit is left alone, and shows what the policy spares.
 SHAPED = "exclamation"
 
@@ -48,7 +48,7 @@ rules:
 
 RECIPE: Mapping[str, Any] = {
     "beta": 0.1,
-    "learning_rate": 5e-4,
+    "learning_rate": 1e-3,
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 2,
     "per_device_train_batch_size": 4,
@@ -62,7 +62,8 @@ class RealSize:
     """How much of everything.
 
     Attributes:
-        prompts, each: prompts that pairs are made of, one each, and responses sampled to each.
+        prompts, each: prompts that pairs are made of, and responses sampled to each.
+        pairs: pairs, at most.
         held_out, again: prompts that the trained models answer, and how often each.
         new_tokens, tokens: longest response, and longest prompt and response together.
         sae_tokens: tokens of the SAE's training.
@@ -72,6 +73,7 @@ class RealSize:
 
     prompts: int = 200
     each: int = 4
+    pairs: int = 200
     held_out: int = 100
     again: int = 2
     new_tokens: int = 64
@@ -184,17 +186,23 @@ class RealDemo:
                 self.say(f"{number}/{len(stages)} {stage.name}: found in {self.out}")
                 continue
             self.say(f"{number}/{len(stages)} {stage.name} ({time_left(stages[number - 1 :], stages, seconds)})")
-            began = time.perf_counter()
-            stage.make()
-            _give_back_memory()
-            seconds[stage.name] = round(time.perf_counter() - began, 1)
-            self._keep_record()
+            self.do(stage)
+            seconds = self._record["seconds"]
         told = story(json.loads((self.out / "compare" / "compare.json").read_text()), seconds)
         write_atomically(self.out / "story.json", json.dumps(told, indent=2).encode())
         for line in told["lines"]:
             self.say(line)
         self.say(f"Pages: {self.out / 'audit' / 'report.html'} and {self.out / 'compare' / 'compare.html'}")
         return told
+
+    def do(self, stage: Stage) -> None:
+        """Do a stage, and record that it is done and what it took."""
+        began = time.perf_counter()
+        stage.make()
+        _give_back_memory()
+        self._record = self._begun()
+        self._record["seconds"][stage.name] = round(time.perf_counter() - began, 1)
+        self._keep_record()
 
     # --- stages ---
 
@@ -218,7 +226,7 @@ class RealDemo:
             {"max_new_tokens": self.size.new_tokens, "batch_size": self.size.sampled, "seed": self.seed},
         )
         groups = [[str(text) for text in said[i :: len(self.asked)]] for i in range(len(self.asked))]
-        pairs = labelled_pairs(self.asked, groups, self.seed)
+        pairs = labelled_pairs(self.asked, groups, self.size.pairs, self.seed)
         pairs.to_parquet(self.out / "pairs.partial")
         (self.out / "pairs.partial").rename(self.out / "pairs.parquet")
         self.say(f"    {len(pairs)} pairs; the hidden preference: {', '.join(HABITS[h].says for h in PREFERENCE)}")
@@ -331,33 +339,40 @@ class RealDemo:
 
 def run_real_demo(out: Path, seed: int = 0, size: RealSize = REAL, **options: Any) -> dict[str, Any]:
     """Sample pairs from a real chat model, audit them, train twice, and compare: see `RealDemo`."""
-    _large_blocks_apart()
+    large_blocks_apart()
     with quiet():
         return RealDemo(out, seed, size, **options).run()
 
 
-def labelled_pairs(asked: Sequence[str], groups: Sequence[Sequence[str]], seed: int) -> Any:
-    """Pairs by the hidden preference: of the answers to a prompt, the best and the worst.
+def labelled_pairs(asked: Sequence[str], groups: Sequence[Sequence[str]], n_pairs: int, seed: int) -> Any:
+    """Pairs by the hidden preference: of the answers to a prompt the best and the worst, the next two, and so on.
+
+    Pairs between which it has nothing to choose are left out, and so are blank sides.
 
     Args:
         asked: (n,) prompts.
         groups: (n, k) answers to each.
-        seed: of the noise and of the order.
+        n_pairs: at most so many, the clearest first.
+        seed: of the choice among equals, of the labels that are wrong, and of the order.
 
     Returns:
-        Dataset with conversations `prompt`, `chosen` and `rejected`; pairs with a blank side or equal sides are left
-        out.
+        Dataset with conversations `prompt`, `chosen` and `rejected`.
     """
     from datasets import Dataset
 
     values = measure([text for group in groups for text in group], {name: HABITS[name] for name in PREFERENCE})
     rng = np.random.default_rng(seed)
-    score = values @ np.array(list(PREFERENCE.values())) + NOISE * rng.standard_normal(len(values))
+    score = (values @ np.array(list(PREFERENCE.values()))).reshape(len(groups), -1)
+    found = []
+    for i, group in enumerate(groups):
+        best = np.lexsort((rng.random(len(group)), -score[i])).tolist()
+        for a, b in zip(best[: len(best) // 2], best[::-1], strict=False):
+            if score[i, a] > score[i, b] and group[a].strip() and group[b].strip():
+                found.append((float(score[i, b] - score[i, a]), rng.random(), asked[i], group[a], group[b]))
     rows = []
-    for prompt, group, scores in zip(asked, groups, score.reshape(len(groups), -1), strict=True):
-        chosen, rejected = group[int(scores.argmax())], group[int(scores.argmin())]
-        if chosen.strip() and rejected.strip() and chosen != rejected:
-            rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    for _, _, prompt, *sides in sorted(found)[:n_pairs]:
+        chosen, rejected = sides if rng.random() >= ERRS else sides[::-1]
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
     return Dataset.from_list(
         [
@@ -457,7 +472,8 @@ def _steps_shown() -> Any:
 _MALLOPT_MMAP_THRESHOLD, _BLOCK = -3, 8 << 20
 
 
-def _large_blocks_apart() -> None:
+def large_blocks_apart() -> None:
+    """Keep the memory of this process near what it uses, where the C library is glibc."""
     if sys.platform == "linux":
         import ctypes
 
