@@ -35,9 +35,7 @@ from trl_anatomy.testbed.real_demo import (
     sentence,
 )
 
-SMALL = RealSize(
-    prompts=150, each=4, held_out=24, again=2, new_tokens=48, tokens=96, sae_tokens=33_000, steps=4, sampled=64
-)
+SMALL = RealSize(prompts=150, each=4, held_out=48, new_tokens=48, tokens=96, sae_tokens=33_000, steps=4, sampled=64)
 STAGES = 7
 WORDS = [*(f"w{i}" for i in range(30)), "I", "fine!", "yes!"]
 

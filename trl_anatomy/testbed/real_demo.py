@@ -64,7 +64,7 @@ class RealSize:
     Attributes:
         prompts, each: prompts that pairs are made of, and responses sampled to each.
         pairs: pairs, at most.
-        held_out, again: prompts that the trained models answer, and how often each.
+        held_out: prompts that the trained models answer.
         new_tokens, tokens: longest response, and longest prompt and response together.
         sae_tokens: tokens of the SAE's training.
         steps: optimizer steps of each DPO training, of 8 pairs.
@@ -74,12 +74,11 @@ class RealSize:
     prompts: int = 200
     each: int = 4
     pairs: int = 200
-    held_out: int = 100
-    again: int = 2
+    held_out: int = 128
     new_tokens: int = 64
     tokens: int = 160
-    sae_tokens: int = 300_000
-    steps: int = 24
+    sae_tokens: int = 100_000
+    steps: int = 12
     sampled: int = 64
 
 
@@ -129,7 +128,7 @@ class RealDemo:
     ) -> None:
         self.out, self.seed, self.size, self.say, self.write_model = Path(out), seed, size, say, write_model
         self.asked, held_out = drawn_questions(size.prompts, size.held_out, seed)
-        self.held_out = _conversations(held_out) * size.again
+        self.held_out = _conversations(held_out)
         self._record: dict[str, Any] = self._begun()
 
     def _begun(self) -> dict[str, Any]:
@@ -154,20 +153,20 @@ class RealDemo:
         size = self.size
         n = size.prompts * size.each
         return (
-            Stage("Start model", 20, "model/config.json", self._model),
-            Stage(f"{n} responses of its own, paired by a hidden preference", 90, "pairs.parquet", self._pairs),
-            Stage("SAE of the model", 150, "sae/sae_weights.safetensors", self._sae),
-            Stage("Audit, before any training", 60, "audit/audit.json", self._audit),
-            Stage("Plain DPO", 360, "dpo/adapter_model.safetensors", lambda: self._train("dpo")),
+            Stage("Start model", 30, "model/config.json", self._model),
+            Stage(f"{n} responses of its own, paired by a hidden preference", 190, "pairs.parquet", self._pairs),
+            Stage("SAE of the model", 120, "sae/sae_weights.safetensors", self._sae),
+            Stage("Audit, before any training", 70, "audit/audit.json", self._audit),
+            Stage("Plain DPO", 150, "dpo/adapter_model.safetensors", lambda: self._train("dpo")),
             Stage(
                 f"DPO with a policy: explain away {SHAPED}",
-                360,
+                150,
                 "policy/adapter_model.safetensors",
                 lambda: self._train("policy", concept_policy=str(self.out / "policy.yaml")),
             ),
             Stage(
                 f"Compare: {len(self.held_out)} responses of each model to prompts held out",
-                200,
+                150,
                 "compare/compare.html",
                 self._compare,
             ),
@@ -264,14 +263,17 @@ class RealDemo:
 
     def _train(self, name: str, **policy: Any) -> None:
         """DPO with LoRA; a checkpoint is kept at every fourth of it."""
+        from ..trainers.checkpoints import last_whole
+
         write_atomically(self.out / "policy.yaml", POLICY.encode())
         folder = self.out / f"{name}.training"
+        begun, _ = last_whole(folder)  # a kill inside a save leaves half a checkpoint
         trainer = self._trainer(folder, **policy)
         for rule in trainer.plan.rules if trainer.plan is not None else ():
             self.say(f"    strength fitted on the pairs: {rule['strength']:.2f}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            trainer.train(resume_from_checkpoint=bool(list(folder.glob("checkpoint-*"))))
+            trainer.train(resume_from_checkpoint=None if begun is None else str(begun))
         trainer.save_model(str(folder))
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
