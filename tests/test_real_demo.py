@@ -15,7 +15,15 @@ import pytest
 import torch
 from conftest import build_tokenizer
 from test_restart import ended, in_a_process
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from trl_anatomy.cli import main
 from trl_anatomy.errors import AnatomyError
@@ -33,6 +41,7 @@ from trl_anatomy.testbed.real_demo import (
     labelled_pairs,
     run_real_demo,
     sentence,
+    steps_shown,
 )
 
 SMALL = RealSize(prompts=150, each=4, held_out=48, new_tokens=48, tokens=96, sae_tokens=33_000, steps=4, sampled=64)
@@ -167,6 +176,18 @@ def test_a_stage_whose_files_are_gone_is_done_again(whole, tmp_path):
     shutil.rmtree(out / "dpo")
     demo(out)
     assert (out / "dpo" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_no_checkpoint_is_kept_of_the_last_step(tmp_path):
+    """The Trainer, gone on with from there, would take a step more than an undisturbed one."""
+    for step, kept in ((3, True), (4, False)):
+        callback, control = steps_shown(), TrainerControl(should_save=True)
+        state = TrainerState(global_step=step, max_steps=4)
+        arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+        callback.on_train_begin(arguments, state, control)
+        callback.on_step_end(arguments, state, control)
+        callback.on_train_end(arguments, state, control)
+        assert control.should_save is kept
 
 
 @pytest.mark.parametrize("kind", ["another seed", "another size", "the small demo", "a file of one's own"])

@@ -320,7 +320,7 @@ class RealDemo:
             )
         for talker in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(talker)
-        trainer.add_callback(_steps_shown())
+        trainer.add_callback(steps_shown())
         return trainer
 
     def _compare(self) -> None:
@@ -443,7 +443,7 @@ def _conversations(prompts: Sequence[str]) -> list[Any]:
     return [[{"role": "user", "content": prompt}] for prompt in prompts]
 
 
-def _steps_shown() -> Any:
+def steps_shown() -> Any:
     """A callback that shows how far a training is."""
     from transformers import TrainerCallback
 
@@ -462,6 +462,8 @@ def _steps_shown() -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.bar.update(1, work=self.part)
+            if state.global_step == state.max_steps:
+                control.should_save = False  # a Trainer that goes on from its last step takes one more
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.bar.close()
