@@ -233,15 +233,16 @@ def hypotheses(audit: Audit, n: int = 6) -> list[str]:
     contexts = audit.info.get("contexts", {})
     kept = sorted((h for h in audit.hypotheses.to_pylist() if h["kept"]), key=lambda h: h["rank"])
     for view, heading in (("feature", "and where it differs from elsewhere:"), ("prompt", "and by what is asked:")):
-        lines.append(heading)
+        under = []
         if view == "prompt":
-            lines += [f"  {text.sentence}" for text in by_prompt_texts(audit.habit_hypotheses, n // 2)]
+            under += [f"  {text.sentence}" for text in by_prompt_texts(audit.habit_hypotheses, n // 2)]
         for h in [h for h in kept if h["view"] == view][: n // 2]:
             about = " · ".join(contexts.get(h["context"], {}).get("terms", [])[:3])
-            lines.append(
+            under.append(
                 f"  {h['context']:<4} ({about}): {h['concept']} ({labels[h['concept']]}) "
                 f"{h['mean_in']:+.2f} here, {h['mean_out']:+.2f} elsewhere, q {h['q']:.0e}"
             )
+        lines += [heading, *under] if under else []
     return lines
 
 

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from ..audit.number_words import percent
 from ..errors import AnatomyError
 from ..reading.files import write_atomically
 from ..reading.habits import HABITS, measure
+from ..reading.progress import Progress
 from .chat_model import write_chat_model
 from .demo import hypotheses, quiet
 from .questions import drawn_questions
@@ -281,7 +283,6 @@ class RealDemo:
         folder.rename(self.out / name)
 
     def _trainer(self, folder: Path, **policy: Any) -> Any:
-        import torch
         from peft import LoraConfig
         from transformers import PrinterCallback, ProgressCallback
         from trl import DPOConfig
@@ -446,8 +447,6 @@ def _conversations(prompts: Sequence[str]) -> list[Any]:
 def steps_shown() -> Any:
     """A callback that shows how far a training is."""
     from transformers import TrainerCallback
-
-    from ..reading.progress import Progress
 
     class Steps(TrainerCallback):
         bar: Progress
