@@ -16,7 +16,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--real",
         action="store_true",
-        help="on a real chat model, SmolLM2-135M-Instruct, and a hidden preference: about 20 minutes on two cores",
+        help="on a real chat model, SmolLM2-135M-Instruct, and a hidden preference: about 25 minutes of CPU time",
     )
     parser.add_argument(
         "--output_dir",
