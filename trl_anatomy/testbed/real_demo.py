@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from ..audit.number_words import percent
-from ..errors import AnatomyError
+from ..errors import AnatomyError, require
 from ..reading.files import write_atomically
 from ..reading.habits import HABITS, measure
 from ..reading.progress import Progress
@@ -342,6 +342,7 @@ class RealDemo:
 
 def run_real_demo(out: Path, seed: int = 0, size: RealSize = REAL, **options: Any) -> dict[str, Any]:
     """Sample pairs from a real chat model, audit them, train twice, and compare: see `RealDemo`."""
+    require("sae_lens", "sknetwork", "plotly")
     large_blocks_apart()
     with quiet():
         return RealDemo(out, seed, size, **options).run()
