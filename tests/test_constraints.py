@@ -1,5 +1,6 @@
 """`constraints.txt` and `pyproject.toml` agree: every requirement is pinned to a version that it admits."""
 
+import json
 import re
 import tomllib
 from importlib.metadata import version
@@ -70,3 +71,7 @@ def test_the_nightly_workflow_runs_every_row_of_the_matrix() -> None:
             if entry not in ("-e", ".[all]"):
                 Requirement(entry)
     assert all((ROOT / path).is_file() for path in matrix.TESTS)
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "matrix.json").read_text())
+    shown = (ROOT / "CONTRIBUTING.md").read_text().partition("<!-- matrix -->")[2].partition("<!-- end -->")[0]
+    assert shown.strip() == matrix.table(recorded)
+    assert not any(row["failed"] for row in recorded["rows"])
