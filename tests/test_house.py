@@ -49,7 +49,7 @@ BOUNDS = {
     "functions over 7 parameters": Bound(44, 8),
     "lines of the longest function": Bound(158, 80),
     # A trainer of SFT rows, a look in Python and a demo on a real model came.
-    "lines of the library": Bound(44_200, 21_000, slack=1_000),
+    "lines of the library": Bound(44_700, 21_000, slack=1_000),
 }
 
 
