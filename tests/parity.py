@@ -37,6 +37,11 @@ def history(trainer: Any) -> list[dict[str, float]]:
     ]
 
 
+def without_policy(entries: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Without the entry that records a policy."""
+    return [entry for entry in entries if not any(key.startswith("policy/") for key in entry)]
+
+
 def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 

@@ -21,7 +21,7 @@ from reading_world import tiny_model, tiny_sae
 from trl_anatomy.audit import samples
 from trl_anatomy.audit.habit_table import habit_table, habits_to_count
 from trl_anatomy.audit.report import explore
-from trl_anatomy.audit.report.texts import RowTexts
+from trl_anatomy.audit.row_texts import RowTexts
 from trl_anatomy.audit.samples import sample_rows
 from trl_anatomy.audit.text_audit import raw_texts
 from trl_anatomy.checking import compare

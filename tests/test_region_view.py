@@ -253,9 +253,14 @@ def test_the_command_audits_sft_data(trained: dict[str, Path], capsys: pytest.Ca
     assert sum(traced["contribution"].to_pylist()) == pytest.approx(row["delta"], abs=1e-9)
     assert audit.hypotheses_of(row=int(audit.rows_in("A1")[0])).num_rows > 0
 
-    for command in (["plan", "--policy", "p.yaml"], ["compare", "--before", "m", "--after", "n"]):
-        assert main([command[0], "--audit", str(out), *command[1:]]) == 2
-        assert "predicts no shift" in capsys.readouterr().err
+    assert main(["compare", "--audit", str(out), "--before", "m", "--after", "n"]) == 2
+    assert "predicts no shift" in capsys.readouterr().err
+    # Policies of SFT rows have a plan.
+    policy = out.parent / "rows.yaml"
+    rule = "{explain_away: a, with: filter_rows, fraction: 0.25}"
+    policy.write_text("concepts:\n  a: {scorer: text, pattern: 'a'}\nrules:\n  - " + rule + "\n")
+    assert main(["plan", "--audit", str(out), "--policy", str(policy)]) == 0
+    assert "filter_rows" in capsys.readouterr().out
     assert main(["report", "--audit", str(out)]) == 0
 
 

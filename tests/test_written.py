@@ -11,7 +11,7 @@ from datasets import Dataset
 from reading_world import build_tokenizer
 
 from trl_anatomy import ConceptReward
-from trl_anatomy.audit.report.texts import RowTexts
+from trl_anatomy.audit.row_texts import RowTexts
 from trl_anatomy.reading.sft import read_sft
 from trl_anatomy.reading.spans import Pairs, read_pairs
 from trl_anatomy.reading.token_text import decode

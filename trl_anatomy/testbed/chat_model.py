@@ -48,9 +48,12 @@ def packaged_file() -> Path | None:
 def _load(name: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    how: dict[str, Any] = {"local_files_only": not _hub_answers(), "trust_remote_code": False}
-    tokenizer = AutoTokenizer.from_pretrained(name, **how)
-    return AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **how), tokenizer
+    stored = not _hub_answers()
+    tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=stored, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        name, local_files_only=stored, trust_remote_code=False, use_safetensors=True
+    )
+    return model, tokenizer
 
 
 def _hub_answers() -> bool:
@@ -71,9 +74,10 @@ def _load_quantised(file: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-    source: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
-    read = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **source)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    read = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, trust_remote_code=False, dtype=torch.float32
+    )
     left_out = ("quantization_config", "_name_or_path", "dtype")
     model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in read.config.to_dict().items() if k not in left_out}))
     model.load_state_dict(read.state_dict())
