@@ -306,10 +306,14 @@ def wheels(project: str, folder: Path) -> list[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wheels", type=Path, default=ROOT / ".wheels", help="folder in which wheels are kept")
-    folder = parser.parse_args().wheels
+    parser.add_argument("--packages", nargs="+", choices=PACKAGES.values(), default=[*PACKAGES.values()])
+    given = parser.parse_args()
+    folder = given.wheels
     folder.mkdir(parents=True, exist_ok=True)
     imports, told = our_imports(), []
     for package, project in PACKAGES.items():
+        if project not in given.packages:
+            continue
         paths = wheels(project, folder)
         if not paths:
             print(f"No release of {project} can be read: there is no index, and no wheel in {folder}.")

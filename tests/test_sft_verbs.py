@@ -218,6 +218,7 @@ REFUSED: dict[str, tuple[str, Any, dict[str, Any], str]] = {
     "assistant": ("chat", FILTER, {"assistant_only_loss": True}, "assistant_only_loss is set"),
     "prompts": ("text", MASK, {"completion_only_loss": False}, "prompts would train untouched"),
     "packing": ("text", WEIGHED, {"packing": True}, "packing is set together with reweight_rows"),
+    "packed audit": ("text", MASK, {"packing": True, "audit": "audits/run1"}, "rules then read whole rows"),
     "smoothing": ("text", WEIGHED, {"label_smoothing_factor": 0.1}, "label_smoothing_factor is set"),
     "skipping": ("text", MASK, {"dataset_kwargs": {"skip_prepare_dataset": True}}, "skip_prepare_dataset is set"),
     "field": ("plain", MASK, {"dataset_text_field": "body"}, "rename that column"),

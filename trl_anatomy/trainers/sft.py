@@ -77,7 +77,7 @@ class AnatomySFTTrainer(ShapedSeams, SFTTrainer):
             concept_policy,
             audit,
             config_class=SFTConfig,
-            check_rules=lambda rules, config: check_sft_rules(rules, config, bound.arguments),
+            check_rules=lambda rules, config: check_sft_rules(rules, config, bound.arguments, audit),
             rows=True,
         )
         self.plan, self.audit, self._date = prepared.plan, prepared.audit, prepared.date

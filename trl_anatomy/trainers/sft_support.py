@@ -17,13 +17,14 @@ _OPTIONS: dict[str, dict[str, str]] = {
 }
 
 
-def check_sft_rules(rules: Sequence[Any], config: Any, arguments: Mapping[str, Any]) -> None:
+def check_sft_rules(rules: Sequence[Any], config: Any, arguments: Mapping[str, Any], audit: Any = None) -> None:
     """Refuse what the SFT trainer cannot do exactly, before anything long runs.
 
     Args:
         rules: interventions of a policy.
         config: SFTConfig.
         arguments: of TRL's constructor, by name.
+        audit: the audit that the trainer was given, if any.
 
     Raises:
         AnatomyError: naming the option, what was found and what works.
@@ -38,6 +39,11 @@ def check_sft_rules(rules: Sequence[Any], config: Any, arguments: Mapping[str, A
     if (config.dataset_kwargs or {}).get("skip_prepare_dataset"):
         raise AnatomyError(f"skip_prepare_dataset is set together with {verb}, which reads the rows as text; unset it.")
     _check_trained(verb, config, columns)
+    if config.packing and audit is not None:
+        raise AnatomyError(
+            f"packing is set together with {verb} and an audit: rules then read whole rows, and the audit read them as "
+            "max_length cuts them; leave packing or audit out."
+        )
     for rule in rules:
         if rule.stage == "prompt" and "prompt" not in columns:
             raise AnatomyError(f"{rule.verb} adds to a prompt, and the rows have none; give 'prompt' and 'completion'.")
