@@ -39,11 +39,7 @@ def check_sft_rules(rules: Sequence[Any], config: Any, arguments: Mapping[str, A
     if (config.dataset_kwargs or {}).get("skip_prepare_dataset"):
         raise AnatomyError(f"skip_prepare_dataset is set together with {verb}, which reads the rows as text; unset it.")
     _check_trained(verb, config, columns)
-    if config.packing and audit is not None:
-        raise AnatomyError(
-            f"packing is set together with {verb} and an audit: rules then read whole rows, and the audit read them as "
-            "max_length cuts them; leave packing or audit out."
-        )
+    _check_packing(verb, config, audit)
     for rule in rules:
         if rule.stage == "prompt" and "prompt" not in columns:
             raise AnatomyError(f"{rule.verb} adds to a prompt, and the rows have none; give 'prompt' and 'completion'.")
@@ -58,6 +54,15 @@ def check_sft_rules(rules: Sequence[Any], config: Any, arguments: Mapping[str, A
             raise AnatomyError(
                 f"parallelism_config is set together with {rule.verb}, which needs whole rows; unset it."
             )
+
+
+def _check_packing(verb: str, config: Any, audit: Any) -> None:
+    """Refuse an audit of rows that were cut beside rules that read them whole."""
+    if config.packing and audit is not None:
+        raise AnatomyError(
+            f"packing is set together with {verb} and an audit: rules then read whole rows, and the audit read them as "
+            "max_length cuts them; leave packing or audit out."
+        )
 
 
 def _check_trained(verb: str, config: Any, columns: Sequence[str]) -> None:
