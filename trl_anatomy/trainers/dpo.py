@@ -22,7 +22,6 @@ from .seams import (
     CONCEPT_GAPS,
     REJECTED_OFFSET,
     ROW,
-    TAG,
     WEIGHT,
     WHOLE_MASK,
     ShapedSeams,
@@ -88,15 +87,12 @@ class AnatomyDPOTrainer(ShapedSeams, DPOTrainer):
             config_class=DPOConfig,
             check_rules=check_dpo_rules,
         )
-        self.plan, self.audit, self._date = prepared.plan, prepared.audit, prepared.date
+        prepared.give(self)
         self._acts, self._logged_concepts = prepared.acts, prepared.logged_concepts
-        self._has_policy, self._planned = prepared.planned is not None, prepared.planned
         self._waiting = prepared.waiting
         if self.plan is not None:
             loss_types = getattr(bound.arguments.get("args"), "loss_type", ())
             check_masks(self.plan.counts.get("chosen_masked", 0), loss_types)
-        if self.plan is not None or self.audit is not None or self._waiting is not None:
-            self._tag_names = [*type(self)._tag_names, TAG]
         super().__init__(*bound.args[1:], **bound.kwargs)
         if self.plan is not None and self.plan.hidden:
             self._hidden = HiddenEdits(self.model, self.plan.hidden)

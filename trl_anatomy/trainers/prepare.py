@@ -56,6 +56,7 @@ from .seams import (
     REJECTED_PROMPT,
     ROW,
     STEERING,
+    TAG,
     TURN,
     WEIGHT,
 )
@@ -267,6 +268,13 @@ class Prepared:
     waiting: ReferencePass | None = None
     date: str | None = None
     planned: Planned | None = None
+
+    def give(self, trainer: Any) -> None:
+        """Give the trainer what TRL's constructor reads of it through the seams; to be called before that."""
+        trainer.plan, trainer.audit, trainer._date = self.plan, self.audit, self.date
+        trainer._has_policy, trainer._planned = self.planned is not None, self.planned
+        if self.plan is not None or self.audit is not None or self.waiting is not None:
+            trainer._tag_names = [*type(trainer)._tag_names, TAG]
 
     def attach(self, trainer: Any) -> None:
         """Give the callback plan and trainer (its scalars go through that to every tracker), the trainer the policy.

@@ -16,7 +16,6 @@ from .seams import (
     CHOSEN_OFFSET,
     CONCEPT_GAPS,
     REJECTED_OFFSET,
-    TAG,
     WEIGHT,
     ShapedSeams,
     policy_inputs,
@@ -73,11 +72,8 @@ class AnatomyRewardTrainer(ShapedSeams, RewardTrainer):
             config_class=RewardConfig,
             check_rules=check_reward_rules,
         )
-        self.plan, self.audit, self._date = prepared.plan, prepared.audit, prepared.date
+        prepared.give(self)
         self._acts, self._logged_concepts = prepared.acts, prepared.logged_concepts
-        self._has_policy, self._planned = prepared.planned is not None, prepared.planned
-        if self.plan is not None or self.audit is not None:
-            self._tag_names = [*type(self)._tag_names, TAG]
         super().__init__(*bound.args[1:], **bound.kwargs)
         if self.plan is not None and self.plan.hidden:
             self._hidden = HiddenEdits(self.model, self.plan.hidden)

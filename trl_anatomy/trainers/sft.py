@@ -19,7 +19,6 @@ from .seams import (
     COLUMNS,
     PROMPT_LENGTH,
     ROW,
-    TAG,
     WEIGHT,
     CarryRows,
     ShapedSeams,
@@ -80,12 +79,9 @@ class AnatomySFTTrainer(ShapedSeams, SFTTrainer):
             check_rules=lambda rules, config: check_sft_rules(rules, config, bound.arguments, audit),
             rows=True,
         )
-        self.plan, self.audit, self._date = prepared.plan, prepared.audit, prepared.date
-        self._has_policy, self._planned = prepared.planned is not None, prepared.planned
+        prepared.give(self)
         if self.plan is not None:  # the rest is in the rows' own tokens and labels
             self._acts = self.plan.weight is not None or self.plan.steering is not None
-        if self.plan is not None or self.audit is not None:
-            self._tag_names = [*type(self)._tag_names, TAG]
         super().__init__(*bound.args[1:], **bound.kwargs)
         if self.plan is not None and self.plan.hidden:
             self._hidden = HiddenEdits(self.model, self.plan.hidden, sides=1)
