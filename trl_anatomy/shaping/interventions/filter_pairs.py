@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from ...errors import AnatomyError
-from ..fields import Field, check, number, one_of
+from ..fields import Field, number, one_of
 from ..where import Where
 from .verb import Verb
 
@@ -54,10 +54,8 @@ class FilterPairs(Verb):
     side: str | None = None
 
     def __post_init__(self) -> None:
-        check(self.verb, "sign", one_of("explain_away", "amplify"), self.sign)
-        for key, field in self.keys.items():
-            if getattr(self, key) is not None:
-                object.__setattr__(self, key, check(self.verb, key, field, getattr(self, key)))
+        self.check_sign()
+        self.check_given_keys()
         given = [key for key in self.keys if getattr(self, key) is not None]
         if given not in (["fraction"], ["above"], ["side"], ["above", "side"]):
             raise AnatomyError(

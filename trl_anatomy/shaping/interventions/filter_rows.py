@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from ...errors import AnatomyError
-from ..fields import NUMBER, Field, check, number, one_of
+from ..fields import NUMBER, Field, number
 from .filter_pairs import FilterPairs
 
 
@@ -35,10 +35,8 @@ class FilterRows(FilterPairs):
     keys: ClassVar[Mapping[str, Field]] = {"fraction": number(above=0, below=1, word="all"), "above": NUMBER}
 
     def __post_init__(self) -> None:
-        check(self.verb, "sign", one_of("explain_away", "amplify"), self.sign)
-        for key, field in self.keys.items():
-            if getattr(self, key) is not None:
-                object.__setattr__(self, key, check(self.verb, key, field, getattr(self, key)))
+        self.check_sign()
+        self.check_given_keys()
         if self.sign == "amplify":
             raise AnatomyError(
                 "found amplify, allowed: explain_away. Dropping rows takes away what they would teach; to amplify, "

@@ -45,7 +45,7 @@ class Inoculate(Verb):
     where: Where | None = None
 
     def __post_init__(self) -> None:
-        check(self.verb, "sign", one_of("explain_away", "amplify"), self.sign)
+        self.check_sign()
         for key, field in self.keys.items():
             if getattr(self, key) is not None or key != "above":
                 object.__setattr__(self, key, check(self.verb, key, field, getattr(self, key)))

@@ -9,7 +9,7 @@ import numpy as np
 from ...errors import AnatomyError
 from ...reading.progress import Progress
 from ...reading.token_text import tokens_of, whole_words
-from ..fields import NUMBER, Field, check, number, one_of
+from ..fields import NUMBER, Field, number, one_of
 from ..where import Where
 from .verb import Needs, Verb
 
@@ -64,10 +64,8 @@ class MaskTokens(Verb):
     where: Where | None = None
 
     def __post_init__(self) -> None:
-        check(self.verb, "sign", one_of("explain_away", "amplify"), self.sign)
-        for key, field in self.keys.items():
-            if getattr(self, key) is not None:
-                object.__setattr__(self, key, check(self.verb, key, field, getattr(self, key)))
+        self.check_sign()
+        self.check_given_keys()
         if self.sign == "amplify":
             raise AnatomyError(
                 "found amplify, allowed: explain_away. Leaving tokens out of the loss takes away what they would "

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...errors import AnatomyError
-from ..fields import TEXT, Field, check, number, one_of
+from ..fields import TEXT, Field, check, number
 from ..where import Where
 from .shape_reward import read_strength, signed_strength
 from .verb import Needs, Verb
@@ -50,7 +50,7 @@ class Residualize(Verb):
     where: Where | None = None
 
     def __post_init__(self) -> None:
-        check(self.verb, "sign", one_of("explain_away", "amplify"), self.sign)
+        self.check_sign()
         object.__setattr__(self, "strength", read_strength(self.verb, self.sign, self.strength))
         for key in ("instruction", "steer"):
             if getattr(self, key) is not None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ...errors import AnatomyError
-from ..fields import NAMES_OR_NONE, TEXT, Field, check, number, one_of
+from ..fields import NAMES_OR_NONE, TEXT, Field, number
 from ..where import Where
 from .verb import Verb
 
@@ -48,9 +48,7 @@ class ReweightPairs(Verb):
     where: Where | None = None
 
     def __post_init__(self) -> None:
-        for key, field in self.keys.items():
-            if getattr(self, key) is not None:
-                object.__setattr__(self, key, check(self.verb, key, field, getattr(self, key)))
+        self.check_given_keys()
         if self.column is not None:
             beside = [key for key in ("concept", "sign", "strength", "hold") if getattr(self, key) is not None]
             if beside:
@@ -59,7 +57,7 @@ class ReweightPairs(Verb):
                     f"found {found} beside column, allowed: column alone; its weights are used as given."
                 )
             return
-        check(self.verb, "sign", one_of("explain_away", "amplify"), self.sign)
+        self.check_sign()
         if self.concept is None:
             raise AnatomyError("found no concept, allowed: the name of one, or a column.")
         if self.sign == "amplify" and self.strength is None:

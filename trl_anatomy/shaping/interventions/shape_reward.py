@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from ...errors import AnatomyError
-from ..fields import Field, check, number, one_of
+from ..fields import Field, check, number
 from ..where import Where
 from .verb import Verb
 
@@ -52,7 +52,7 @@ class ShapeReward(Verb):
     constant: float | None = None
 
     def __post_init__(self) -> None:
-        check(self.verb, "sign", one_of("explain_away", "amplify"), self.sign)
+        self.check_sign()
         if self.constant is not None:
             object.__setattr__(self, "constant", check(self.verb, "constant", self.keys["constant"], self.constant))
             if self.strength is not None:

@@ -53,7 +53,7 @@ class Steer(Verb):
     where: Where | None = None
 
     def __post_init__(self) -> None:
-        check(self.verb, "sign", one_of("explain_away", "amplify"), self.sign)
+        self.check_sign()
         if self.side is not None:
             check(self.verb, "side", self.keys["side"], self.side)
         object.__setattr__(self, "strength", check(self.verb, "strength", self.keys["strength"], self.strength))

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..fields import Field
+from ..fields import Field, check, one_of
 from ..where import Where
 
 
@@ -54,6 +54,16 @@ class Verb:
     concept: str | None
     sign: str | None
     where: Where | None
+
+    def check_sign(self) -> None:
+        """Refuse a sign that is none, as AnatomyError."""
+        check(self.verb, "sign", one_of("explain_away", "amplify"), self.sign)
+
+    def check_given_keys(self) -> None:
+        """Refuse values of given keys that are out of range, as AnatomyError; keep each as its field reads it."""
+        for key, field in self.keys.items():
+            if getattr(self, key) is not None:
+                object.__setattr__(self, key, check(self.verb, key, field, getattr(self, key)))
 
     @property
     def needs(self) -> Needs:
