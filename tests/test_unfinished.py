@@ -154,6 +154,31 @@ def test_other_passes_go_on_too(name: str, stop_after: int, pairs: Pairs, tmp_pa
     assert digests(tmp_path / "out") == digests(tmp_path / "undisturbed")
 
 
+@pytest.mark.parametrize("name", ["log-probabilities", "chances", "likelihood", "responses"])  # scores have no parts
+def test_parts_of_a_file_that_is_whole_do_not_stay(name: str, pairs: Pairs, tmp_path: Path) -> None:
+    """A process may be killed between the last write and the removal of the parts."""
+    from trl_anatomy.checking.likelihood import log_likelihoods
+    from trl_anatomy.checking.responses import sampled
+
+    model = tiny_model()
+    work: dict[str, Callable[[], Any]] = {
+        **{of: lambda of=of: WORK[of](model, pairs, tmp_path) for of in WORK},  # type: ignore[misc]
+        "likelihood": lambda: log_likelihoods(model, pairs, range(len(pairs)), cache_dir=tmp_path, progress=False),
+        "responses": lambda: sampled(
+            model,
+            build_tokenizer(),
+            ["What?"],
+            tmp_path / "said.json",
+            {"max_new_tokens": 2, "batch_size": 1, "seed": 0},
+        ),
+    }
+    first, (file,) = work[name](), tmp_path.iterdir()
+    left = tmp_path / f"{file.stem}.part-0123456789abcdef-000000.safetensors"
+    left.write_bytes(b"part")
+    np.testing.assert_array_equal(work[name](), first)
+    assert list(tmp_path.iterdir()) == [file]
+
+
 @pytest.mark.parametrize("stop_after", [7, 17, 24])
 def test_sampling_goes_on_after_its_finished_batches(stop_after: int, tmp_path: Path) -> None:
     """Six tokens a batch of three: what was sampled is kept with the random state, and the rest is the same."""

@@ -84,10 +84,11 @@ def log_likelihoods(
     if cache_dir is not None:
         key = {"version": __version__, "pairs": pairs.fingerprint, **model_key(model), "indices": list(indices)}
         file = cache_dir / f"likelihood-{hash_json(key)}.safetensors"
+        parts = Parts(file, hash_json(batch_tokens))
         there = (unsealed(file) or {}).get("values")
         if there is not None and there.shape == found.shape:
+            parts.clear()  # of a run that was killed once the file was whole
             return there
-        parts = Parts(file, hash_json(batch_tokens))
         for part in parts.stored():
             found[part["rows"]] = part["values"]
     saved_rows = ~np.isnan(found[:, 0])

@@ -194,14 +194,15 @@ def sampled(
     tokens = [encode_prompt(tokenizer, prompt) for prompt in prompts]  # by tokenizer and chat template
     asked = [prompt_key(prompt) for prompt in prompts]
     key = hash_json([known_as or model_fingerprint(model), asked, tokens, stop_ids(model, tokenizer), dict(sampling)])
+    parts = Parts(file, key)
     if fetch(file, own=True):
         try:
             kept = json.loads(file.read_bytes())
         except ValueError:  # cut short by a crash: sampled again
             kept = None
         if isinstance(kept, dict) and kept.get("key") == key:
+            parts.clear()  # of a run that was killed once the file was whole
             return _responses(kept)
-    parts = Parts(file, key)
     how: dict[str, Any] = {**sampling, "kept": parts}
     responses = [group[0] for group in rollouts(model, tokenizer, prompts, **how)]
     kept = {

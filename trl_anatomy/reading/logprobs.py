@@ -151,9 +151,10 @@ def _hash_ids(lists: Iterable[Sequence[int]]) -> str:
 def _stored(file: Path | None, values: np.ndarray) -> bool:
     """Fill `values` with what is stored; False where there is nothing, or nothing that can be read."""
     there = None if file is None else unsealed(file)
-    if there is None or "values" not in there or there["values"].shape != values.shape:
+    if file is None or there is None or "values" not in there or there["values"].shape != values.shape:
         return False  # it costs a pass, nothing else
     values[:] = there["values"]
+    Parts(file, "").clear()  # of a run that was killed once the file was whole
     return True
 
 
